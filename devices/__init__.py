@@ -1,0 +1,1 @@
+"""Machines: what they are, what they did, what they would do."""

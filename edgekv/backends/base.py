@@ -1,0 +1,45 @@
+"""What every inference engine offers; generation, chat, bench and eval are written against it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from edgekv.source import Array
+
+
+class Backend(Protocol):
+    """One model, one sequence, one cache. Not thread-safe.
+
+    A backend holds `n_past` tokens in its cache. `prefill` and `decode` append to it.
+    """
+
+    name: str
+    n_ctx: int
+    n_vocab: int
+
+    @property
+    def n_past(self) -> int:
+        """Tokens in the cache."""
+
+    def prefill(self, tokens: Sequence[int]) -> Array:
+        """Append tokens; logits of the last one, shape (vocab,).
+
+        Raises:
+            BackendError: the cache has no room for them, or the engine failed.
+        """
+
+    def prefill_all(self, tokens: Sequence[int]) -> Array:
+        """Append tokens; logits of every one, shape (T, vocab)."""
+
+    def decode(self, token: int) -> Array:
+        """Append one token; its logits, shape (vocab,)."""
+
+    def trim(self, n_past: int) -> None:
+        """Forget every cached token from position `n_past` on. Never shifts what stays."""
+
+    def cache_nbytes(self) -> int:
+        """Bytes the engine really allocated for its cache (all of n_ctx)."""
+
+    def close(self) -> None:
+        """Free the model."""

@@ -1,0 +1,48 @@
+"""Every error that EdgeKV raises on purpose.
+
+    EdgeKVError               exit code 1
+    ├── InputError            exit code 2: what the user gave cannot be used
+    │   ├── ModelFileError    a model file is malformed, truncated or lies about itself
+    │   ├── UnsupportedError  well-formed, but of a kind that EdgeKV does not handle
+    │   └── OutputError       the output cannot be written (exists, no folder, disk full)
+    ├── BackendError          exit code 3: an engine failed to load or run a sound model
+    └── ToleranceError        exit code 1: a comparison ran and went past its tolerance
+
+A message says what is wrong, where, and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class EdgeKVError(Exception):
+    """Base of all; `exit_code` is what the command line leaves with."""
+
+    exit_code = 1
+
+
+class InputError(EdgeKVError):
+    """The user's input cannot be used."""
+
+    exit_code = 2
+
+
+class ModelFileError(InputError):
+    """A model file is malformed."""
+
+
+class UnsupportedError(InputError):
+    """The model is sound, but EdgeKV has no way to handle it."""
+
+
+class OutputError(InputError):
+    """The output cannot be written."""
+
+
+class BackendError(EdgeKVError):
+    """An inference engine failed."""
+
+    exit_code = 3
+
+
+class ToleranceError(EdgeKVError):
+    """Two results differ by more than the tolerance asked for."""

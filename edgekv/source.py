@@ -1,0 +1,107 @@
+"""TensorSource: a model as named float32 tensors that are loaded one at a time.
+
+Converting, quantizing and exporting are functions from source to source, so they compose and a model
+larger than RAM passes through. Canonical tensor names are GGUF's (`blk.0.attn_q.weight`), and a matrix
+has the shape (out, in): y = x @ W.T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekv.errors import ModelFileError
+from edgekv.spec import ModelSpec
+
+Array = NDArray[np.float32]
+MetaValue = str | int | float | bool | list[str] | list[int] | list[float] | list[bool]
+Metadata = Mapping[str, MetaValue]
+
+
+class TensorSource(Protocol):
+    """A model that gives its tensors by name."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's shape."""
+
+    @property
+    def metadata(self) -> Metadata:
+        """GGUF key-value pairs: the tokenizer, the chat template, the model's name and licence."""
+
+    def names(self) -> tuple[str, ...]:
+        """Canonical names of all tensors, in file order."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor in numpy order, without loading it."""
+
+    def quantization(self, name: str) -> str:
+        """How the tensor is stored: a GGML type name such as "Q4_0" or "F32"."""
+
+    def load(self, name: str) -> Array:
+        """The tensor in float32. Each call reads and dequantizes anew.
+
+        Raises:
+            ModelFileError: there is no such tensor.
+        """
+
+
+class LazySource:
+    """A source made of functions: each tensor is computed when it is asked for."""
+
+    def __init__(self, spec: ModelSpec, metadata: Metadata) -> None:
+        self._spec = spec
+        self._metadata = metadata
+        self._tensors: dict[str, tuple[tuple[int, ...], str, Callable[[], Array]]] = {}
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._spec
+
+    @property
+    def metadata(self) -> Metadata:
+        return self._metadata
+
+    def add(self, name: str, shape: tuple[int, ...], load: Callable[[], Array], stored: str = "F32") -> None:
+        """Add a tensor that `load` computes."""
+        self._tensors[name] = (shape, stored, load)
+
+    def add_array(self, name: str, array: Array) -> None:
+        """Add a tensor that is at hand."""
+        self.add(name, array.shape, lambda: array)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entry(name)[0]
+
+    def quantization(self, name: str) -> str:
+        return self._entry(name)[1]
+
+    def load(self, name: str) -> Array:
+        shape, _, load = self._entry(name)
+        array = load()
+        assert array.shape == shape, (name, array.shape, shape)
+        return array
+
+    def _entry(self, name: str) -> tuple[tuple[int, ...], str, Callable[[], Array]]:
+        if name not in self._tensors:
+            raise ModelFileError(f"tensor {name} is missing from {self._spec.name}")
+        return self._tensors[name]
+
+
+def open_source(path: Path) -> TensorSource:
+    """Open a model: today a GGUF file.
+
+    Raises:
+        ModelFileError: the file is malformed.
+        UnsupportedError: its architecture is not handled.
+    """
+    from edgekv.gguf_source import GGUFSource
+
+    return GGUFSource(path)

@@ -1,0 +1,1 @@
+"""Writers: GGUF, ONNX, safetensors; and their check."""
