@@ -163,7 +163,9 @@ def _require_tensors(spec: ModelSpec, shapes: dict[str, tuple[int, ...]], path: 
         if name not in shapes:
             raise ModelFileError(f"{path}: tensor {name} is missing; download or export the file again")
         if shapes[name] != shape:
-            raise ModelFileError(f"{path}: tensor {name} has shape {shapes[name]}, the header implies {shape}")
+            raise ModelFileError(
+                f"{path}: tensor {name} has shape {shapes[name]}, the header implies {shape}"
+            )
     if extra := [name for name in shapes if name not in wanted]:
         raise UnsupportedError(
             f"{path}: tensor {extra[0]} has no place in a plain {spec.arch!r} model; EdgeKV would drop it"

@@ -1,0 +1,55 @@
+"""NumPy building blocks of a transformer, in float32.
+
+Letters for shapes are those of edgekv/spec.py: T tokens, S cached tokens, D width, H query heads,
+G KV heads, K head dim, R latent rank, P rope dims, N no-rope dims, V value dims a head.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekv.source import Array
+from edgekv.spec import RopeSpec
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """RMSNorm over the last axis (arXiv 1910.07467): x / sqrt(mean(x^2) + eps) * weight."""
+    mean_square = np.mean(np.square(x), axis=-1, keepdims=True)
+    return np.asarray(x / np.sqrt(mean_square + np.float32(eps)) * weight, dtype=np.float32)
+
+
+def swiglu(x: Array, gate: Array, up: Array, down: Array) -> Array:
+    """SwiGLU feed-forward (arXiv 2002.05202). x (T, D); gate, up (F, D); down (D, F)."""
+    g = x @ gate.T
+    with np.errstate(over="ignore"):  # exp(-g) = inf gives the right limit, g * sigmoid(g) = 0
+        g /= 1.0 + np.exp(-g)
+    g *= x @ up.T
+    return g @ down.T
+
+
+def rope_tables(positions: NDArray[np.int64], rope: RopeSpec) -> tuple[Array, Array]:
+    """cos and sin of position * theta^(-2j/P), each (T, P/2)."""
+    inv_freq = rope.theta ** (-np.arange(0, rope.dim, 2, dtype=np.float64) / rope.dim)
+    angle = positions[:, None] * inv_freq[None, :]
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+def apply_rope(x: Array, positions: NDArray[np.int64], rope: RopeSpec) -> Array:
+    """Rotate the first rope.dim dims of x (T, heads, dims) by position (arXiv 2104.09864, eq. 34)."""
+    cos, sin = (table[:, None, :] for table in rope_tables(positions, rope))
+    out = x.copy()
+    if rope.layout == "interleaved":
+        even, odd = slice(0, rope.dim, 2), slice(1, rope.dim, 2)
+    else:
+        even, odd = slice(0, rope.dim // 2), slice(rope.dim // 2, rope.dim)
+    a, b = x[..., even], x[..., odd]
+    out[..., even] = a * cos - b * sin
+    out[..., odd] = a * sin + b * cos
+    return out
+
+
+def log_softmax(logits: Array) -> Array:
+    """Log-probabilities over the last axis."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)), dtype=np.float32)
