@@ -7,6 +7,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+from numpy.typing import NDArray
 
 from edgekv.errors import ModelFileError, UnsupportedError
 from edgekv.gguf_check import check_gguf
@@ -57,6 +58,10 @@ class GGUFSource:
         tensor = self._entry(name)
         array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         return np.asarray(array, dtype=np.float32).reshape(self.shape(name))
+
+    def raw(self, name: str) -> NDArray[np.uint8] | None:
+        data = np.asarray(self._entry(name).data)
+        return data.view(np.uint8)
 
     def _entry(self, name: str) -> Any:
         if name not in self._tensors:

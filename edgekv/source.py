@@ -49,6 +49,9 @@ class TensorSource(Protocol):
             ModelFileError: there is no such tensor.
         """
 
+    def raw(self, name: str) -> NDArray[np.uint8] | None:
+        """The tensor's stored bytes, shape (..., bytes a row), or None where it is computed."""
+
 
 class LazySource:
     """A source made of functions: each tensor is computed when it is asked for."""
@@ -56,7 +59,8 @@ class LazySource:
     def __init__(self, spec: ModelSpec, metadata: Metadata) -> None:
         self._spec = spec
         self._metadata = metadata
-        self._tensors: dict[str, tuple[tuple[int, ...], str, Callable[[], Array]]] = {}
+        self._tensors: dict[str, tuple[tuple[int, ...], Callable[[], Array]]] = {}
+        self._borrowed: dict[str, TensorSource] = {}
 
     @property
     def spec(self) -> ModelSpec:
@@ -66,13 +70,18 @@ class LazySource:
     def metadata(self) -> Metadata:
         return self._metadata
 
-    def add(self, name: str, shape: tuple[int, ...], load: Callable[[], Array], stored: str = "F32") -> None:
-        """Add a tensor that `load` computes."""
-        self._tensors[name] = (shape, stored, load)
+    def add(self, name: str, shape: tuple[int, ...], load: Callable[[], Array]) -> None:
+        """Add a tensor that `load` computes in float32."""
+        self._tensors[name] = (shape, load)
 
     def add_array(self, name: str, array: Array) -> None:
         """Add a tensor that is at hand."""
         self.add(name, array.shape, lambda: array)
+
+    def borrow(self, source: TensorSource, name: str) -> None:
+        """Add a tensor of another source as it is, stored bytes and all."""
+        self.add(name, source.shape(name), lambda: source.load(name))
+        self._borrowed[name] = source
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._tensors)
@@ -81,15 +90,20 @@ class LazySource:
         return self._entry(name)[0]
 
     def quantization(self, name: str) -> str:
-        return self._entry(name)[1]
+        self._entry(name)
+        return self._borrowed[name].quantization(name) if name in self._borrowed else "F32"
+
+    def raw(self, name: str) -> NDArray[np.uint8] | None:
+        self._entry(name)
+        return self._borrowed[name].raw(name) if name in self._borrowed else None
 
     def load(self, name: str) -> Array:
-        shape, _, load = self._entry(name)
+        shape, load = self._entry(name)
         array = load()
         assert array.shape == shape, (name, array.shape, shape)
         return array
 
-    def _entry(self, name: str) -> tuple[tuple[int, ...], str, Callable[[], Array]]:
+    def _entry(self, name: str) -> tuple[tuple[int, ...], Callable[[], Array]]:
         if name not in self._tensors:
             raise ModelFileError(f"tensor {name} is missing from {self._spec.name}")
         return self._tensors[name]

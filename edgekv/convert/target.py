@@ -1,0 +1,51 @@
+"""Which latent shape serves a share of the cache bytes."""
+
+from __future__ import annotations
+
+from edgekv.errors import InputError
+from edgekv.spec import GQA, MLA, RopeSpec
+
+SIMD_STEP = 32  # values; a NEON step of f16, half an AVX-512 one: other widths fall into a scalar tail
+
+
+def choose_rank(gqa: GQA, keep: float) -> tuple[int, int]:
+    """(kv_lora_rank, rope_dim) that keep at most `keep` of the cached values, in SIMD-friendly sizes.
+
+    The rope key gets the full head dim as long as the latent is at least as wide, since the fast
+    frequencies it carries cannot live in the latent; below that it gets half.
+
+    Raises:
+        InputError: `keep` is not between 0 and 1, or leaves no room for a latent.
+    """
+    if not 0 < keep <= 1:
+        raise InputError(f"--target is the share of the cache to keep, between 0 and 1; got {keep}")
+    budget = int(gqa.cache_values * keep + 1e-9)
+    for rope_dim in (gqa.rope.dim, gqa.rope.dim // 2):
+        rank = (budget - rope_dim) // SIMD_STEP * SIMD_STEP
+        if rank >= rope_dim and rope_dim % SIMD_STEP == 0:
+            return min(rank, max_rank(gqa)), rope_dim
+    smallest = 2 * SIMD_STEP / gqa.cache_values
+    raise InputError(
+        f"--target {keep} keeps {budget} of {gqa.cache_values} values a token a layer, too few for a latent and "
+        f"a rope key of {SIMD_STEP} values each; the smallest target for this model is {smallest:.3f}"
+    )
+
+
+def max_rank(gqa: GQA) -> int:
+    """The rank at which the latent holds every key and value: more would store nothing new."""
+    return 2 * gqa.n_kv_heads * gqa.head_dim
+
+
+def target_spec(gqa: GQA, rank: int, rope_dim: int, nope_dim: int, value_dim: int) -> MLA:
+    """The MLA shape for one layer, checked.
+
+    Raises:
+        InputError: a size is out of range; the message says which and what is possible.
+    """
+    if not 1 <= rank <= max_rank(gqa):
+        raise InputError(f"--kv-lora-rank {rank} is not possible; this model takes 1 to {max_rank(gqa)}")
+    if rope_dim % 2 or not 2 <= rope_dim <= gqa.rope.dim:
+        raise InputError(f"--rope-dim {rope_dim} is not possible; it is even, from 2 to {gqa.rope.dim}")
+    if not 1 <= nope_dim <= rank:
+        raise InputError(f"--nope-dim {nope_dim} is not possible; it is from 1 to the rank, {rank}")
+    return MLA(gqa.n_heads, rank, nope_dim, value_dim, RopeSpec(gqa.rope.theta, rope_dim))

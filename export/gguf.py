@@ -1,0 +1,183 @@
+"""GGUF out: any TensorSource, streamed tensor by tensor, renamed into place when complete."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekv import __version__
+from edgekv.files import atomic_path
+from edgekv.source import Metadata, MetaValue, TensorSource
+from edgekv.spec import MLA, ModelSpec
+
+QuantType = gguf.GGMLQuantizationType
+WEIGHT_TYPES: Mapping[str, QuantType] = {
+    "f32": QuantType.F32,
+    "f16": QuantType.F16,
+    "bf16": QuantType.BF16,
+    "q8_0": QuantType.Q8_0,
+    "q5_1": QuantType.Q5_1,
+    "q5_0": QuantType.Q5_0,
+    "q4_1": QuantType.Q4_1,
+    "q4_0": QuantType.Q4_0,
+}
+KEEP = "keep"  # stored tensors keep their bytes; computed ones become q8_0
+FILE_TYPES: Mapping[QuantType, gguf.LlamaFileType] = {
+    QuantType.F32: gguf.LlamaFileType.ALL_F32,
+    QuantType.F16: gguf.LlamaFileType.MOSTLY_F16,
+    QuantType.BF16: gguf.LlamaFileType.MOSTLY_BF16,
+    QuantType.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
+    QuantType.Q5_1: gguf.LlamaFileType.MOSTLY_Q5_1,
+    QuantType.Q5_0: gguf.LlamaFileType.MOSTLY_Q5_0,
+    QuantType.Q4_1: gguf.LlamaFileType.MOSTLY_Q4_1,
+    QuantType.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
+}
+Progress = Callable[[str, int, int], None]  # tensor name, index, count
+
+
+def tensor_type(name: str, shape: tuple[int, ...], weights: QuantType) -> QuantType:
+    """The type a tensor is written in when the model's weights are `weights`.
+
+    Vectors stay F32. `attn_kv_a_mqa` stays F32 for quantized weights and f16, whose range the norm trick
+    leaves (edgekv.convert.norm_trick); BF16 has that range. Embeddings and the output head keep 8 bits, as
+    llama.cpp's own presets do. A row that does not divide into blocks becomes F16.
+    """
+    if len(shape) == 1:
+        return QuantType.F32
+    if name.endswith("attn_kv_a_mqa.weight"):
+        return QuantType.BF16 if weights == QuantType.BF16 else QuantType.F32
+    small = (QuantType.Q4_0, QuantType.Q4_1, QuantType.Q5_0, QuantType.Q5_1)
+    if name in ("token_embd.weight", "output.weight") and weights in small:
+        weights = QuantType.Q8_0
+    block, _ = gguf.GGML_QUANT_SIZES[weights]
+    return QuantType.F16 if shape[-1] % block else weights
+
+
+def write_gguf(
+    source: TensorSource, path: Path, weights: str, notes: Metadata, force: bool, progress: Progress
+) -> None:
+    """Write a source as GGUF; `notes` are extra key-value pairs on how it was made.
+
+    Raises:
+        OutputError: the folder is missing, the file exists and `force` is not set, or the disk is full.
+    """
+    with atomic_path(path, force) as partial:
+        plan = [(name, *_plan(source, name, weights)) for name in source.names()]
+        writer = gguf.GGUFWriter(partial, gguf_arch(source.spec))
+        _write_metadata(writer, source, weights, notes)
+        for name, quant, raw in plan:
+            shape = source.shape(name)
+            nbytes = raw.nbytes if raw is not None else _nbytes(shape, quant)
+            byte_shape = gguf.quant_shape_to_byte_shape(shape, quant) if _is_blocked(quant) else shape
+            dtype = np.dtype(np.uint8) if _is_blocked(quant) else _plain_dtype(quant)
+            writer.add_tensor_info(name, byte_shape, dtype, nbytes, raw_dtype=quant)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for i, (name, quant, raw) in enumerate(plan):
+            progress(name, i, len(plan))
+            writer.write_tensor_data(raw if raw is not None else gguf.quants.quantize(source.load(name), quant))
+        writer.close()
+
+
+def gguf_arch(spec: ModelSpec) -> str:
+    """The llama.cpp architecture that runs a spec."""
+    return "deepseek2" if isinstance(spec.layers[0].attention, MLA) else spec.arch
+
+
+def _plan(source: TensorSource, name: str, weights: str) -> tuple[QuantType, NDArray[np.uint8] | None]:
+    """The type to write a tensor in, and its stored bytes if they can be copied."""
+    if weights == KEEP:
+        raw = source.raw(name)
+        if raw is not None:
+            return QuantType[source.quantization(name)], raw
+    chosen = WEIGHT_TYPES["q8_0" if weights == KEEP else weights]
+    return tensor_type(name, source.shape(name), chosen), None
+
+
+def _is_blocked(quant: QuantType) -> bool:
+    return quant not in (QuantType.F32, QuantType.F16)
+
+
+def _plain_dtype(quant: QuantType) -> np.dtype[np.float32] | np.dtype[np.float16]:
+    return np.dtype(np.float32) if quant == QuantType.F32 else np.dtype(np.float16)
+
+
+def _nbytes(shape: tuple[int, ...], quant: QuantType) -> int:
+    block, size = gguf.GGML_QUANT_SIZES[quant]
+    return int(np.prod(shape)) // block * size
+
+
+def _write_metadata(writer: gguf.GGUFWriter, source: TensorSource, weights: str, notes: Metadata) -> None:
+    arch = gguf_arch(source.spec)
+    stored = source.quantization("blk.0.ffn_down.weight")
+    quant = QuantType[stored] if weights == KEEP else WEIGHT_TYPES[weights]
+    pairs: dict[str, MetaValue] = {
+        key: value
+        for key, value in source.metadata.items()
+        if key.split(".")[0] in ("tokenizer", "general")
+        and key not in ("general.architecture", "general.file_type", "general.quantization_version")
+    }
+    pairs |= architecture_keys(source.spec) | dict(notes) | {"edgekv.version": __version__}
+    for key, value in pairs.items():
+        _add_key(writer, f"{arch}.{key.removeprefix('{arch}.')}" if key.startswith("{arch}.") else key, value)
+    writer.add_file_type(FILE_TYPES.get(quant, gguf.LlamaFileType.GUESSED))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _add_key(writer: gguf.GGUFWriter, key: str, value: MetaValue) -> None:
+    kinds: dict[type, Callable[[str, MetaValue], None]] = {
+        bool: writer.add_bool,
+        str: writer.add_string,
+        float: writer.add_float32,
+        list: writer.add_array,
+    }
+    if isinstance(value, int) and not isinstance(value, bool):
+        (writer.add_uint32 if 0 <= value < 2**32 else writer.add_int64)(key, value)
+    elif not (isinstance(value, list) and not value):  # gguf-py cannot write an empty array
+        kinds[type(value)](key, value)
+
+
+def architecture_keys(spec: ModelSpec) -> dict[str, MetaValue]:
+    """GGUF keys of a spec, `{arch}.` standing for the architecture.
+
+    The deepseek2 set is what llama.cpp's loader reads for a dense model with a latent cache
+    (src/llama-model.cpp, LLM_ARCH_DEEPSEEK2).
+    """
+    layer = spec.layers[0]
+    attention = layer.attention
+    keys: dict[str, MetaValue] = {
+        "{arch}.block_count": spec.n_layers,
+        "{arch}.context_length": spec.context_length,
+        "{arch}.embedding_length": spec.dim,
+        "{arch}.feed_forward_length": layer.ffn_dim,
+        "{arch}.vocab_size": spec.vocab,
+        "{arch}.attention.head_count": attention.n_heads,
+        "{arch}.attention.layer_norm_rms_epsilon": spec.norm_eps,
+        "{arch}.rope.freq_base": attention.rope.theta,
+        "{arch}.rope.dimension_count": attention.rope.dim,
+    }
+    if not isinstance(attention, MLA):
+        return keys | {
+            "{arch}.attention.head_count_kv": attention.n_kv_heads,
+            "{arch}.attention.key_length": attention.head_dim,
+            "{arch}.attention.value_length": attention.head_dim,
+        }
+    return keys | {
+        "{arch}.attention.head_count_kv": 1,
+        "{arch}.attention.q_lora_rank": attention.q_lora_rank,
+        "{arch}.attention.kv_lora_rank": attention.kv_lora_rank,
+        "{arch}.attention.key_length": attention.cache_values,
+        "{arch}.attention.value_length": attention.kv_lora_rank,
+        "{arch}.attention.key_length_mla": attention.head_dim,
+        "{arch}.attention.value_length_mla": attention.value_dim,
+        "{arch}.leading_dense_block_count": spec.n_layers,
+        "{arch}.expert_feed_forward_length": 0,
+        "{arch}.expert_shared_count": 0,
+        "{arch}.expert_count": 0,
+        "{arch}.expert_used_count": 0,
+    }
