@@ -71,11 +71,14 @@ def _quota_of(folder: Path) -> float | None:
     if text := _read(folder / "cpu.max"):
         quota, _, period = text.partition(" ")
         return None if quota == "max" else float(quota) / float(period or 100_000)
-    quota, period = (
-        _read(folder / "cpu.cfs_quota_us") or "-1",
-        _read(folder / "cpu.cfs_period_us") or "100000",
-    )
-    return float(quota) / float(period) if float(quota) > 0 else None
+    micros = float(_read(folder / "cpu.cfs_quota_us") or -1)
+    return micros / float(_read(folder / "cpu.cfs_period_us") or 100_000) if micros > 0 else None
+
+
+def _allowed() -> set[int]:
+    if sys.platform == "linux":
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
 
 
 def _speed(folder: Path) -> float:
