@@ -1,0 +1,112 @@
+"""`edgekv bench`: measure models and cache types in turns."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from edgekv.devices.bench import Progress
+
+
+@click.command("bench")
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...", type=click.Path(path_type=Path))
+@click.option("-c", "--cache", "caches", default="f16", show_default=True, help="Cache types, with commas.")
+@click.option("-d", "--depth", "depths", default="0,512", show_default=True, help="Depths, with commas.")
+@click.option("-p", "--n-prompt", default=128, show_default=True, help="Tokens of each timed prefill.")
+@click.option("-n", "--n-gen", default=32, show_default=True, help="Tokens of each timed decode.")
+@click.option("-r", "--repeats", default=5, show_default=True, help="Timed samples at each depth.")
+@click.option("-t", "--threads", default=0, help="Engine threads.  [default: one a CPU in use]")
+@click.option("--cpus", default="", help="CPUs to run on, as 0-3,6.  [default: the fast physical cores]")
+@click.option("--engine", default="llamacpp", show_default=True, help="Engine: llamacpp or reference.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the JSON report here.")
+@click.option("--force", is_flag=True, help="Replace the output file if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print the JSON report instead of tables.")
+def command(
+    models: tuple[Path, ...],
+    caches: str,
+    depths: str,
+    n_prompt: int,
+    n_gen: int,
+    repeats: int,
+    threads: int,
+    cpus: str,
+    engine: str,
+    output: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Measure prefill and decode speed and memory; every model with every cache type takes turns.
+
+    Each candidate runs in a process of its own, pinned to the same cores, so that its memory is its own
+    and noise hits all alike. Medians of the samples are printed with half their spread.
+
+    \b
+    edgekv bench model.gguf
+    edgekv bench model.gguf small.gguf -d 0,2048 -o run.json
+    edgekv bench model.gguf -c f16,q8_0,q4_0 -d 0,512,2048,7600
+    edgekv compare run.json --html run.html
+    """
+    from edgekv.devices import bench
+    from edgekv.devices.tables import Source, as_text, tables, warnings
+    from edgekv.files import atomic_path
+    from edgekv.report import dumps
+
+    candidates = [
+        bench.Candidate(model, cache.strip(), engine) for model in models for cache in caches.split(",")
+    ]
+    settings = bench.BenchSettings(
+        depths=parse_depths(depths),
+        n_prompt=n_prompt,
+        n_gen=n_gen,
+        repeats=repeats,
+        threads=threads,
+        cpus=parse_cpus(cpus),
+    )
+    said = "edgekv " + " ".join(sys.argv[1:])
+    # The output is opened first: nobody should wait for a bench whose report cannot be written.
+    with atomic_path(output, force) if output else nullcontext() as partial:
+        report = bench.run(candidates, settings, show_progress, said)
+        text = dumps(report)
+        if partial is not None:
+            partial.write_text(text, encoding="utf-8")
+    if as_json:
+        click.echo(text, nl=False)
+        return
+    sources = (Source("this run", report),)
+    click.echo("\n\n".join(as_text(table) for table in tables(sources)))
+    for warning in warnings(sources):
+        click.echo(f"note: {warning}")
+    if output is not None:
+        click.echo(f"report: {output}  (edgekv compare {output} --html page.html)")
+
+
+def show_progress(step: Progress) -> None:
+    """One line on stderr, rewritten in place on a terminal."""
+    line = f"[{step.step}/{step.steps}] {step.text}"
+    if sys.stderr.isatty():
+        click.echo(f"\r\x1b[K{line}" + ("\r\x1b[K" if step.step == step.steps else ""), nl=False, err=True)
+    else:
+        click.echo(line, err=True)
+
+
+def parse_depths(text: str) -> tuple[int, ...]:
+    """Depths in rising order from "0,2048"."""
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not a list such as 0,2048", param_hint="--depth") from error
+
+
+def parse_cpus(text: str) -> tuple[int, ...]:
+    """CPU numbers from "0-3,6"."""
+    from edgekv.devices.cores import parse_cpu_list
+
+    try:
+        return parse_cpu_list(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--cpus") from error
