@@ -109,6 +109,7 @@ class _Bench:
         lanes = len(self._candidates)
         self._steps = lanes * (2 + len(settings.depths) * (1 + settings.repeats))
         self._step = 0
+        self._features: tuple[str, ...] = ()
 
     def report(self, command: str) -> Report:
         everyone = list(zip(self._candidates, self._runs, strict=True))
@@ -124,7 +125,7 @@ class _Bench:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             command=command,
             machine=self._machine,
-            software=software(),
+            software=software(self._features),
             settings=Settings(s.n_prompt, s.n_gen, s.repeats, s.depths, s.threads, s.cpus, self._turns),
             runs=runs,
             notes=self._notes,
@@ -204,6 +205,8 @@ class _Bench:
         lane.loaded = lane.worker.ask("memory")
         first_ttft_s = lane.worker.ask("prefill", n=s.n_prompt)
         lane.worker.ask("decode", n=min(8, s.n_gen))  # warms the decode path; not counted
+        if lane.candidate.engine == "llamacpp":
+            self._features = tuple(lane.worker.ask("engine_features"))
         lane.cache_nbytes, lane.repacked_nbytes = opened["cache_nbytes"], opened["repacked_nbytes"]
         lane.run = replace(lane.run, load_s=opened["load_s"], first_ttft_s=first_ttft_s)
 

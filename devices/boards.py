@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,8 +28,9 @@ class Board:
     """One machine.
 
     `ram_mib` lists the sizes it is sold with; `read_gb_s` is the read bandwidth by number of threads (of
-    the whole card for a GPU, where `cores` and `clock_ghz` play no part); `os_mib` is the memory that the system takes before any program starts;
-    `prefill_gflops` is what a GPU's prefill reaches; `decode_w` is the power while decoding.
+    the whole card for a GPU, where `cores` and `clock_ghz` play no part); `os_mib` is the memory that the
+    system takes before any program starts; `prefill_gflops` is what a GPU's prefill reaches; `decode_w` is
+    the power while decoding.
     """
 
     key: str
@@ -55,7 +57,7 @@ class Board:
     def bandwidth_gb_s(self, threads: int) -> float:
         """Read bandwidth at a number of threads: interpolated between the measured ones, flat outside."""
         known = sorted(self.read_gb_s.items())
-        for (low, slow), (high, fast) in zip(known, known[1:], strict=False):
+        for (low, slow), (high, fast) in itertools.pairwise(known):
             if low <= threads <= high:
                 return slow + (fast - slow) * (threads - low) / (high - low)
         return known[0][1] if threads < known[0][0] else known[-1][1]
@@ -121,9 +123,7 @@ def find_board(name: str) -> Board:
     """
     boards = load_boards()
     names = {
-        alias.lower(): board
-        for board in boards.values()
-        for alias in (board.key, board.name, *board.aliases)
+        alias.lower(): board for board in boards.values() for alias in (board.key, board.name, *board.aliases)
     }
     wanted = name.strip().lower().replace("_", "-")
     if wanted in names:

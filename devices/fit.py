@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from edgekv.devices.boards import Board, load_boards
 from edgekv.devices.speed import Coefficients, Workload, decode_s, prefill_s, weight_family
@@ -113,7 +114,12 @@ def _start(kind: str) -> Coefficients:
     """
     is_gpu, dotprod = kind in ("igpu", "gpu", "gpu-hbm"), kind == "arm-dotprod"
     assumed = {
-        "arm": ("decode_flops_per_cycle", "low_bit_cost", "attention_flops_per_cycle", "quantized_cache_cost"),
+        "arm": (
+            "decode_flops_per_cycle",
+            "low_bit_cost",
+            "attention_flops_per_cycle",
+            "quantized_cache_cost",
+        ),
         "arm-dotprod": ("attention_flops_per_cycle",),
         "x86": ("decode_flops_per_cycle", "low_bit_cost", "prefill_flops_per_cycle", "quantized_cache_cost"),
         "igpu": ("attention_passes",),
@@ -156,7 +162,9 @@ def _prefill_attention(rows: Sequence[Row]) -> tuple[float | None, float | None]
             groups.setdefault((row.board.key, row.model, row.work.weights), []).append(row)
     shares, costs = [], []
     for group in groups.values():
-        plain = [(r.n_prompt / 2, 1 / r.prefill_tps) for r in group if r.prefill_tps and not r.work.quantized_cache]
+        plain = [
+            (r.n_prompt / 2, 1 / r.prefill_tps) for r in group if r.prefill_tps and not r.work.quantized_cache
+        ]
         if len({depth for depth, _ in plain}) < 2:
             continue
         slope, intercept = statistics.linear_regression(*zip(*plain, strict=True))
@@ -186,13 +194,18 @@ def _search(c: Coefficients, free: Sequence[str], loss: Callable[[Coefficients],
         while better:
             better = False
             for name in free:
-                tried = [
-                    replace(c, **{name: getattr(c, name) * math.exp(width * k / 20)}) for k in range(-20, 21)
-                ]
+                tried = [_scaled(c, name, math.exp(width * k / 20)) for k in range(-20, 21)]
                 losses = [loss(candidate) for candidate in tried]
                 if min(losses) < best - 1e-9:
                     best, c, better = min(losses), tried[losses.index(min(losses))], True
-    return replace(c, **{name: float(f"{getattr(c, name):.4g}") for name in free})
+    for name in free:
+        c = _scaled(c, name, float(f"{getattr(c, name):.4g}") / getattr(c, name))
+    return c
+
+
+def _scaled(c: Coefficients, name: str, factor: float) -> Coefficients:
+    changed: dict[str, Any] = {name: getattr(c, name) * factor}
+    return replace(c, **changed)
 
 
 def _loss(errors: Sequence[float]) -> float:

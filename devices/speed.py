@@ -5,7 +5,7 @@ A decoded token costs
     + cached tokens x max(cache bytes / bandwidth, attention FLOPs / compute)
 and a prefilled one weight FLOPs / compute + mean cached tokens x attention FLOPs / compute. On CPUs
 attention over a cache is compute and not traffic: bytes alone predict 80 % of the speed at depth 8192 where
-39 % is measured. The coefficients are fitted by `devices/fit.py` on public measurements and lie in speed.json.
+39 % is measured. The coefficients, fitted by `devices/fit.py` on public measurements, lie in speed.json.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from edgekv.devices.boards import Board
+
 from edgekv.report import CacheInfo, ModelInfo
 from edgekv.schema import decode as decode_json
 
@@ -87,7 +88,7 @@ def load_coefficients() -> dict[str, Coefficients]:
 
 
 def weight_family(weights: str) -> str:
-    """The kernels that a weight type runs on: f16, q8, q4 (32-weight blocks), k (K-quants) or low (2, 3 bit)."""
+    """The kernels that a weight type runs on: f16, q8, q4 (blocks of 32), k (K-quants) or low (2, 3 bit)."""
     first = weights.split("+")[0].upper().removeprefix("UD-")
     if first in ("F32", "F16", "BF16"):
         return "f16"
@@ -110,7 +111,10 @@ def weights_s(work: Workload, board: Board, threads: int, c: Coefficients) -> fl
     fixed_s = work.n_layers * c.layer_s
     if board.is_gpu:
         return traffic_s * cost + fixed_s
-    return max(traffic_s, work.weight_flops * cost / _flops_per_s(board, threads, c.decode_flops_per_cycle)) + fixed_s
+    return (
+        max(traffic_s, work.weight_flops * cost / _flops_per_s(board, threads, c.decode_flops_per_cycle))
+        + fixed_s
+    )
 
 
 def cached_token_s(work: Workload, board: Board, threads: int, c: Coefficients) -> float:
@@ -119,10 +123,14 @@ def cached_token_s(work: Workload, board: Board, threads: int, c: Coefficients) 
     if board.is_gpu:
         return traffic_s * c.attention_passes
     cost = c.quantized_cache_cost if work.quantized_cache else 1.0
-    return max(traffic_s, work.attention_flops * cost / _flops_per_s(board, threads, c.attention_flops_per_cycle))
+    return max(
+        traffic_s, work.attention_flops * cost / _flops_per_s(board, threads, c.attention_flops_per_cycle)
+    )
 
 
-def prefill_s(work: Workload, board: Board, threads: int, n: int, depth: float, c: Coefficients) -> float | None:
+def prefill_s(
+    work: Workload, board: Board, threads: int, n: int, depth: float, c: Coefficients
+) -> float | None:
     """Seconds to prefill `n` tokens after `depth` ones; None for a GPU whose prefill rate is not known."""
     if board.is_gpu:
         rate = (board.prefill_gflops or 0.0) * 1e9

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -46,7 +47,17 @@ class Worker:
         )
         load_s = time.perf_counter() - start
         self._tokens = _tokens(n_ctx, self._backend.n_vocab)
-        return {"load_s": load_s, "cache_nbytes": self._backend.cache_nbytes()}
+        return {
+            "load_s": load_s,
+            "cache_nbytes": self._backend.cache_nbytes(),
+            "repacked_nbytes": repacked_nbytes(engine_log()) if engine == "llamacpp" else 0,
+        }
+
+    def engine_features(self) -> list[str]:
+        """CPU features that this llama.cpp build uses, as it names them."""
+        from edgekv.backends.llama_native import llama
+
+        return system_features(llama().llama_print_system_info().decode())
 
     def fill(self, depth: int) -> None:
         """Bring the cache to `depth` tokens."""
@@ -80,6 +91,27 @@ class Worker:
 
         seen = ResidentSet.of_self(self._path)
         return {"rss": seen.rss_nbytes, "peak": seen.peak_rss_nbytes, "file": seen.file_nbytes}
+
+
+def engine_log() -> str:
+    """What llama.cpp logged while it loaded."""
+    from edgekv.backends.llama_native import LOG
+
+    return LOG.text()
+
+
+def repacked_nbytes(log: str) -> int:
+    """Weights that the engine holds in buffers of its own beside the mapped file, from its log.
+
+    Repacked copies stay beside the mapped originals: "CPU_REPACK model buffer size =    95.34 MiB".
+    """
+    found = re.findall(r"(\S+) model buffer size =\s*([\d.]+) MiB", log)
+    return round(sum(float(mib) for name, mib in found if not name.endswith("_Mapped")) * 2**20)
+
+
+def system_features(info: str) -> list[str]:
+    """Names set to 1 in llama_print_system_info's "CPU : AVX = 1 | NEON = 0 | ..."."""
+    return re.findall(r"(\w+) = 1\b", info)
 
 
 def pin(cpus: list[int]) -> None:
