@@ -8,6 +8,10 @@ from typing import Protocol
 from edgekv.source import Array
 
 
+class Interrupted(Exception):
+    """A call was told to stop before its end; what it had processed stays in the cache."""
+
+
 class Backend(Protocol):
     """One model, one sequence, one cache. Not thread-safe.
 
