@@ -73,7 +73,7 @@ def test_greedy_equals_a_bare_loop(smollm2: Path, backend: LlamaCppBackend) -> N
 
 def test_prefill_all_and_score_agree_with_prefill(smollm2: Path) -> None:
     """With a bf16 cache, attention runs the same kernel for every batch size, so the logits are the same."""
-    backend = LlamaCppBackend(smollm2, n_ctx=512, n_threads=2, cache_type="bf16")
+    backend = LlamaCppBackend(smollm2, n_ctx=512, n_threads=1, cache_type="bf16")
     long = (TEXT * 20)[: LOGITS_ROWS + 10]
     every = backend.prefill_all(long)
     assert every.shape == (len(long), backend.n_vocab)
@@ -97,11 +97,11 @@ def test_trim_goes_back_in_time(backend: LlamaCppBackend) -> None:
 
 @pytest.mark.parametrize("cache_type", list(CACHE_BLOCKS))
 def test_cache_nbytes_is_the_arithmetic_and_the_log(smollm2: Path, cache_type: str) -> None:
-    backend = LlamaCppBackend(smollm2, n_ctx=300, cache_type=cache_type)
+    backend = LlamaCppBackend(smollm2, n_ctx=300, cache_type=cache_type, n_threads=1)
     assert backend.n_ctx == 512  # rounded up to a multiple of 256
     assert backend.cache_nbytes() == 30 * 2 * 3 * cache_row_nbytes(64, cache_type) * 512
     assert abs(LOG.cache_nbytes() - backend.cache_nbytes()) <= 0.005 * 2**20
-    assert np.isfinite(backend.prefill(TEXT)).all()
+    assert np.isfinite(backend.prefill(TEXT[:3])).all()
     backend.close()
 
 
