@@ -1,1 +1,59 @@
-"""Inference engines behind one protocol."""
+"""Inference engines behind one protocol; this is the door that opens them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import ctypes
+    from pathlib import Path
+
+    from edgekv.backends.base import Backend
+
+Kind = Literal["llama.cpp", "reference"]
+KINDS: tuple[Kind, ...] = ("llama.cpp", "reference")
+REFERENCE_N_CTX = 4096
+
+
+def open_backend(
+    path: Path,
+    kind: Kind = "llama.cpp",
+    *,
+    n_ctx: int | None = None,
+    cache_type: str | None = None,
+    n_threads: int | None = None,
+    abort_flag: ctypes.Array[ctypes.c_char] | None = None,
+) -> Backend:
+    """Open a model in an engine, in this process.
+
+    Args:
+        path: the model file.
+        kind: "llama.cpp", or "reference" for the NumPy reference.
+        n_ctx: tokens the cache holds; by default the trained length, but at most 4096.
+        cache_type: how the cache is stored: by default f16 in llama.cpp; the reference has only f32.
+        n_threads: by default llama.cpp takes the physical big cores; NumPy's threads are its BLAS's affair.
+        abort_flag: two bytes whose first ends a llama.cpp call in progress; see LlamaCppBackend.
+
+    Raises:
+        InputError: an option is impossible, or the file is malformed or unsupported.
+        BackendError: the engine is not installed or failed.
+    """
+    from edgekv.errors import InputError
+
+    if kind == "llama.cpp":
+        from edgekv.backends.llamacpp import LlamaCppBackend
+
+        return LlamaCppBackend(
+            path, n_ctx=n_ctx, cache_type=cache_type or "f16", n_threads=n_threads, abort_flag=abort_flag
+        )
+    if kind != "reference":
+        raise InputError(f"unknown backend {kind!r}; there are {', '.join(KINDS)}")
+    if cache_type not in (None, "f32"):
+        raise InputError(f"the reference backend caches in f32, not {cache_type}; use --backend llama.cpp")
+    if n_threads is not None:
+        raise InputError("the reference backend's threads are NumPy's: set OMP_NUM_THREADS instead")
+    from edgekv.backends.reference import ReferenceBackend
+    from edgekv.source import open_source
+
+    source = open_source(path)
+    return ReferenceBackend(source, n_ctx or min(source.spec.context_length, REFERENCE_N_CTX))

