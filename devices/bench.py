@@ -6,9 +6,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
 
 from edgekv.devices.bandwidth import working_set_nbytes
+from edgekv.devices.candidates import (
+    BenchSettings,
+    Candidate,
+    Progress,
+    check,
+    empty_run,
+    labels,
+    load_note,
+)
 from edgekv.devices.cores import allowed_cpus
 from edgekv.devices.energy import EnergyMeter, find_sources
 from edgekv.devices.health import read_health
@@ -19,45 +27,11 @@ from edgekv.devices.workers import WorkerProcess
 
 from edgekv.backends.threads import big_cores, default_threads
 from edgekv.errors import BackendError, InputError
-from edgekv.report import FORMAT, VERSION, CacheInfo, ModelInfo, Point, Report, Run, Settings, Stat
+from edgekv.report import FORMAT, VERSION, Point, Report, Run, Settings, Stat
+
+__all__ = ["BenchSettings", "Candidate", "Progress", "run"]
 
 WORKER_NBYTES = 120 * 2**20  # interpreter, libraries and buffers beside weights and cache, roughly
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One model file with one cache type."""
-
-    path: Path
-    cache_type: str = "f16"
-    engine: str = "llamacpp"
-
-
-@dataclass(frozen=True)
-class BenchSettings:
-    """What to measure. `cpus` empty: the big physical cores; `threads` 0: as many."""
-
-    depths: tuple[int, ...] = (0, 512)
-    n_prompt: int = 128
-    n_gen: int = 32
-    repeats: int = 5
-    threads: int = 0
-    cpus: tuple[int, ...] = ()
-    with_hash: bool = True
-
-    @property
-    def n_ctx(self) -> int:
-        """Tokens of context that the deepest point needs."""
-        return max(self.depths) + max(self.n_prompt, self.n_gen)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One step of the bench is about to start."""
-
-    step: int
-    steps: int
-    text: str
 
 
 @dataclass
@@ -95,7 +69,7 @@ class _Bench:
     def __init__(
         self, candidates: Sequence[Candidate], settings: BenchSettings, progress: Callable[[Progress], None]
     ) -> None:
-        _check(candidates, settings)
+        check(candidates, settings)
         cpus = settings.cpus or tuple(big_cores(set(allowed_cpus())))
         threads = settings.threads or min(len(cpus), default_threads())
         self._settings = replace(settings, cpus=cpus, threads=threads)
@@ -103,7 +77,7 @@ class _Bench:
         self._progress = progress
         self._machine, self._notes = probe()
         self._energy, energy_notes = find_sources()
-        self._notes += energy_notes
+        self._notes += energy_notes + load_note()
         self._runs = self._describe()
         self._turns = self._all_fit_at_once()
         lanes = len(self._candidates)
@@ -205,7 +179,7 @@ class _Bench:
         lane.loaded = lane.worker.ask("memory")
         first_ttft_s = lane.worker.ask("prefill", n=s.n_prompt)
         lane.worker.ask("decode", n=min(8, s.n_gen))  # warms the decode path; not counted
-        if lane.candidate.engine == "llamacpp":
+        if lane.candidate.engine == "llama.cpp":
             self._features = tuple(lane.worker.ask("engine_features"))
         lane.cache_nbytes, lane.repacked_nbytes = opened["cache_nbytes"], opened["repacked_nbytes"]
         lane.run = replace(lane.run, load_s=opened["load_s"], first_ttft_s=first_ttft_s)
@@ -266,44 +240,3 @@ class _Bench:
     def _tell(self, text: str) -> None:
         self._step += 1
         self._progress(Progress(self._step, self._steps, text))
-
-
-def labels(candidates: Sequence[Candidate]) -> list[str]:
-    """A short unique name for each: the file's stem, the cache type, and a number if both repeat."""
-    wanted = [f"{c.path.stem} {c.cache_type}" for c in candidates]
-    return [
-        name if wanted.count(name) == 1 else f"{name} #{wanted[:i].count(name) + 1}"
-        for i, name in enumerate(wanted)
-    ]
-
-
-def empty_run(label: str, engine: str, model: ModelInfo, cache: CacheInfo) -> Run:
-    """A run without results yet."""
-    return Run(
-        label=label,
-        engine=engine,
-        model=model,
-        cache=cache,
-        load_s=None,
-        first_ttft_s=None,
-        points=(),
-        memory=None,
-        bandwidth_gb_s=None,
-        bandwidth_nbytes=None,
-        energy_source=None,
-        before=None,
-        after=None,
-        error=None,
-    )
-
-
-def _check(candidates: Sequence[Candidate], settings: BenchSettings) -> None:
-    if not candidates:
-        raise InputError("nothing to bench: name at least one model file")
-    s = settings
-    if not s.depths or min(s.depths) < 0 or list(s.depths) != sorted(set(s.depths)):
-        raise InputError(f"depths {s.depths}: give whole numbers from 0, each once, in rising order")
-    if min(s.n_prompt, s.n_gen, s.repeats) < 1:
-        raise InputError("the prompt, the answer and the repeats must be at least 1")
-    if unknown := sorted(set(s.cpus) - set(allowed_cpus())):
-        raise InputError(f"CPU {unknown[0]} is not one that this process may use: {allowed_cpus()}")

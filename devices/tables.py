@@ -90,7 +90,7 @@ def speed_table(rows: Sequence[Entry]) -> Table:
                         row.source.report.provenance,
                     )
                 )
-    return Table("Speed", head, tuple(lines))
+    return _without_empty(Table("Speed", head, tuple(lines)))
 
 
 def memory_table(rows: Sequence[Entry]) -> Table:
@@ -127,7 +127,7 @@ def provenance_table(rows: Sequence[Entry]) -> Table:
                 row.name,
                 report.provenance,
                 report.machine.board + (f" [{report.machine.emulator}]" if report.machine.emulator else ""),
-                run.engine + (f" {report.software.llama_cpp}" if report.software.llama_cpp else ""),
+                engine_name(run, report),
                 whole(report.settings.threads),
                 f"{run.model.file}{digest}",
                 report.created[:10],
@@ -135,6 +135,12 @@ def provenance_table(rows: Sequence[Entry]) -> Table:
             )
         )
     return Table("Provenance", head, tuple(lines))
+
+
+def engine_name(run: Run, report: Report) -> str:
+    """The engine and, for llama.cpp, its version."""
+    known = run.engine == "llama.cpp" and report.software.llama_cpp
+    return f"{run.engine} {report.software.llama_cpp}" if known else run.engine
 
 
 def warnings(sources: Sequence[Source]) -> tuple[str, ...]:
@@ -172,6 +178,13 @@ def _run_warnings(row: Entry) -> list[str]:
     if after and after.throttling and after.throttling != (before.throttling if before else ()):
         said.append(f"{row.name}: throttling during the run: {', '.join(after.throttling)}")
     return said
+
+
+def _without_empty(table: Table) -> Table:
+    """The table without columns in which nothing is known."""
+    kept = [i for i in range(len(table.head)) if i == 0 or any(row[i] != UNKNOWN for row in table.rows)]
+    rows = tuple(tuple(row[i] for i in kept) for row in table.rows)
+    return Table(table.title, tuple(table.head[i] for i in kept), rows)
 
 
 def as_text(table: Table) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from edgekv.backends import Kind
 from edgekv.errors import EdgeKVError
 
 
@@ -34,7 +35,7 @@ class Worker:
         return read_bandwidth_gb_s(nbytes, threads)
 
     def open(
-        self, path: str, engine: str, n_ctx: int, cache_type: str, threads: int, cpus: list[int]
+        self, path: str, engine: Kind, n_ctx: int, cache_type: str, threads: int, cpus: list[int]
     ) -> dict[str, Any]:
         """Load the model; how long it took and what the engine says it allocated."""
         from edgekv.backends import open_backend
@@ -43,14 +44,18 @@ class Worker:
         self._path = Path(path)
         start = time.perf_counter()
         self._backend = open_backend(
-            self._path, kind=engine, n_ctx=n_ctx, cache_type=cache_type, n_threads=threads
+            self._path,
+            engine,
+            n_ctx=n_ctx,
+            cache_type=cache_type,
+            n_threads=threads if engine == "llama.cpp" else None,
         )
         load_s = time.perf_counter() - start
         self._tokens = _tokens(n_ctx, self._backend.n_vocab)
         return {
             "load_s": load_s,
             "cache_nbytes": self._backend.cache_nbytes(),
-            "repacked_nbytes": repacked_nbytes(engine_log()) if engine == "llamacpp" else 0,
+            "repacked_nbytes": repacked_nbytes(engine_log()) if engine == "llama.cpp" else 0,
         }
 
     def engine_features(self) -> list[str]:

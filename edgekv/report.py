@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgekv.errors import InputError
-from edgekv.schema import SchemaError, decode, encode
+from edgekv.schema import SchemaError, decode, encode, json_schema
 
 FORMAT: Literal["edgekv.report"] = "edgekv.report"
 VERSION = 1
@@ -204,6 +204,12 @@ def dumps(report: Report) -> str:
     return json.dumps(encode(report), indent=1, allow_nan=False) + "\n"
 
 
+def schema_text() -> str:
+    """The published JSON Schema; devices/report.schema.json holds exactly this."""
+    title = f"EdgeKV report, version {VERSION}"
+    return json.dumps(json_schema(Report, f"urn:edgekv:report:{VERSION}", title), indent=1) + "\n"
+
+
 def read_json(path: Path) -> Any:
     """Parse a JSON file of a plausible size.
 
@@ -247,9 +253,30 @@ def parse_report(value: Any, path: Path) -> Report:
         report = decode(Report, value)
     except SchemaError as error:
         raise InputError(f"{path}: {error}; it was edited or damaged: run the bench again") from error
-    if not report.runs:
-        raise InputError(f"{path}: runs: the report holds none; run the bench again")
+    if problem := nonsense(report):
+        raise InputError(f"{path}: {problem}; it was edited or damaged: run the bench again")
     return report
+
+
+def nonsense(report: Report) -> str | None:
+    """What no bench could have measured, or None; a hand-edited report has the right types all the same."""
+    if not report.runs:
+        return "runs: there are none"
+    labels = [run.label for run in report.runs]
+    if len(set(labels)) < len(labels):
+        return "runs: two have the same label"
+    for i, run in enumerate(report.runs):
+        if run.memory and run.memory.peak_rss_nbytes <= 0:
+            return f"runs[{i}].memory.peak_rss_nbytes: {run.memory.peak_rss_nbytes} bytes"
+        for j, point in enumerate(run.points):
+            where = f"runs[{i}].points[{j}]"
+            if point.depth < 0:
+                return f"{where}.depth: {point.depth}"
+            for name in ("ttft_s", "prefill_tps", "decode_tps"):
+                stat: Stat | None = getattr(point, name)
+                if stat and not 0 < stat.low <= stat.median <= stat.high:
+                    return f"{where}.{name}: {stat.low} <= {stat.median} <= {stat.high} does not hold"
+    return None
 
 
 def load_report(path: Path) -> Report:

@@ -9,33 +9,35 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgekv.backends import KINDS, Kind
+
 if TYPE_CHECKING:
     from edgekv.devices.bench import Progress
 
 
 @click.command("bench")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...", type=click.Path(path_type=Path))
-@click.option("-c", "--cache", "caches", default="f16", show_default=True, help="Cache types, with commas.")
+@click.option("-c", "--cache", "caches", help="Cache types, with commas: f16,q8_0.  [default: f16]")
 @click.option("-d", "--depth", "depths", default="0,512", show_default=True, help="Depths, with commas.")
 @click.option("-p", "--n-prompt", default=128, show_default=True, help="Tokens of each timed prefill.")
 @click.option("-n", "--n-gen", default=32, show_default=True, help="Tokens of each timed decode.")
 @click.option("-r", "--repeats", default=5, show_default=True, help="Timed samples at each depth.")
 @click.option("-t", "--threads", default=0, help="Engine threads.  [default: one a CPU in use]")
 @click.option("--cpus", default="", help="CPUs to run on, as 0-3,6.  [default: the fast physical cores]")
-@click.option("--engine", default="llamacpp", show_default=True, help="Engine: llamacpp or reference.")
+@click.option("--backend", type=click.Choice(KINDS), default=KINDS[0], show_default=True, help="Engine.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the JSON report here.")
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON report instead of tables.")
 def command(
     models: tuple[Path, ...],
-    caches: str,
+    caches: str | None,
     depths: str,
     n_prompt: int,
     n_gen: int,
     repeats: int,
     threads: int,
     cpus: str,
-    engine: str,
+    backend: Kind,
     output: Path | None,
     force: bool,
     as_json: bool,
@@ -56,9 +58,8 @@ def command(
     from edgekv.files import atomic_path
     from edgekv.report import dumps
 
-    candidates = [
-        bench.Candidate(model, cache.strip(), engine) for model in models for cache in caches.split(",")
-    ]
+    types = (caches or ("f16" if backend == "llama.cpp" else "f32")).split(",")
+    candidates = [bench.Candidate(model, cache.strip(), backend) for model in models for cache in types]
     settings = bench.BenchSettings(
         depths=parse_depths(depths),
         n_prompt=n_prompt,
