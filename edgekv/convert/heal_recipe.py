@@ -1,15 +1,18 @@
-"""How a model is healed, as frozen numbers; standard library only."""
+"""How a model is healed and what came of it, as frozen numbers; standard library only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from edgekv.spec import MLA, RopeSpec
+
 Train = Literal["attn", "attn+norms", "all"]
+CacheType = Literal["f16", "q8_0", "q4_0"]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class HealRecipe:
     """Everything that decides the outcome of a training run, apart from the models and the data.
 
     Phase 1 (`match_share` of the steps) matches each layer's attention output on the teacher's own inputs;
@@ -24,12 +27,12 @@ class Recipe:
     match_share: float = 0.15
     warmup: int = 50
     schedule: Literal["wsd", "cosine"] = "cosine"
-    decay_share: float = 0.3
+    decay_share: float = 0.3  # of a phase, for "wsd"
     lr_floor: float = 0.0
     grad_clip: float = 1.0
     optimizer: Literal["adamw", "muon"] = "adamw"
     train: Train = "attn"
-    cache_type: Literal["q8_0", "q4_0"] | None = None
+    cache_type: CacheType = "f16"  # q8_0 and q4_0 are simulated; f16 rounding is far below the noise
 
     @property
     def match_steps(self) -> int:
@@ -40,3 +43,61 @@ class Recipe:
     def batch_sequences(self) -> int:
         """Sequences in one step."""
         return max(1, self.batch_tokens // self.seq_len)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The student against the float32 teacher on held-out windows."""
+
+    step: int
+    ppl: float
+    teacher_ppl: float
+    kl: float  # nats a token, KL(teacher || student)
+    argmax_agreement: float
+    tokens_scored: int
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Training loss, mean since the point before: phase 1 relative squared error, phase 2 KL in nats."""
+
+    step: int
+    phase: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class DataRecord:
+    """One text that was trained on."""
+
+    name: str
+    sha256: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class HealedRecord:
+    """What a file of healed weights says about itself."""
+
+    format: int
+    base_name: str
+    base_sha256: str  # of the original GGUF
+    n_heads: int
+    kv_lora_rank: int
+    rope_dim: int
+    nope_dim: int
+    value_dim: int
+    rope_theta: float
+    recipe: HealRecipe
+    steps_done: int
+    data: tuple[DataRecord, ...]
+    evaluation_text: str
+    evaluations: tuple[Evaluation, ...]
+    curve: tuple[CurvePoint, ...]
+    made_with: str  # versions and device
+
+    @property
+    def attention(self) -> MLA:
+        """The student's attention."""
+        rope = RopeSpec(self.rope_theta, self.rope_dim)
+        return MLA(self.n_heads, self.kv_lora_rank, self.nope_dim, self.value_dim, rope)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from edgekv.convert.heal_recipe import CacheType
+
 BLOCK = 32
 
 
@@ -42,9 +44,9 @@ def _inverse(d: Tensor) -> Tensor:
 ROUND_TRIPS = {"q8_0": q8_0, "q4_0": q4_0}
 
 
-def straight_through(x: Tensor, cache_type: str | None) -> Tensor:
+def straight_through(x: Tensor, cache_type: CacheType) -> Tensor:
     """x as the cache of this type would give it back; the gradient passes as if nothing had happened."""
-    if cache_type is None:
+    if cache_type == "f16":
         return x
     exact = x.float()
     return (exact + (ROUND_TRIPS[cache_type](exact) - exact).detach()).to(x.dtype)

@@ -54,7 +54,9 @@ def kl_rows_(student: Tensor, teacher: Tensor) -> Tensor:
 
     Both are contiguous CUDA tensors (T, vocab) of one 16-bit or float32 type.
     """
-    assert student.is_contiguous() and teacher.is_contiguous() and student.shape == teacher.shape
+    assert student.is_contiguous()
+    assert teacher.is_contiguous()
+    assert student.shape == teacher.shape
     rows, n_vocab = student.shape
     kl = torch.empty(rows, dtype=torch.float32, device=student.device)
     _kl_rows[(rows,)](student, teacher, kl, n_vocab, BLOCK=2048, num_warps=8)

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgekv.convert.distill.fakequant import straight_through
+from edgekv.convert.heal_recipe import CacheType
 from edgekv.spec import GQA, MLA
 
 
@@ -123,7 +124,7 @@ def gqa_attention(x: Tensor, w: GQAWeights, rope: Rope, spec: GQA) -> Tensor:
     return F.linear(mixed, w.output)
 
 
-def mla_attention(x: Tensor, w: MLAWeights, rope: Rope, spec: MLA, cache_type: str | None) -> Tensor:
+def mla_attention(x: Tensor, w: MLAWeights, rope: Rope, spec: MLA, cache_type: CacheType) -> Tensor:
     """The student's attention of normed x (B, T, D), naive form, after its output projection."""
     h, r, n, p, v = spec.n_heads, spec.kv_lora_rank, spec.nope_dim, spec.rope.dim, spec.value_dim
     projected = F.linear(x, torch.cat((w.q, w.kv_a)).to(x.dtype))
@@ -160,7 +161,7 @@ def teacher_block(spec: GQA, eps: float, dtype: torch.dtype) -> TeacherBlock:
     return block
 
 
-def student_block(spec: MLA, eps: float, dtype: torch.dtype, cache_type: str | None) -> StudentBlock:
+def student_block(spec: MLA, eps: float, dtype: torch.dtype, cache_type: CacheType) -> StudentBlock:
     """A function x -> next x."""
 
     def block(x: Tensor, w: MLAWeights, rope: Rope) -> Tensor:
@@ -171,7 +172,7 @@ def student_block(spec: MLA, eps: float, dtype: torch.dtype, cache_type: str | N
     return block
 
 
-def match_block(spec: MLA, cache_type: str | None) -> MatchBlock:
+def match_block(spec: MLA, cache_type: CacheType) -> MatchBlock:
     """A function (normed x, teacher's attention output) -> |student - teacher|^2 / |teacher|^2."""
 
     def block(normed: Tensor, target: Tensor, w: MLAWeights, rope: Rope) -> Tensor:

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from edgekv.convert.heal_recipe import Recipe
+from edgekv.convert.heal_recipe import HealRecipe
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of arXiv 2502.16982, section 2.1
 
 
-def learning_rate(recipe: Recipe, step: int, first: int, last: int) -> float:
+def learning_rate(recipe: HealRecipe, step: int, first: int, last: int) -> float:
     """Rate of a step in the phase [first, last): linear warm-up, then cosine or constant-and-decay (WSD)."""
     done, length = step - first, last - first
     warm = min(1.0, (done + 1) / max(1, min(recipe.warmup, length // 10)))
@@ -61,7 +61,7 @@ class Muon:
 class Optimizer:
     """AdamW for everything, or Muon for the attention matrices and AdamW for the rest."""
 
-    def __init__(self, params: Mapping[str, Tensor], recipe: Recipe) -> None:
+    def __init__(self, params: Mapping[str, Tensor], recipe: HealRecipe) -> None:
         self.params = dict(params)
         self.clip = recipe.grad_clip
         by_muon = [n for n in params if recipe.optimizer == "muon" and params[n].ndim >= 3]

@@ -21,7 +21,7 @@ from edgekv.convert.distill.model import (
     student_block,
     teacher_block,
 )
-from edgekv.convert.heal_recipe import Train
+from edgekv.convert.heal_recipe import CacheType, Train
 from edgekv.source import Array, TensorSource
 from edgekv.spec import GQA, MLA
 
@@ -58,6 +58,23 @@ def stacked(source: TensorSource, *names: str) -> Array:
     )
 
 
+def load_teacher(source: TensorSource, device: torch.device, dtype: torch.dtype) -> list[GQAWeights]:
+    """The blocks of a GQA model: norms in float32, matrices in `dtype`."""
+
+    def put(kind: torch.dtype, *names: str) -> Tensor:
+        return torch.from_numpy(stacked(source, *names)).to(device, kind)
+
+    whole = GQAWeights(
+        attn_norm=put(torch.float32, "attn_norm"),
+        qkv=put(dtype, "attn_q", "attn_k", "attn_v"),
+        output=put(dtype, "attn_output"),
+        ffn_norm=put(torch.float32, "ffn_norm"),
+        gate_up=put(dtype, "ffn_gate", "ffn_up"),
+        down=put(dtype, "ffn_down"),
+    )
+    return [GQAWeights(*(tensor[i] for tensor in whole)) for i in range(source.spec.n_layers)]
+
+
 class Pair:
     """A GQA teacher and its MLA student.
 
@@ -70,7 +87,7 @@ class Pair:
         student: its tensors by the names in ATTENTION (and NORMS, FFN if they were trained before),
             stacked over layers; what is missing is the teacher's own.
         train: which of them are trained.
-        cache_type: quantized cache to simulate, or None.
+        cache_type: quantized cache to simulate; "f16" simulates none.
         device: where; on CUDA blocks are compiled and run in bfloat16, on a CPU everything is float32.
     """
 
@@ -80,7 +97,7 @@ class Pair:
         spec: MLA,
         student: Mapping[str, Array],
         train: Train,
-        cache_type: str | None,
+        cache_type: CacheType,
         device: torch.device,
         seq_len: int,
         residual: torch.dtype | None = None,
@@ -92,9 +109,10 @@ class Pair:
         on_gpu = device.type == "cuda"
         self.dtype = torch.bfloat16 if on_gpu else torch.float32
         self.residual = residual or self.dtype
-        self._teacher = self._load_teacher(source)
-        self.embedding = self._put(source.load("token_embd.weight"), self.dtype)
-        name = "token_embd.weight" if source.spec.tied_embeddings else "output.weight"
+        self._teacher = load_teacher(source, device, self.dtype)
+        self.embedding = self._put(source.load("token_embd.weight"), torch.float32)
+        self._tied = source.spec.tied_embeddings
+        name = "token_embd.weight" if self._tied else "output.weight"
         self.head = self._put(source.load(name), torch.float16 if on_gpu else torch.float32)
         self.output_norm = self._put(source.load("output_norm.weight")[None], torch.float32)
         self._load_student(student, TRAINED[train])
@@ -105,20 +123,10 @@ class Pair:
         self._student_block = compiled(student_block(spec, self.eps, self.dtype, cache_type))
         self._match_block = compiled(match_block(spec, cache_type))
         self._final_norm = compiled(rms_norm)
+        self._exact_block = student_block(spec, self.eps, torch.float32, cache_type)
 
     def _put(self, array: Array, dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, dtype)
-
-    def _load_teacher(self, source: TensorSource) -> list[GQAWeights]:
-        whole = GQAWeights(
-            attn_norm=self._put(stacked(source, "attn_norm"), torch.float32),
-            qkv=self._put(stacked(source, "attn_q", "attn_k", "attn_v"), self.dtype),
-            output=self._put(stacked(source, "attn_output"), self.dtype),
-            ffn_norm=self._put(stacked(source, "ffn_norm"), torch.float32),
-            gate_up=self._put(stacked(source, "ffn_gate", "ffn_up"), self.dtype),
-            down=self._put(stacked(source, "ffn_down"), self.dtype),
-        )
-        return [GQAWeights(*(t[i] for t in whole)) for i in range(self.n_layers)]
+        return torch.from_numpy(array).to(self.device, dtype)
 
     def _load_student(self, student: Mapping[str, Array], trained: tuple[str, ...]) -> None:
         """Fill `params`, and for each block the views of them or of what it shares with the teacher."""
@@ -176,7 +184,7 @@ class Pair:
     def match_backward(self, tokens: Tensor, scale: float = 1.0) -> Tensor:
         """Phase 1: the relative squared error of each layer's attention output, (layers,).
 
-        Each layer's gradient (times scale / layers) is taken at once, so that only one layer's activations live.
+        Adds `scale` times the gradient of their mean, layer by layer, so that one layer's activations live.
         """
         losses = []
         with torch.no_grad():
@@ -188,6 +196,32 @@ class Pair:
             (loss * (scale / self.n_layers)).backward()
             losses.append(loss.detach())
         return torch.stack(losses)
+
+    def exact_head(self) -> Tensor:
+        """The output head (vocab, D) in float32; made from 16 bits where it is not the embedding."""
+        return self.embedding if self._tied else self.head.float()
+
+    @torch.no_grad()
+    def exact_hidden(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The student in float32: normed final states (B, T, D), and the mean square of each layer's latent."""
+        x = self.embedding[tokens]
+        squares = []
+        for weights in self._student:
+            normed = rms_norm(x, weights.attn_norm, self.eps, torch.float32)
+            latent = normed @ weights.kv_a[: self.spec.kv_lora_rank].float().T
+            squares.append(latent.square().mean())
+            x = self._exact_block(x, weights, self.rope_student)
+        return rms_norm(x, self._student_norm, self.eps, torch.float32), torch.stack(squares)
+
+    @torch.no_grad()
+    def set_params(self, tensors: Mapping[str, Array]) -> None:
+        """Overwrite trained tensors in place."""
+        for name, param in self.params.items():
+            param.copy_(torch.from_numpy(tensors[name]))
+
+    def tensors(self) -> dict[str, Array]:
+        """Copies of the trained tensors."""
+        return {name: param.detach().cpu().numpy().copy() for name, param in self.params.items()}
 
 
 def _compile(function: F) -> F:
