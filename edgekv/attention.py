@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from edgekv.cache.store import KVCache
-from edgekv.ops import apply_rope, rms_norm
+from edgekv.ops import apply_rope, per_head, rms_norm
 from edgekv.source import Array
 from edgekv.spec import GQA, MLA
 
@@ -85,9 +85,9 @@ def mla_attention(
     k_b, v_b = w["attn_k_b.weight"], w["attn_v_b.weight"]  # (H, R, N), (H, V, R)
     scale = spec.head_dim**-0.5
     if form == "absorbed":
-        q_latent = np.einsum("thn,hrn->thr", q_nope, k_b, optimize=True)
+        q_latent = per_head(q_nope, k_b)
         mixed = attend(np.concatenate([q_latent, q_rope], axis=-1), rows, latents, scale)  # (T, H, R)
-        mixed = np.einsum("thr,hvr->thv", mixed, v_b, optimize=True)
+        mixed = per_head(mixed, v_b)
     else:
         k_nope = latents @ k_b  # (H, S, N)
         shared_rope = np.broadcast_to(rows[..., r:], (spec.n_heads, rows.shape[1], spec.rope.dim))

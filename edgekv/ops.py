@@ -49,6 +49,14 @@ def apply_rope(x: Array, positions: NDArray[np.int64], rope: RopeSpec) -> Array:
     return out
 
 
+def per_head(x: Array, weight: Array) -> Array:
+    """Apply each head's matrix: x (T, H, A), weight (H, B, A) -> (T, H, B).
+
+    A stack of GEMMs; np.einsum would loop over the heads without BLAS.
+    """
+    return np.ascontiguousarray(x.swapaxes(0, 1) @ weight.swapaxes(1, 2)).swapaxes(0, 1)
+
+
 def log_softmax(logits: Array) -> Array:
     """Log-probabilities over the last axis."""
     shifted = logits - logits.max(axis=-1, keepdims=True)

@@ -1,0 +1,69 @@
+"""The latent: the rank-r view of the input that serves values and what the rope key left of the keys.
+
+A whitened SVD: with M the stacked maps that the latent must serve and C the covariance of the inputs, the best
+encoder is V_r^T C^(-1/2) and the best decoder C^(1/2) V_r, V_r the top right singular vectors of M C^(1/2).
+Values are weighted by the output projection that reads them, keys by the queries. Values are not centred: the sink
+token's value is near zero while it takes much of the attention, and centring would spend rank on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgekv.convert.linalg import Matrix, sqrt_and_inverse
+from edgekv.spec import GQA
+
+# A leftover key has no RoPE in the latent, as if its angle were zero; averaged over distances up to this one, a
+# frequency of speed w keeps sinc(w * DISTANCE) of itself, and nothing once that turns negative.
+DISTANCE = 8.0  # tokens
+
+
+@dataclass(frozen=True)
+class Latent:
+    """encoder (R, D), decoder (D, R); keys (G, K, D): the leftover keys it serves, shrunk by frequency.
+
+    kept: the share of the weighted energy of keys and values that the latent carries.
+    """
+
+    encoder: Matrix
+    decoder: Matrix
+    keys: Matrix
+    kept: float
+
+
+def shrink_by_frequency(leftover: Matrix, gqa: GQA) -> Matrix:
+    """Leftover keys (G, K, D) scaled by what of them survives without RoPE."""
+    speed = gqa.rope.theta ** (-np.arange(0, gqa.rope.dim, 2) / gqa.rope.dim)
+    turn = speed * DISTANCE
+    shrink = np.where(turn < np.pi, np.sinc(turn / np.pi), 0.0)
+    return leftover * np.repeat(shrink, 2)[None, :, None]
+
+
+def joint_latent(value_rows: Matrix, key_rows: Matrix, covariance: Matrix, rank: int, keys: Matrix) -> Latent:
+    """The best latent for stacked weighted rows, each (rows, D), under covariance (D, D)."""
+    root, inverse_root = sqrt_and_inverse(covariance)
+    stacked = np.concatenate([value_rows, key_rows]) @ root
+    energy, vectors = np.linalg.eigh(stacked.T @ stacked)
+    top = vectors[:, ::-1][:, :rank]
+    return Latent(
+        encoder=top.T @ inverse_root,
+        decoder=root @ top,
+        keys=keys,
+        kept=float(energy[::-1][:rank].sum() / energy.sum()),
+    )
+
+
+def weighted_values(w_v: Matrix, w_o: Matrix) -> Matrix:
+    """Value rows weighted by the heads that read them. w_v (G, K, D), w_o (H, D, K) -> (G * K, D)."""
+    g = w_v.shape[0]
+    readers = (w_o.swapaxes(1, 2) @ w_o).reshape(g, -1, *w_v.shape[1:2] * 2).sum(axis=1)
+    return np.concatenate([sqrt_and_inverse(readers[i])[0] @ w_v[i] for i in range(g)])
+
+
+def weighted_keys(keys: Matrix, w_q: Matrix, covariance: Matrix) -> Matrix:
+    """Key rows weighted by the queries that read them. keys (G, K, D), w_q (H, K, D) -> (G * K, D)."""
+    g, k = keys.shape[:2]
+    readers = (w_q @ covariance @ w_q.swapaxes(1, 2)).reshape(g, -1, k, k).sum(axis=1)
+    return np.concatenate([sqrt_and_inverse(readers[i])[0] @ keys[i] for i in range(g)]) / np.sqrt(k)

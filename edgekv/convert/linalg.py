@@ -1,0 +1,41 @@
+"""The few matrix functions that the conversion is made of, in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Matrix = NDArray[np.float64]
+
+
+def sqrt_and_inverse(covariance: Matrix, floor: float = 1e-7) -> tuple[Matrix, Matrix]:
+    """Symmetric square root of a positive semidefinite matrix, and the inverse of that root.
+
+    Eigenvalues below `floor` times the largest are raised to it, so that directions the calibration text
+    never used stay finite.
+    """
+    values, vectors = np.linalg.eigh(covariance)
+    root = np.sqrt(np.maximum(values, values[-1] * floor))
+    return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
+
+
+def factor(matrix: Matrix, root: Matrix, inverse_root: Matrix, rank: int) -> tuple[Matrix, Matrix]:
+    """Best rank-`rank` factors of matrix (m, n) for inputs whose covariance is root @ root.
+
+    Returns left (m, rank) and right (rank, n), the singular values shared evenly; columns past the matrix's
+    own rank are zero. Eckart-Young on matrix @ root: the error E|M x - L R x|^2 is minimal.
+    """
+    u, s, vt = np.linalg.svd(matrix @ root, full_matrices=False)
+    k = min(rank, len(s))
+    left = np.zeros((matrix.shape[0], rank))
+    right = np.zeros((rank, matrix.shape[1]))
+    share = np.sqrt(s[:k])
+    left[:, :k] = u[:, :k] * share
+    right[:k] = (share[:, None] * vt[:k]) @ inverse_root
+    return left, right
+
+
+def ridge(gram: Matrix, cross: Matrix, strength: float) -> Matrix:
+    """Solve (gram + strength * mean(diag) * I) X = cross for X."""
+    damped = gram + strength * np.trace(gram) / len(gram) * np.eye(len(gram))
+    return np.asarray(np.linalg.solve(damped, cross))

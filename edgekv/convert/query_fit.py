@@ -1,0 +1,122 @@
+"""Refit each head's query so that its scores over the compressed rows match the original's.
+
+The shared rope key and the latent fix what a cached row holds; how a head should read it is a least-squares
+problem with a known weight: to second order, changing the scores of a softmax by d changes its output by
+sum_s p_s (d_s - mean_p d) v_s, so the fit minimises the attention-weighted, centred score error
+
+    sum_t sum_s p_ts (d_ts - sum_s' p_ts' d_ts')^2,     d_ts = score'_ts - score_ts,
+
+over one matrix (R + P, K) a head, applied to the head's original query. Solved by conjugate gradients with a
+Kronecker preconditioner, starting from the conversion's own reading.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgekv.ops import apply_rope, per_head
+from edgekv.source import Array
+from edgekv.spec import MLA, RopeSpec
+
+DAMPING = 1e-4  # share of the mean curvature added to every direction
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One calibration window seen by one layer.
+
+    queries (T, H, K): the head's queries before RoPE, on the converted model's inputs.
+    rows (T, R + P): the cached rows, rope key rotated. scores and attention (H, T, T): the original's, causal.
+    """
+
+    queries: Array
+    rows: Array
+    scores: Array
+    attention: Array
+
+
+def fit_queries(start: Array, probes: list[Probe], mla: MLA, iterations: int) -> Array:
+    """Refine query maps (H, R + P, K) by `iterations` steps of conjugate gradients."""
+    left, right = _curvature(probes, mla)
+    damping = np.float32(DAMPING) * _mean_eigenvalue(left) * _mean_eigenvalue(right)
+    inverse_left, inverse_right = _damped_inverse(left), _damped_inverse(right)
+    solution = start.copy()
+    residual = -_gradient(solution, probes, mla, targets=True)
+    preconditioned = inverse_left @ residual @ inverse_right
+    direction = preconditioned
+    decrease = np.einsum("hij,hij->h", residual, preconditioned)
+    for _ in range(iterations):
+        curved = _gradient(direction, probes, mla, targets=False) + damping * direction
+        step = decrease / np.maximum(np.einsum("hij,hij->h", direction, curved), 1e-30)
+        solution += step[:, None, None] * direction
+        residual -= step[:, None, None] * curved
+        preconditioned = inverse_left @ residual @ inverse_right
+        previous, decrease = decrease, np.einsum("hij,hij->h", residual, preconditioned)
+        direction = preconditioned + (decrease / np.maximum(previous, 1e-30))[:, None, None] * direction
+    return solution
+
+
+def rotate_rope_part(x: Array, mla: MLA, sign: int) -> Array:
+    """Rotate the last P of R + P dims of x (T, H, R + P) by +position or -position."""
+    r = mla.kv_lora_rank
+    positions = sign * np.arange(x.shape[0])
+    rope = RopeSpec(mla.rope.theta, mla.rope.dim)
+    return np.concatenate([x[..., :r], apply_rope(x[..., r:], positions, rope)], axis=-1)
+
+
+def _gradient(maps: Array, probes: list[Probe], mla: MLA, targets: bool) -> Array:
+    """Gradient of half the weighted error at `maps` (H, R + P, K); without targets, the Hessian times maps."""
+    total = np.zeros_like(maps)
+    for probe in probes:
+        reading = per_head(probe.queries, maps)
+        reading = rotate_rope_part(reading, mla, +1).swapaxes(0, 1)  # (H, T, R + P)
+        error = reading @ probe.rows.T
+        if targets:
+            error -= probe.scores
+        error *= probe.attention  # masked pairs carry no attention
+        error -= probe.attention * error.sum(axis=-1, keepdims=True)
+        pulled = rotate_rope_part((error @ probe.rows).swapaxes(0, 1), mla, -1)  # (T, H, R + P)
+        total += pulled.transpose(1, 2, 0) @ probe.queries.swapaxes(0, 1)
+    return total / np.float32(sum(len(probe.rows) for probe in probes))
+
+
+def _curvature(probes: list[Probe], mla: MLA, stride: int = 64) -> tuple[Array, Array]:
+    """Kronecker factors of the Hessian: E_t Cov_p(rows as seen from t), (H, R + P, R + P), and E[q q^T], (H, K, K).
+
+    Every `stride`-th query is enough for a preconditioner.
+    """
+    _, n_heads, k = probes[0].queries.shape
+    width = probes[0].rows.shape[1]
+    left = np.zeros((n_heads, width, width), np.float32)
+    right = np.zeros((n_heads, k, k), np.float32)
+    count = 0
+    for probe in probes:
+        right += probe.queries.transpose(1, 2, 0) @ probe.queries.swapaxes(0, 1)
+        for t in range(stride - 1, len(probe.rows), stride):
+            seen = _rotated_back(probe.rows[: t + 1], t, mla)
+            weight = probe.attention[:, t, : t + 1]  # (H, S)
+            mean = weight @ seen
+            left += (seen.T[None] * weight[:, None]) @ seen - mean[:, :, None] * mean[:, None, :]
+            count += 1
+    n_tokens = sum(len(probe.rows) for probe in probes)
+    return left / np.float32(count), right / np.float32(n_tokens)
+
+
+def _rotated_back(rows: Array, position: int, mla: MLA) -> Array:
+    """Cached rows (S, R + P) as a query at `position` sees them once its own rotation is undone."""
+    r = mla.kv_lora_rank
+    back = np.full(len(rows), -position)
+    rope = RopeSpec(mla.rope.theta, mla.rope.dim)
+    return np.concatenate([rows[:, :r], apply_rope(rows[:, None, r:], back, rope)[:, 0]], axis=-1)
+
+
+def _mean_eigenvalue(matrices: Array) -> Array:
+    """(H, 1, 1) of matrices (H, n, n)."""
+    return np.asarray(np.trace(matrices, axis1=1, axis2=2)[:, None, None] / np.float32(matrices.shape[-1]))
+
+
+def _damped_inverse(matrices: Array) -> Array:
+    damped = matrices + 1e-3 * _mean_eigenvalue(matrices) * np.eye(matrices.shape[-1])
+    return np.linalg.inv(damped).astype(np.float32)

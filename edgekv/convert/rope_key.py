@@ -1,0 +1,89 @@
+"""One rope key for all heads: the complex principal component of the KV heads, frequency by frequency.
+
+Written as complex numbers, a RoPE pair is multiplied by exp(i t theta_j), so any complex-linear mixing across KV
+heads at the same frequency commutes with RoPE (TransMLA's real rotations, arXiv 2502.07864 section 4.1, are a
+special case). At each frequency the shared key is the top principal component over the KV heads, weighted by the
+energy of the queries that read them; the inverse mixing folds exactly into each query head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekv.convert.linalg import Matrix
+from edgekv.spec import GQA, RopeSpec
+
+Complex = NDArray[np.complex128]
+
+
+@dataclass(frozen=True)
+class RopeKey:
+    """encoder (P, D): rows of the shared key. query (H, P, K): maps each head's query to its rope query.
+
+    leftover (G, K, D): what of each head's key the shared key does not carry.
+    kept: the share of query-weighted key energy that it does carry.
+    """
+
+    encoder: Matrix
+    query: Matrix
+    leftover: Matrix
+    kept: float
+
+
+def to_complex(rows: Matrix) -> Complex:
+    """Interleaved pairs (..., K, D) as complex rows (..., K/2, D)."""
+    return np.asarray(rows[..., 0::2, :] + 1j * rows[..., 1::2, :])
+
+
+def to_pairs(rows: Complex) -> Matrix:
+    """Inverse of `to_complex`."""
+    return np.stack([rows.real, rows.imag], axis=-2).reshape(*rows.shape[:-2], -1, rows.shape[-1])
+
+
+def frequency_slots(source: RopeSpec, target: RopeSpec) -> NDArray[np.int64]:
+    """For each of the source's frequencies the target slot that turns at the same speed, or -1."""
+    source_speed = source.theta ** (-np.arange(0, source.dim, 2) / source.dim)
+    target_speed = target.theta ** (-np.arange(0, target.dim, 2) / target.dim)
+    distance = np.abs(np.log(source_speed)[:, None] - np.log(target_speed)[None, :])
+    return np.where(distance.min(axis=1) < 1e-6, distance.argmin(axis=1), -1)
+
+
+def shared_rope_key(w_q: Matrix, w_k: Matrix, covariance: Matrix, gqa: GQA, rope: RopeSpec) -> RopeKey:
+    """Find the shared rope key. w_q (H, K, D), w_k (G, K, D), covariance (D, D) of the attention's inputs."""
+    h, g, k, d = gqa.n_heads, gqa.n_kv_heads, gqa.head_dim, w_q.shape[-1]
+    queries, keys = to_complex(w_q), to_complex(w_k)
+    energy = np.einsum("hjd,hjd->hj", queries @ covariance, queries.conj()).real
+    weight = np.sqrt(energy.reshape(g, h // g, -1).sum(axis=1) + 1e-12)  # (G, K/2)
+    slots = frequency_slots(gqa.rope, rope)
+    encoder = np.zeros((rope.dim // 2, d), np.complex128)
+    mixing = np.zeros(
+        (g, k // 2, rope.dim // 2), np.complex128
+    )  # key (g, j) ~ sum_m mixing[g, j, m] * shared m
+    leftover = keys.copy()
+    kept = total = 0.0
+    for j, slot in enumerate(slots):
+        weighted = keys[:, j] * weight[:, j, None]  # (G, D)
+        values, vectors = np.linalg.eigh(weighted @ covariance @ weighted.conj().T)
+        total += values.sum()
+        if slot < 0:
+            continue
+        top = vectors[:, -1]
+        kept += values[-1]
+        encoder[slot] = top.conj() @ weighted
+        mixing[:, j, slot] = top / weight[:, j]
+        leftover[:, j] -= mixing[:, j, slot, None] * encoder[slot]
+    return RopeKey(to_pairs(encoder), _query_map(mixing, h), to_pairs(leftover), float(kept / total))
+
+
+def _query_map(mixing: Complex, n_heads: int) -> Matrix:
+    """Real (H, P, K) maps of multiplying query pair j by conj(mixing[g, j, m]) and adding up into slot m."""
+    g, pairs, slots = mixing.shape
+    factor = np.repeat(mixing.conj(), n_heads // g, axis=0).swapaxes(1, 2)  # (H, slots, pairs)
+    out = np.empty((n_heads, slots, 2, pairs, 2))
+    out[:, :, 0, :, 0] = out[:, :, 1, :, 1] = factor.real
+    out[:, :, 0, :, 1] = -factor.imag
+    out[:, :, 1, :, 0] = factor.imag
+    return out.reshape(n_heads, 2 * slots, 2 * pairs)
