@@ -30,7 +30,9 @@ def atomic_path(path: Path, force: bool) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
         os.close(handle)
     except OSError as error:
-        raise OutputError(f"cannot write in {path.parent}: {error.strerror}; choose another folder") from error
+        raise OutputError(
+            f"cannot write in {path.parent}: {error.strerror}; choose another folder"
+        ) from error
     partial = Path(name)
     try:
         yield partial
