@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from edgekv.errors import InputError
 from edgekv.source import Array
 
-BLOCK = 64  # values whose maximum stands for them in `largest`
+BLOCK = 64  # values in a group whose maximum stands for them in `largest`
 
 
 @dataclass(frozen=True)
@@ -122,12 +122,12 @@ def largest(values: Array, count: int) -> NDArray[np.int64]:
     """Indices of the `count` largest values, sorted; of equal ones the first.
 
     Partitioning a whole vocabulary takes half a millisecond and sorting it several. But the count-th
-    largest among the maxima of blocks of values is at most the count-th largest value, so that hardly
+    largest among the maxima of groups of values is at most the count-th largest value, so that hardly
     more than `count` values are left to sort.
     """
     n_blocks = len(values) // BLOCK
     if count < n_blocks:
-        maxima = values[: n_blocks * BLOCK].reshape(n_blocks, BLOCK).max(axis=1)
+        maxima = values[: n_blocks * BLOCK].reshape(BLOCK, n_blocks).max(axis=0)
         floor = np.partition(maxima, n_blocks - count)[n_blocks - count]
         picked = np.flatnonzero(values >= floor)
     else:
