@@ -39,6 +39,9 @@ def max_rank(gqa: GQA) -> int:
 def target_spec(gqa: GQA, rank: int, rope_dim: int, nope_dim: int, value_dim: int) -> MLA:
     """The MLA shape for one layer, checked.
 
+    A rope key narrower than the head keeps the fastest frequencies: with theta^(P/K) as its base, its ladder of
+    P/2 speeds is the first P/2 of the original's K/2. The slow ones hardly turn and can live in the latent.
+
     Raises:
         InputError: a size is out of range; the message says which and what is possible.
     """
@@ -48,4 +51,5 @@ def target_spec(gqa: GQA, rank: int, rope_dim: int, nope_dim: int, value_dim: in
         raise InputError(f"--rope-dim {rope_dim} is not possible; it is even, from 2 to {gqa.rope.dim}")
     if not 1 <= nope_dim <= rank:
         raise InputError(f"--nope-dim {nope_dim} is not possible; it is from 1 to the rank, {rank}")
-    return MLA(gqa.n_heads, rank, nope_dim, value_dim, RopeSpec(gqa.rope.theta, rope_dim))
+    theta = gqa.rope.theta ** (rope_dim / gqa.rope.dim)
+    return MLA(gqa.n_heads, rank, nope_dim, value_dim, RopeSpec(theta, rope_dim))
