@@ -54,7 +54,8 @@ def command(
     edgekv compare run.json --html run.html
     """
     from edgekv.devices import bench
-    from edgekv.devices.tables import Source, as_text, tables, warnings
+    from edgekv.devices.compare import as_terminal
+    from edgekv.devices.tables import Source
     from edgekv.files import atomic_path
     from edgekv.report import dumps
 
@@ -78,10 +79,7 @@ def command(
     if as_json:
         click.echo(text, nl=False)
         return
-    sources = (Source("this run", report),)
-    click.echo("\n\n".join(as_text(table) for table in tables(sources)))
-    for warning in warnings(sources):
-        click.echo(f"note: {warning}")
+    click.echo(as_terminal((Source("this run", report),)))
     if output is not None:
         click.echo(f"report: {output}  (edgekv compare {output} --html page.html)")
 

@@ -18,6 +18,7 @@ COMMANDS = {  # name: one line for `edgekv --help`; the command lives in edgekv/
     "chat": "Talk to a model.",
     "eval": "Perplexity, KL and task accuracy of a model and its cache.",
     "bench": "Measure prefill and decode speed, memory, and what explains them.",
+    "compare": "Put reports side by side, as tables or as a page with charts.",
 }
 
 

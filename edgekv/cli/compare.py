@@ -1,0 +1,42 @@
+"""`edgekv compare`: reports side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("compare")
+@click.argument("reports", nargs=-1, required=True, metavar="REPORT...", type=click.Path(path_type=Path))
+@click.option("--markdown", "form", flag_value="markdown", help="Print Markdown tables.")
+@click.option("--json", "form", flag_value="json", help="Print all runs and warnings as JSON.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page with charts here.")
+@click.option("--force", is_flag=True, help="Replace the page if it exists.")
+def command(reports: tuple[Path, ...], form: str | None, html: Path | None, force: bool) -> None:
+    """Compare reports of `edgekv bench` or `llama-bench -o json`, from any machines.
+
+    Prints speed, memory and where each figure comes from. The page holds charts as well; it is one file
+    that needs no network. Measured, emulated and projected figures are told apart.
+
+    \b
+    edgekv compare run.json
+    edgekv compare pi5.json pi4.json --html boards.html
+    edgekv compare run.json llama-bench.json --markdown >> notes.md
+    """
+    from edgekv.devices import compare
+    from edgekv.files import atomic_path
+
+    sources = compare.load_sources(reports)
+    if html is not None:
+        from edgekv.devices.page import html_page
+
+        with atomic_path(html, force) as partial:
+            partial.write_text(html_page(sources), encoding="utf-8")
+        click.echo(f"page: {html}", err=True)
+    if form == "json":
+        click.echo(compare.as_json(sources))
+    elif form == "markdown":
+        click.echo(compare.as_document(sources))
+    else:
+        click.echo(compare.as_terminal(sources))
