@@ -70,12 +70,13 @@ class Tokenizer:
         if kind != "gpt2":
             raise UnsupportedError(
                 f"tokenizer {kind!r} is not supported; EdgeKV reads 'gpt2' (byte-level BPE) and 'llama' "
-                "(SentencePiece)"
+                "(SentencePiece); choose a model with one of these"
             )
         name = metadata.get("tokenizer.ggml.pre", "default")
         if name not in PRE_TYPES:
             raise UnsupportedError(
-                f"pre-tokenizer {name!r} is not supported; EdgeKV reads {', '.join(sorted(PRE_TYPES))}"
+                f"pre-tokenizer {name!r} is not supported; EdgeKV reads {', '.join(sorted(PRE_TYPES))}; "
+                "choose a model with one of these"
             )
         pre = PRE_TYPES[str(name)]
         vocab = read_vocab(metadata, default_bos=pre.has_bos)
