@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from edgekv.errors import ModelFileError
 
@@ -174,12 +174,23 @@ def check_vocabulary(metadata: Mapping[str, MetaValue]) -> None:
             raise ModelFileError(
                 f"tokenizer.ggml.{key} does not fit {len(tokens)} tokens; download or export the file again"
             )
-    texts = token_texts([str(token) for token in tokens])
+    texts = token_texts(tokens)
     if len(set(texts)) < len(texts):
         twice = next(text for text, n in Counter(texts).items() if n > 1)
         raise ModelFileError(f"token {twice!r} occurs twice in the vocabulary; export the file again")
 
 
+def _tokens(metadata: Mapping[str, MetaValue]) -> list[str]:
+    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    if not isinstance(tokens, list) or not isinstance(tokens[0] if tokens else "", str):
+        raise ModelFileError(
+            "tokenizer.ggml.tokens is not a list of strings; download or export the file again"
+        )
+    return cast("list[str]", tokens)
+
+
 def token_texts(tokens: list[str]) -> list[str]:
     """The tokens as llama.cpp names them: cut at a zero byte, an empty one by its index."""
+    if all(tokens) and "\0" not in "".join(tokens):  # nearly always, and vocabularies are large
+        return tokens
     return [token.partition("\0")[0] or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
