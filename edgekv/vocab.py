@@ -159,17 +159,13 @@ def check_vocabulary(metadata: Mapping[str, MetaValue]) -> None:
     Raises:
         ModelFileError: they are not.
     """
-    tokens = metadata.get("tokenizer.ggml.tokens", [])
-    if not isinstance(tokens, list) or not isinstance(tokens[0] if tokens else "", str):
-        raise ModelFileError(
-            "tokenizer.ggml.tokens is not a list of strings; download or export the file again"
-        )
+    tokens = _tokens(metadata)
     for key, kinds in (("token_type", int), ("scores", int | float)):
         values = metadata.get(f"tokenizer.ggml.{key}", [0] * len(tokens))
         if (
             not isinstance(values, list)
             or len(values) < len(tokens)
-            or not isinstance((*values, 0)[0], kinds)
+            or not isinstance(values[0] if values else 0, kinds)
         ):
             raise ModelFileError(
                 f"tokenizer.ggml.{key} does not fit {len(tokens)} tokens; download or export the file again"
