@@ -19,9 +19,11 @@ MIN_CONTEXT = 8192  # how far to the right the memory chart reaches at least
 def provenance(entry: Entry) -> str:
     """Where a figure of this run comes from, in a line."""
     report, settings = entry.source.report, entry.source.report.settings
-    threads = f", {settings.threads} threads" if settings.threads else ""
+    plural = "" if settings.threads == 1 else "s"
+    threads = f", {settings.threads} thread{plural}" if settings.threads else ""
     emulator = f" [{report.machine.emulator}]" if report.machine.emulator else ""
-    return f"{report.provenance} on {report.machine.board}{emulator}{threads}, {report.created[:10]}, {entry.source.name}"
+    where = f"{report.provenance} on {report.machine.board}{emulator}{threads}"
+    return f"{where}, {report.created[:10]}, {entry.source.name}"
 
 
 def speed_chart(entries: Sequence[Entry]) -> str | None:

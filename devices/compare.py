@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgekv.devices.llama_bench import looks_like_llama_bench, parse_llama_bench
-from edgekv.devices.tables import Source, as_markdown, as_text, entries, tables, warnings
+from edgekv.devices.tables import Source, as_markdown, as_text, entries, notes, tables, warnings
 
 from edgekv.report import parse_report, read_json
 from edgekv.schema import encode
@@ -33,15 +33,15 @@ def load_sources(paths: Sequence[Path]) -> tuple[Source, ...]:
 def as_terminal(sources: Sequence[Source]) -> str:
     """Aligned tables and notes."""
     parts = [as_text(table) for table in tables(sources)]
-    notes = [f"note: {text}" for text in warnings(sources)]
-    return "\n\n".join([*parts, "\n".join(notes)] if notes else parts)
+    said = [f"warning: {text}" for text in warnings(sources)] + [f"note: {text}" for text in notes(sources)]
+    return "\n\n".join([*parts, "\n".join(said)] if said else parts)
 
 
 def as_document(sources: Sequence[Source]) -> str:
     """Markdown tables and notes."""
     parts = [as_markdown(table) for table in tables(sources)]
-    notes = [f"- {text}" for text in warnings(sources)]
-    return "\n\n".join([*parts, "\n".join(notes)] if notes else parts)
+    said = [f"- {text}" for text in (*warnings(sources), *notes(sources))]
+    return "\n\n".join([*parts, "\n".join(said)] if said else parts)
 
 
 def as_json(sources: Sequence[Source]) -> str:

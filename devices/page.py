@@ -45,6 +45,7 @@ def html_page(sources: Sequence[Source]) -> str:
         f"<h1>EdgeKV comparison</h1>{_legend(rows)}{_warnings(sources)}"
         f'<div class="charts">{drawn}</div>'
         + "".join(_table(table) for table in tables(sources))
+        + "<h2>Reports</h2>"
         + "".join(_details(source) for source in sources)
         + "</body></html>\n"
     )
@@ -122,4 +123,5 @@ def _details(source: Source) -> str:
         + ("in turns" if settings.turns else "one after the other"),
     }
     items = "".join(f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items() if value)
-    return f"<details><summary>{escape(source.name)}</summary><dl>{items}</dl></details>"
+    notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
+    return f"<details><summary>{escape(source.name)}</summary><dl>{items}</dl><ul>{notes}</ul></details>"

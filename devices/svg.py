@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 400, 300
-LEFT, RIGHT, TOP, BOTTOM = 48, 10, 14, 40
+LEFT, RIGHT, TOP, BOTTOM = 52, 24, 16, 44
 N_COLOURS = 8
+MAX_NAME = 52  # characters that fit across a chart
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def bar_chart(title: str, bars: Sequence[Bar], x_name: str, x_format: Format) ->
         body.append(_text(x, height - 24, x_format(value), "middle"))
     for i, bar in enumerate(bars):
         y = row * i + 18
-        body.append(_text(4, y - 3, bar.name, "start"))
+        body.append(_text(4, y - 3, shortened(bar.name), "start"))
         start = 0.0
         for length, style, tip in bar.parts:
             width = to_x(start + length) - to_x(start)
@@ -103,6 +104,11 @@ def bar_chart(title: str, bars: Sequence[Bar], x_name: str, x_format: Format) ->
             start += length
     body.append(_text(WIDTH / 2, height - 6, x_name, "middle"))
     return _svg(title, height, body)
+
+
+def shortened(name: str) -> str:
+    """A name that fits: part of the file's name goes, since the end tells cache type and depth."""
+    return name if len(name) <= MAX_NAME else f"{name[:12]}...{name[-(MAX_NAME - 15) :]}"
 
 
 def ticks(highest: float, count: int = 5) -> list[float]:
@@ -138,7 +144,7 @@ def _grid(
 def _limit(limit: Limit, to_y: Callable[[float], float]) -> str:
     y = to_y(limit.y)
     line = f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-    return line + _text(WIDTH - RIGHT - 2, y - 3, limit.name, "end")
+    return line + _text(LEFT + 4, y - 3, limit.name, "start")
 
 
 def _line(line: Line, to_x: Callable[[float], float], to_y: Callable[[float], float]) -> str:

@@ -161,9 +161,12 @@ def warnings(sources: Sequence[Source]) -> tuple[str, ...]:
         said.append(f"{kind}, not measured on the board: {', '.join(names)}")
     for row in rows:
         said += _run_warnings(row)
-    for source in sources:
-        said += [f"{source.name}: {note}" for note in source.report.notes]
     return tuple(said)
+
+
+def notes(sources: Sequence[Source]) -> tuple[str, ...]:
+    """What the reports say about themselves: sensors that could not be read, and why."""
+    return tuple(f"{source.name}: {note}" for source in sources for note in source.report.notes)
 
 
 def _run_warnings(row: Entry) -> list[str]:

@@ -83,7 +83,7 @@ def test_unknown_things_are_noted_and_not_zero(report: Report) -> None:
 def test_a_worker_that_dies_is_explained() -> None:
     with WorkerProcess("victim") as worker:
         worker._process.kill()
-        with pytest.raises(BackendError, match="victim: .*memory"):
+        with pytest.raises(BackendError, match=r"victim: .*memory"):
             worker.ask("memory")
 
 
