@@ -11,6 +11,20 @@ from pathlib import Path
 from edgekv.errors import OutputError
 
 
+def check_output(path: Path, force: bool) -> None:
+    """Refuse, before any work is done, an output that could not be written at its end.
+
+    Raises:
+        OutputError: the folder is missing, or `path` is a folder, or exists without `force`.
+    """
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; name a file to write")
+    if path.exists() and not force:
+        raise OutputError(f"{path} exists; pass --force to replace it, or choose another name")
+    if not path.parent.is_dir():
+        raise OutputError(f"the folder {path.parent} does not exist; create it first: mkdir -p {path.parent}")
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path, force: bool) -> Iterator[Path]:
     """A temporary path beside `path`, renamed onto it when the block ends well and removed when not.
@@ -20,12 +34,7 @@ def atomic_path(path: Path, force: bool) -> Iterator[Path]:
     Raises:
         OutputError: the folder is missing or not writable, `path` exists without `force`, the disk is full.
     """
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder; name a file to write")
-    if path.exists() and not force:
-        raise OutputError(f"{path} exists; pass --force to replace it, or choose another name")
-    if not path.parent.is_dir():
-        raise OutputError(f"the folder {path.parent} does not exist; create it first: mkdir -p {path.parent}")
+    check_output(path, force)
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
         os.close(handle)

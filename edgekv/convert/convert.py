@@ -21,6 +21,7 @@ from edgekv.convert.linalg import factor, sqrt_and_inverse
 from edgekv.convert.norm_trick import fold_norm
 from edgekv.convert.output_fit import fit_outputs
 from edgekv.convert.query_fit import Probe, fit_queries, rotate_rope_part
+from edgekv.convert.transmla import transmla
 from edgekv.errors import ModelFileError, UnsupportedError
 from edgekv.gguf_spec import layer_tensor_shapes
 from edgekv.model import BlockWeights, load_block
@@ -47,11 +48,15 @@ Progress = Callable[[LayerLoss], None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a layer is fitted: the method that finds its maps, and what is refitted behind them."""
+    """How a layer is fitted: the method that finds its maps, and what is refitted behind them.
+
+    sequential: layers see the inputs that the converted layers before them give, not the original's.
+    """
 
     method: Method = complex_joint
     query_iterations: int = 4
     refit_output: bool = True
+    sequential: bool = True
 
 
 FITTED = (
@@ -62,6 +67,12 @@ FITTED = (
     "attn_v_b.weight",
     "attn_output.weight",
 )
+
+
+METHODS = {
+    "edgekv": Recipe(),
+    "transmla": Recipe(method=transmla, query_iterations=0, refit_output=False, sequential=False),
+}
 
 
 @dataclass
@@ -170,8 +181,11 @@ def _convert_layer(
         given = per_head(mix, v_b).reshape(len(mix), -1) @ w_o.T
         error += float(np.square(given - output).sum())
         energy += float(np.square(output).sum())
-        stream.converted[i] = _feed_forward(stream.converted[i] + given, w, spec.norm_eps)
         stream.original[i] = _feed_forward(stream.original[i] + output, w, spec.norm_eps)
+        if recipe.sequential:
+            stream.converted[i] = _feed_forward(stream.converted[i] + given, w, spec.norm_eps)
+        else:
+            stream.converted[i] = stream.original[i]
     tensors = _tensors(q_rows, maps, v_b, w_o, converted, spec, target)
     return tensors, LayerLoss(layer, maps.rope_kept, maps.latent_kept, error / energy)
 

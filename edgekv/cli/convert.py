@@ -1,0 +1,222 @@
+"""`edgekv convert`: a GQA model becomes an MLA GGUF."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgekv.cli.progress import progress
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgekv.convert.convert import LayerLoss
+    from edgekv.export.verify import Comparison
+    from edgekv.source import Metadata, TensorSource
+    from edgekv.spec import GQA, MLA
+
+PATH = click.Path(path_type=Path)
+WEIGHTS = ("keep", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+VERIFY_TOKENS = 256
+
+
+@click.command("convert")
+@click.argument("model", type=PATH)
+@click.option("-o", "--output", required=True, type=PATH, help="The GGUF to write.")
+@click.option("--target", type=float, help="Share of the cache to keep, e.g. 0.5; picks SIMD-friendly sizes.")
+@click.option("--kv-lora-rank", type=int, help="Width of the latent, instead of --target.")
+@click.option("--rope-dim", type=int, help="Width of the shared rope key.  [default: the head dim]")
+@click.option("--nope-dim", type=int, help="Query dims a head that read the latent.  [default: 32]")
+@click.option("--value-dim", type=int, help="Value dims a head.  [default: the head dim]")
+@click.option("--method", default="edgekv", show_default=True, type=click.Choice(["edgekv", "transmla"]),
+              help="Training-free method; transmla is the published one, for comparison.")  # fmt: skip
+@click.option("--healed", type=PATH, help="File of `edgekv heal` to build from, instead of fitting.")
+@click.option("--weights", default="keep", show_default=True, type=click.Choice(WEIGHTS),
+              help="Weight format; keep leaves untouched tensors as they are and writes new ones in q8_0.")  # fmt: skip
+@click.option("--calib", multiple=True, type=PATH, help="Calibration text.  [default: the model writes it]")
+@click.option("--calib-tokens", default=16384, show_default=True, help="Tokens to calibrate on.")
+@click.option("--seed", default=0, show_default=True, help="Of the calibration sample.")
+@click.option("--verify", is_flag=True, help="Reload in llama.cpp and compare with the NumPy reference.")
+@click.option("--force", is_flag=True, help="Replace the output.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(model: Path, output: Path, as_json: bool, verify: bool, force: bool, **options: Any) -> None:
+    """Convert a GQA or MHA model into one whose cache is a compressed latent.
+
+    The outcome is a `deepseek2` GGUF that unmodified llama.cpp runs.
+
+    \b
+    edgekv convert model.gguf -o half.gguf --target 0.5
+    edgekv convert model.gguf -o third.gguf --kv-lora-rank 64 --rope-dim 64 --calib book.txt
+    edgekv convert model.gguf -o third.gguf --healed third.safetensors --verify
+    """
+    from edgekv.export.gguf import write_gguf
+    from edgekv.files import check_output
+    from edgekv.source import open_source
+
+    check_output(output, force)
+    source = open_source(model)
+    losses: list[LayerLoss] = []
+    with tempfile.TemporaryDirectory(prefix="edgekv-convert-") as spill:
+        converted, notes = _converted(source, Path(spill), losses, as_json, options)
+        with progress("writing", as_json) as advance:
+            write_gguf(
+                converted, output, options["weights"], notes, force, lambda name, i, n: advance(i + 1, n)
+            )
+    comparison = verify_file(output, as_json) if verify else None
+    _report(source, converted, output, losses, comparison, as_json)
+    if comparison is not None and comparison.kl > VERIFY_KL[options["weights"]]:
+        from edgekv.errors import ToleranceError
+
+        raise ToleranceError(
+            f"{output}: llama.cpp differs from the NumPy reference by KL {comparison.kl:.2e}; please report this"
+        )
+
+
+# What llama.cpp's own arithmetic costs beside float32: it multiplies quantized weights by 8-bit activations.
+VERIFY_KL = {"f32": 1e-5, "f16": 1e-4, "bf16": 1e-3} | dict.fromkeys((*WEIGHTS[4:], "keep"), 2e-2)
+
+
+def _converted(
+    source: TensorSource, spill: Path, losses: list[LayerLoss], as_json: bool, options: dict[str, Any]
+) -> tuple[TensorSource, Metadata]:
+    """The converted source, from healed weights or by fitting, and the notes on how it was made."""
+    from edgekv.convert.convert import METHODS, convert, convertible_attention
+
+    gqa = convertible_attention(source.spec)
+    if options["healed"]:
+        return _from_healed(options["healed"], source)
+    target = _target(gqa, options)
+    windows = _calibration(source, options, as_json)
+    with progress("converting", as_json) as advance:
+
+        def layer_done(loss: LayerLoss) -> None:
+            losses.append(loss)
+            advance(loss.layer + 1, source.spec.n_layers)
+
+        converted = convert(source, target, windows, spill, METHODS[options["method"]], layer_done)
+    notes = {
+        "edgekv.method": options["method"],
+        "edgekv.calibration": ", ".join(path.name for path in options["calib"]) or "sampled from the model",
+        "edgekv.calibration_tokens": int(windows.size),
+        "edgekv.seed": options["seed"],
+        "edgekv.source_cache_values": source.spec.cache_values,
+        "edgekv.output_error": [round(loss.output_error, 5) for loss in losses],
+    }
+    return converted, notes
+
+
+def _from_healed(path: Path, source: TensorSource) -> tuple[TensorSource, Metadata]:
+    from edgekv.convert.heal_file import check_base, healed_source, read_healed
+
+    record, tensors = read_healed(path)
+    check_base(path, record, source)
+    last = record.evaluations[-1]
+    notes: Metadata = {
+        "edgekv.method": "healed",
+        "edgekv.healed_tokens": record.steps_done * record.recipe.batch_tokens,
+        "edgekv.healed_on": ", ".join(data.name for data in record.data),
+        "edgekv.healed_for_cache": record.recipe.cache_type,
+        "edgekv.healed_kl": round(last.kl, 5),
+        "edgekv.healed_kl_text": record.evaluation_text,
+        "edgekv.source_cache_values": source.spec.cache_values,
+    }
+    return healed_source(source, record.attention, tensors), notes
+
+
+def _target(gqa: GQA, options: dict[str, Any]) -> MLA:
+    from edgekv.convert.target import choose_rank, target_spec
+    from edgekv.errors import InputError
+
+    share, rank, rope_dim = options["target"], options["kv_lora_rank"], options["rope_dim"]
+    if (share is None) == (rank is None):
+        raise InputError("say how small: either --target SHARE or --kv-lora-rank RANK")
+    if share is not None:
+        rank, chosen = choose_rank(gqa, share)
+        rope_dim = rope_dim or chosen
+    return target_spec(
+        gqa,
+        rank,
+        gqa.rope.dim if rope_dim is None else rope_dim,
+        min(32, rank) if options["nope_dim"] is None else options["nope_dim"],
+        gqa.head_dim if options["value_dim"] is None else options["value_dim"],
+    )
+
+
+def _calibration(source: TensorSource, options: dict[str, Any], as_json: bool) -> NDArray[np.int64]:
+    from edgekv.convert.calibration import windows_from_files, windows_from_model
+    from edgekv.errors import InputError
+    from edgekv.tokenizer import Tokenizer
+
+    if options["calib_tokens"] < 1:
+        raise InputError("--calib-tokens takes a positive number")
+    if options["calib"]:
+        tokenizer = Tokenizer.from_metadata(source.metadata)
+        return windows_from_files(list(options["calib"]), tokenizer, options["calib_tokens"], options["seed"])
+    with progress("sampling calibration text", as_json) as advance:
+        return windows_from_model(source, options["calib_tokens"], options["seed"], advance)
+
+
+def verify_file(path: Path, quiet: bool) -> Comparison:
+    """Reload a written file in llama.cpp with a float32 cache and compare it with the reference."""
+    from edgekv.backends import open_backend
+    from edgekv.backends.reference import ReferenceBackend
+    from edgekv.export.verify import compare, sample_tokens
+    from edgekv.source import open_source
+
+    reference = ReferenceBackend(open_source(path), VERIFY_TOKENS)
+    tokens = sample_tokens(reference, VERIFY_TOKENS, seed=1)
+    engine = open_backend(path, "llama.cpp", n_ctx=VERIFY_TOKENS, cache_type="f32")
+    try:
+        with progress("verifying", quiet) as advance:
+            return compare(reference, engine, tokens, advance)
+    finally:
+        engine.close()
+
+
+def _report(
+    source: TensorSource,
+    converted: TensorSource,
+    output: Path,
+    losses: list[LayerLoss],
+    comparison: Comparison | None,
+    as_json: bool,
+) -> None:
+    from dataclasses import asdict
+
+    before, after = source.spec.kv_bytes_per_token("f16"), converted.spec.kv_bytes_per_token("f16")
+    if as_json:
+        document = {
+            "output": str(output),
+            "bytes": output.stat().st_size,
+            "cache_bytes_per_token": {"before": before, "after": after},
+            "layers": [asdict(loss) for loss in losses],
+            "verify": asdict(comparison) if comparison else None,
+        }
+        click.echo(json.dumps(document, indent=1))
+        return
+    if losses:
+        _loss_table(losses)
+    click.echo(f"cache: {before:,} -> {after:,} bytes a token in f16 ({after / before - 1:+.1%})")
+    if comparison:
+        click.echo(
+            f"llama.cpp against the reference on {comparison.tokens} tokens: KL {comparison.kl:.2e}, "
+            f"max logit error {comparison.max_logit_error:.2e}, argmax {comparison.argmax_agreement:.1%}"
+        )
+    click.echo(f"wrote {output} ({output.stat().st_size / 2**20:,.1f} MiB)")
+
+
+def _loss_table(losses: list[LayerLoss]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("layer", "rope key keeps", "latent keeps", "output error")
+    for loss in losses:
+        table.add_row(
+            str(loss.layer), f"{loss.rope_kept:.1%}", f"{loss.latent_kept:.1%}", f"{loss.output_error:.3f}"
+        )
+    Console().print(table)

@@ -1,0 +1,159 @@
+"""`edgekv inspect`: what a model is, what its cache costs, what it could become."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from edgekv.source import TensorSource
+    from edgekv.spec import ModelSpec
+
+CONTEXTS = (2048, 8192, 32768)
+CACHE_TYPES = ("f16", "q8_0", "q4_0")
+TARGETS = (0.75, 0.667, 0.5, 0.334, 0.25)
+
+
+@click.command("inspect")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(model: Path, as_json: bool) -> None:
+    """Show a model's shape, its quantization, its cache's bytes, and what conversion offers.
+
+    \b
+    edgekv inspect model.gguf
+    edgekv inspect model.gguf --json | jq .cache.bytes_per_token.f16
+    """
+    from edgekv.source import open_source
+
+    found = describe(open_source(model))
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+    else:
+        _show(found)
+
+
+def describe(source: TensorSource) -> dict[str, Any]:
+    """Everything that inspect prints, as plain values. Cache sizes are in bytes, exact."""
+    import math
+    from collections import Counter
+
+    spec = source.spec
+    attention = spec.layers[0].attention
+    sizes = {name: math.prod(source.shape(name)) for name in source.names()}
+    mix: Counter[str] = Counter()
+    for name, size in sizes.items():
+        mix[source.quantization(name)] += size
+    return {
+        "name": spec.name,
+        "architecture": spec.arch,
+        "attention": attention.kind,
+        "n_layers": spec.n_layers,
+        "dim": spec.dim,
+        "n_heads": attention.n_heads,
+        "ffn_dim": spec.layers[0].ffn_dim,
+        "vocab": spec.vocab,
+        "context_length": spec.context_length,
+        "tied_embeddings": spec.tied_embeddings,
+        "parameters": sum(sizes.values()),
+        "quantization": {kind: count for kind, count in mix.most_common()},
+        "shape": _attention_shape(spec),
+        "cache": _cache(spec),
+        "could_become": _targets(spec),
+        "made_by": {key: value for key, value in source.metadata.items() if key.startswith("edgekv.")},
+    }
+
+
+def _attention_shape(spec: ModelSpec) -> dict[str, float]:
+    from edgekv.spec import MLA
+
+    attention = spec.layers[0].attention
+    if isinstance(attention, MLA):
+        shape: dict[str, float] = {
+            "kv_lora_rank": attention.kv_lora_rank,
+            "rope_dim": attention.rope.dim,
+            "nope_dim": attention.nope_dim,
+            "value_dim": attention.value_dim,
+        }
+    else:
+        shape = {"n_kv_heads": attention.n_kv_heads, "head_dim": attention.head_dim}
+    return shape | {"rope_theta": attention.rope.theta}
+
+
+def _cache(spec: ModelSpec) -> dict[str, Any]:
+    per_token: dict[str, int] = {}
+    for kind in CACHE_TYPES:
+        try:
+            per_token[kind] = spec.kv_bytes_per_token(kind)
+        except ValueError:  # the block size does not divide the rows: llama.cpp refuses this type too
+            continue
+    return {
+        "values_per_token_per_layer": spec.cache_values / spec.n_layers,
+        "bytes_per_token": per_token,
+        "bytes": {kind: {str(n): n * size for n in CONTEXTS} for kind, size in per_token.items()},
+    }
+
+
+def _targets(spec: ModelSpec) -> list[dict[str, Any]]:
+    """The latents that `convert --target` would choose; none for a model that has one."""
+    from edgekv.convert.target import choose_rank
+    from edgekv.errors import InputError
+    from edgekv.spec import GQA
+
+    attention = spec.layers[0].attention
+    if not isinstance(attention, GQA):
+        return []
+    found = []
+    for target in TARGETS:
+        try:
+            rank, rope_dim = choose_rank(attention, target)
+        except InputError:
+            continue
+        found.append(
+            {
+                "target": target,
+                "kv_lora_rank": rank,
+                "rope_dim": rope_dim,
+                "values_per_token_per_layer": rank + rope_dim,
+                "kept": (rank + rope_dim) / attention.cache_values,
+            }
+        )
+    return found
+
+
+def _show(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    shape = ", ".join(f"{key} {value:g}" for key, value in found["shape"].items())
+    mix = ", ".join(
+        f"{kind} {count / found['parameters']:.1%}" for kind, count in found["quantization"].items()
+    )
+    console.print(f"[bold]{found['name']}[/bold]  {found['architecture']}, {found['attention']}")
+    console.print(
+        f"{found['parameters'] / 1e6:.1f}M parameters, {found['n_layers']} layers, width {found['dim']}, "
+        f"{found['n_heads']} heads, {shape}"
+    )
+    console.print(f"weights: {mix}; context {found['context_length']}, vocabulary {found['vocab']}")
+    table = Table("cache type", "bytes a token", *(f"{n // 1024}K context" for n in CONTEXTS))
+    for kind, size in found["cache"]["bytes_per_token"].items():
+        table.add_row(
+            kind, f"{size:,}", *(f"{n / 2**20:,.1f} MiB" for n in found["cache"]["bytes"][kind].values())
+        )
+    console.print(table)
+    if found["could_become"]:
+        table = Table("convert --target", "latent + rope key", "values a token a layer", "kept")
+        for row in found["could_become"]:
+            table.add_row(
+                f"{row['target']:g}",
+                f"{row['kv_lora_rank']} + {row['rope_dim']}",
+                str(row["values_per_token_per_layer"]),
+                f"{row['kept']:.0%}",
+            )
+        console.print(table)
+    for key, value in found["made_by"].items():
+        console.print(f"{key}: {value}", highlight=False)

@@ -1,0 +1,82 @@
+"""TransMLA's training-free conversion (arXiv 2502.07864), behind the same signature, for comparison.
+
+RoRoPE (section 4.1): a real rotation across KV heads, per frequency, gathers the keys' energy in one head, which
+keeps RoPE; the others lose it. FreqFold (4.2): neighbouring frequencies are treated as one for that rotation.
+Balanced PCA (4.3): the remaining keys are divided by the ratio of mean channel norms before keys and values share
+one PCA of their activations.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edgekv.convert.layer import LayerMaps, LayerStats, split_heads
+from edgekv.convert.linalg import Matrix
+from edgekv.model import BlockWeights
+from edgekv.spec import GQA, MLA
+
+FREQUENCY_FOLD = 4
+
+
+def transmla(w: BlockWeights, stats: LayerStats, gqa: GQA, mla: MLA) -> LayerMaps:
+    """One layer by RoRoPE, FreqFold and balanced PCA."""
+    _, w_k, w_v, _ = split_heads(w, gqa)
+    group = gqa.n_heads // gqa.n_kv_heads
+    rotation = _rorope(
+        w_k, stats.covariance, gqa
+    )  # (G * K, G * K), orthonormal rows; the first K are the rope head
+    rope_rows = rotation[: mla.rope.dim]
+    nope_rows = rotation[mla.rope.dim :]
+    keys = nope_rows @ w_k.reshape(-1, w_k.shape[-1])  # ((G * K) - P, D)
+    values = w_v.reshape(-1, w_v.shape[-1])
+    balance = _mean_norm(keys, stats.covariance) / _mean_norm(values, stats.covariance)
+    stacked = np.concatenate([keys / balance, values])
+    energy, vectors = np.linalg.eigh(stacked @ stats.covariance @ stacked.T)
+    basis = vectors[:, ::-1][:, : mla.kv_lora_rank]
+    key_basis, value_basis = basis[: len(keys)] * balance, basis[len(keys) :]
+    heads = np.stack(
+        [_head_columns(rotation, i // group, gqa.head_dim) for i in range(gqa.n_heads)]
+    )  # (H, G*K, K)
+    nope = np.stack([key_basis.T @ head[mla.rope.dim :] for head in heads])
+    reading = np.concatenate([nope, heads[:, : mla.rope.dim]], axis=1) * gqa.head_dim**-0.5
+    value = value_basis.reshape(gqa.n_kv_heads, gqa.head_dim, -1)
+    total = np.trace(w_k.reshape(-1, w_k.shape[-1]) @ stats.covariance @ w_k.reshape(-1, w_k.shape[-1]).T)
+    rope_key = rope_rows @ w_k.reshape(-1, w_k.shape[-1])
+    return LayerMaps(
+        latent=(basis.T @ stacked).astype(np.float32),
+        rope_key=rope_key.astype(np.float32),
+        reading=reading.astype(np.float32),
+        value=np.repeat(value, group, axis=0).astype(np.float32),
+        rope_kept=float(np.trace(rope_key @ stats.covariance @ rope_key.T) / total),
+        latent_kept=float(energy[::-1][: mla.kv_lora_rank].sum() / energy.sum()),
+    )
+
+
+def _rorope(w_k: Matrix, covariance: Matrix, gqa: GQA) -> Matrix:
+    """The rotation of all heads' keys: row 2j + part of the first K rows is what frequency j keeps with RoPE."""
+    g, k = gqa.n_kv_heads, gqa.head_dim
+    fold = FREQUENCY_FOLD
+    rows = np.zeros((g, k, g, k))  # (component, rope dim) <- (head, key dim)
+    activity = w_k.reshape(-1, w_k.shape[-1]) @ covariance @ w_k.reshape(-1, w_k.shape[-1]).T
+    activity = activity.reshape(g, k // 2, 2, g, k // 2, 2)
+    for first in range(0, k // 2, fold):
+        pairs = np.arange(first, min(first + fold, k // 2))
+        size = g * len(pairs)
+        real = activity[:, pairs, 0][:, :, :, pairs, 0].reshape(size, size)
+        imaginary = activity[:, pairs, 1][:, :, :, pairs, 1].reshape(size, size)
+        _, vectors = np.linalg.eigh(real + imaginary)
+        basis = vectors[:, ::-1].T.reshape(g, len(pairs), g, len(pairs))  # strongest first: they fill head 0
+        for part in (0, 1):
+            at = np.ix_(range(g), 2 * pairs + part, range(g), 2 * pairs + part)
+            rows[at] = basis
+    return rows.reshape(g * k, g * k)
+
+
+def _head_columns(rotation: Matrix, head: int, head_dim: int) -> Matrix:
+    """How one head's key, and so its query, enters the rotated keys: (G * K, K)."""
+    return rotation[:, head * head_dim : (head + 1) * head_dim]
+
+
+def _mean_norm(rows: Matrix, covariance: Matrix) -> float:
+    """Mean over channels of the root mean square of rows @ x."""
+    return float(np.sqrt(np.einsum("nd,nd->n", rows @ covariance, rows)).mean())
