@@ -1,0 +1,81 @@
+"""Reading a person's messages: history, blocks of several lines, and pasted text."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+CONTINUED = ". "
+HISTORY_LENGTH = 1000
+PASTE_GAP_S = 0.02  # a paste's next line is there at once; nobody types that fast
+
+
+def history_path() -> Path:
+    """Where the history is kept (XDG Base Directory Specification: state)."""
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return Path(state) / "edgekv" / "chat_history"
+
+
+class MessageReader:
+    """Reads messages with line editing and history where Python has readline.
+
+    A message is one line, unless it ends with a backslash, starts with \\"\\"\\" (and then goes on to the
+    line that ends with it), or is pasted: readline 8.1 and later takes a bracketed paste as one edit, and elsewhere
+    lines that follow without a pause belong together.
+    """
+
+    def __init__(self, history: Path) -> None:
+        self._history = history
+        self._readline = None
+        with contextlib.suppress(ImportError):
+            import readline
+
+            self._readline = readline
+            readline.set_auto_history(False)
+            with contextlib.suppress(OSError):
+                readline.read_history_file(history)
+            readline.set_history_length(HISTORY_LENGTH)
+
+    def read(self, prompt: str) -> str:
+        """The next message.
+
+        Raises:
+            EOFError: the input is over.
+            KeyboardInterrupt: Ctrl-C; what was typed of the message is gone.
+        """
+        message = assemble(input, prompt, _more_is_waiting)
+        if message.strip():
+            self._remember(message)
+        return message
+
+    def _remember(self, message: str) -> None:
+        """Add to the history and its file, which only its owner may read."""
+        if self._readline is None:
+            return
+        self._readline.add_history(message)
+        with contextlib.suppress(OSError):  # a read-only home is no reason to stop talking
+            self._history.parent.mkdir(parents=True, exist_ok=True)
+            self._history.touch(mode=0o600)
+            self._readline.write_history_file(self._history)
+
+
+def assemble(read_line: Callable[[str], str], prompt: str, more: Callable[[], bool]) -> str:
+    """One message out of lines; `more` tells whether the next line is there already."""
+    line = read_line(prompt)
+    if line.lstrip().startswith('"""'):
+        text = line.lstrip()[3:]
+        while not text.rstrip().endswith('"""'):
+            text += "\n" + read_line(CONTINUED)
+        return text.rstrip()[:-3].strip("\n")
+    while line.endswith("\\") or more():
+        line = line[:-1] + "\n" if line.endswith("\\") else line + "\n"
+        line += read_line(CONTINUED)
+    return line
+
+
+def _more_is_waiting() -> bool:
+    return bool(select.select([sys.stdin], [], [], PASTE_GAP_S)[0])
