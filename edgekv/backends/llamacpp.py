@@ -34,6 +34,7 @@ DEFAULT_N_CTX = 4096
 # Rows of logits computed at once when every token's are wanted: 64 rows cost 10 % of the speed of 256,
 # more only cost memory (two float32 buffers of rows x vocab).
 LOGITS_ROWS = 128
+_CACHE_TYPE_REFUSALS = ("does not divide n_embd_head", "does not support different K")  # llama-context.cpp
 
 
 @dataclass(frozen=True)
@@ -225,9 +226,10 @@ class LlamaCppBackend:
         context = self._api.llama_init_from_model(self._model, params)
         if not context:
             self.close()
-            raise BackendError(
-                f"llama.cpp loaded {path} but not a context of {params.n_ctx} tokens: {LOG.cause()}"
-            )
+            cause = LOG.cause()
+            if any(words in cause for words in _CACHE_TYPE_REFUSALS):
+                raise InputError(f"{path} cannot have this cache type: {cause}; f16 always works")
+            raise BackendError(f"llama.cpp loaded {path} but not a context of {params.n_ctx} tokens: {cause}")
         return context
 
     def _batch(self, tokens: Sequence[int], every: bool) -> Any:

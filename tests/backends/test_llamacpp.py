@@ -163,6 +163,34 @@ def test_a_malformed_file_never_reaches_the_engine(tmp_path: Path) -> None:
         LlamaCppBackend(tmp_path / "bad.gguf")
 
 
+def test_a_cache_type_that_the_head_size_forbids_is_an_input_error(tmp_path: Path) -> None:
+    """Heads of 16 dims do not hold q8_0's blocks of 32."""
+    path, random = tmp_path / "narrow.gguf", np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(50)
+    writer.add_tokenizer_model("no_vocab")
+    shapes = {"token_embd": (50, 32), "output_norm": (32,), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,)}
+    shapes |= {f"blk.0.attn_{name}": (32, 32) for name in ("q", "k", "v", "output")}
+    shapes |= {"blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32), "blk.0.ffn_down": (32, 64)}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", random.normal(size=shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    backend = LlamaCppBackend(path, cache_type="f16", n_threads=1)
+    assert backend.prefill([1, 2, 3]).shape == (50,)
+    backend.close()
+    with pytest.raises(InputError, match=r"does not divide n_embd_head_k=16; f16 always works"):
+        LlamaCppBackend(path, cache_type="q8_0")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
