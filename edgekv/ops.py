@@ -25,7 +25,7 @@ def swiglu(x: Array, gate: Array, up: Array, down: Array) -> Array:
     with np.errstate(over="ignore"):  # exp(-g) = inf gives the right limit, g * sigmoid(g) = 0
         g /= 1.0 + np.exp(-g)
     g *= x @ up.T
-    return g @ down.T
+    return np.asarray(g @ down.T, dtype=np.float32)
 
 
 def rope_tables(positions: NDArray[np.int64], rope: RopeSpec) -> tuple[Array, Array]:

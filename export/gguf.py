@@ -7,6 +7,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from gguf import GGMLQuantizationType as QuantType
 from numpy.typing import NDArray
 
 from edgekv import __version__
@@ -14,7 +15,6 @@ from edgekv.files import atomic_path
 from edgekv.source import Metadata, MetaValue, TensorSource
 from edgekv.spec import MLA, ModelSpec
 
-QuantType = gguf.GGMLQuantizationType
 WEIGHT_TYPES: Mapping[str, QuantType] = {
     "f32": QuantType.F32,
     "f16": QuantType.F16,
@@ -73,14 +73,16 @@ def write_gguf(
             shape = source.shape(name)
             nbytes = raw.nbytes if raw is not None else _nbytes(shape, quant)
             byte_shape = gguf.quant_shape_to_byte_shape(shape, quant) if _is_blocked(quant) else shape
-            dtype = np.dtype(np.uint8) if _is_blocked(quant) else _plain_dtype(quant)
+            dtype = np.dtype(np.uint8 if _is_blocked(quant) else _plain_dtype(quant))
             writer.add_tensor_info(name, byte_shape, dtype, nbytes, raw_dtype=quant)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for i, (name, quant, raw) in enumerate(plan):
             progress(name, i, len(plan))
-            writer.write_tensor_data(raw if raw is not None else gguf.quants.quantize(source.load(name), quant))
+            writer.write_tensor_data(
+                raw if raw is not None else gguf.quants.quantize(source.load(name), quant)
+            )
         writer.close()
 
 
@@ -103,8 +105,8 @@ def _is_blocked(quant: QuantType) -> bool:
     return quant not in (QuantType.F32, QuantType.F16)
 
 
-def _plain_dtype(quant: QuantType) -> np.dtype[np.float32] | np.dtype[np.float16]:
-    return np.dtype(np.float32) if quant == QuantType.F32 else np.dtype(np.float16)
+def _plain_dtype(quant: QuantType) -> type[np.float32] | type[np.float16]:
+    return np.float32 if quant == QuantType.F32 else np.float16
 
 
 def _nbytes(shape: tuple[int, ...], quant: QuantType) -> int:
@@ -122,28 +124,29 @@ def _write_metadata(writer: gguf.GGUFWriter, source: TensorSource, weights: str,
         if key.split(".")[0] in ("tokenizer", "general")
         and key not in ("general.architecture", "general.file_type", "general.quantization_version")
     }
-    pairs |= architecture_keys(source.spec) | dict(notes) | {"edgekv.version": __version__}
+    pairs |= {f"{arch}.{key}": value for key, value in architecture_keys(source.spec).items()}
+    pairs |= dict(notes) | {"edgekv.version": __version__}
     for key, value in pairs.items():
-        _add_key(writer, f"{arch}.{key.removeprefix('{arch}.')}" if key.startswith("{arch}.") else key, value)
+        _add_key(writer, key, value)
     writer.add_file_type(FILE_TYPES.get(quant, gguf.LlamaFileType.GUESSED))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
 def _add_key(writer: gguf.GGUFWriter, key: str, value: MetaValue) -> None:
-    kinds: dict[type, Callable[[str, MetaValue], None]] = {
-        bool: writer.add_bool,
-        str: writer.add_string,
-        float: writer.add_float32,
-        list: writer.add_array,
-    }
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
         (writer.add_uint32 if 0 <= value < 2**32 else writer.add_int64)(key, value)
-    elif not (isinstance(value, list) and not value):  # gguf-py cannot write an empty array
-        kinds[type(value)](key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    elif value:  # gguf-py cannot write an empty array
+        writer.add_array(key, value)
 
 
 def architecture_keys(spec: ModelSpec) -> dict[str, MetaValue]:
-    """GGUF keys of a spec, `{arch}.` standing for the architecture.
+    """GGUF keys of a spec, without the architecture that comes first in each.
 
     The deepseek2 set is what llama.cpp's loader reads for a dense model with a latent cache
     (src/llama-model.cpp, LLM_ARCH_DEEPSEEK2).
@@ -151,33 +154,33 @@ def architecture_keys(spec: ModelSpec) -> dict[str, MetaValue]:
     layer = spec.layers[0]
     attention = layer.attention
     keys: dict[str, MetaValue] = {
-        "{arch}.block_count": spec.n_layers,
-        "{arch}.context_length": spec.context_length,
-        "{arch}.embedding_length": spec.dim,
-        "{arch}.feed_forward_length": layer.ffn_dim,
-        "{arch}.vocab_size": spec.vocab,
-        "{arch}.attention.head_count": attention.n_heads,
-        "{arch}.attention.layer_norm_rms_epsilon": spec.norm_eps,
-        "{arch}.rope.freq_base": attention.rope.theta,
-        "{arch}.rope.dimension_count": attention.rope.dim,
+        "block_count": spec.n_layers,
+        "context_length": spec.context_length,
+        "embedding_length": spec.dim,
+        "feed_forward_length": layer.ffn_dim,
+        "vocab_size": spec.vocab,
+        "attention.head_count": attention.n_heads,
+        "attention.layer_norm_rms_epsilon": spec.norm_eps,
+        "rope.freq_base": attention.rope.theta,
+        "rope.dimension_count": attention.rope.dim,
     }
     if not isinstance(attention, MLA):
         return keys | {
-            "{arch}.attention.head_count_kv": attention.n_kv_heads,
-            "{arch}.attention.key_length": attention.head_dim,
-            "{arch}.attention.value_length": attention.head_dim,
+            "attention.head_count_kv": attention.n_kv_heads,
+            "attention.key_length": attention.head_dim,
+            "attention.value_length": attention.head_dim,
         }
     return keys | {
-        "{arch}.attention.head_count_kv": 1,
-        "{arch}.attention.q_lora_rank": attention.q_lora_rank,
-        "{arch}.attention.kv_lora_rank": attention.kv_lora_rank,
-        "{arch}.attention.key_length": attention.cache_values,
-        "{arch}.attention.value_length": attention.kv_lora_rank,
-        "{arch}.attention.key_length_mla": attention.head_dim,
-        "{arch}.attention.value_length_mla": attention.value_dim,
-        "{arch}.leading_dense_block_count": spec.n_layers,
-        "{arch}.expert_feed_forward_length": 0,
-        "{arch}.expert_shared_count": 0,
-        "{arch}.expert_count": 0,
-        "{arch}.expert_used_count": 0,
+        "attention.head_count_kv": 1,
+        "attention.q_lora_rank": attention.q_lora_rank,
+        "attention.kv_lora_rank": attention.kv_lora_rank,
+        "attention.key_length": attention.cache_values,
+        "attention.value_length": attention.kv_lora_rank,
+        "attention.key_length_mla": attention.head_dim,
+        "attention.value_length_mla": attention.value_dim,
+        "leading_dense_block_count": spec.n_layers,
+        "expert_feed_forward_length": 0,
+        "expert_shared_count": 0,
+        "expert_count": 0,
+        "expert_used_count": 0,
     }

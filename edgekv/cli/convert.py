@@ -68,7 +68,7 @@ def command(model: Path, output: Path, as_json: bool, verify: bool, force: bool,
                 converted, output, options["weights"], notes, force, lambda name, i, n: advance(i + 1, n)
             )
     comparison = verify_file(output, as_json) if verify else None
-    _report(source, converted, output, losses, comparison, as_json)
+    _report(source, converted, output, notes, losses, comparison, as_json)
     if comparison is not None and comparison.kl > VERIFY_KL[options["weights"]]:
         from edgekv.errors import ToleranceError
 
@@ -182,6 +182,7 @@ def _report(
     source: TensorSource,
     converted: TensorSource,
     output: Path,
+    notes: Metadata,
     losses: list[LayerLoss],
     comparison: Comparison | None,
     as_json: bool,
@@ -194,6 +195,7 @@ def _report(
             "output": str(output),
             "bytes": output.stat().st_size,
             "cache_bytes_per_token": {"before": before, "after": after},
+            "notes": dict(notes),
             "layers": [asdict(loss) for loss in losses],
             "verify": asdict(comparison) if comparison else None,
         }

@@ -30,7 +30,7 @@ from edgekv.source import Array, LazySource, TensorSource
 from edgekv.spec import GQA, MLA, ModelSpec
 
 PROBE_TOKENS = 512  # of a calibration window, for statistics that need its attention matrix
-MAX_PROBES = 16
+MAX_PROBES = 8
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,10 @@ def _convert_layer(
 
 def _statistics(converted: list[Array], views: list[_View], outputs: list[Array], gqa: GQA) -> LayerStats:
     n_tokens = sum(len(x) for x in converted)
-    covariance = sum(x.T @ x for x in converted).astype(np.float64) / n_tokens
+    covariance = np.zeros((converted[0].shape[1],) * 2)
+    for x in converted:
+        covariance += x.T @ x
+    covariance /= n_tokens
     mixed = np.zeros_like(covariance)
     for x, view in zip(converted, views, strict=False):
         seen = (view.attention @ x[None, : view.attention.shape[-1]]).reshape(-1, x.shape[1])
@@ -232,9 +235,10 @@ def _attention_view(x: Array, w: BlockWeights, gqa: GQA) -> _View:
     keys = np.repeat(k, gqa.n_heads // gqa.n_kv_heads, axis=0)  # (H, T, K)
     scores = (q.swapaxes(0, 1) * np.float32(gqa.head_dim**-0.5)) @ keys.swapaxes(1, 2)
     future = np.triu(np.full(scores.shape[1:], -np.inf, np.float32), 1)
-    attention = np.exp(scores + future - (scores + future).max(axis=-1, keepdims=True))
+    masked = np.asarray(scores + future, dtype=np.float32)
+    attention = np.exp(masked - masked.max(axis=-1, keepdims=True))
     attention /= attention.sum(axis=-1, keepdims=True)
-    return _View(scores, attention)
+    return _View(scores, attention.astype(np.float32, copy=False))
 
 
 def _cached_rows(x: Array, maps: LayerMaps, target: MLA) -> Array:
@@ -295,8 +299,8 @@ def _output_maps(
     w_o = w["attn_output.weight"]
     if not recipe.refit_output:
         return maps.value, w_o
-    heads = w_o.reshape(len(w_o), gqa.n_heads, gqa.head_dim).astype(np.float64)
-    start = per_head(heads, maps.value.swapaxes(1, 2))
+    heads = w_o.reshape(len(w_o), gqa.n_heads, gqa.head_dim)
+    start = per_head(heads, maps.value.swapaxes(1, 2)).astype(np.float64)
     v_b, fitted = fit_outputs(np.concatenate(mixed), np.concatenate(outputs), start, target.value_dim)
     return v_b, fitted.reshape(len(fitted), -1)
 

@@ -38,7 +38,7 @@ def shrink_by_frequency(leftover: Matrix, gqa: GQA) -> Matrix:
     speed = gqa.rope.theta ** (-np.arange(0, gqa.rope.dim, 2) / gqa.rope.dim)
     turn = speed * DISTANCE
     shrink = np.where(turn < np.pi, np.sinc(turn / np.pi), 0.0)
-    return leftover * np.repeat(shrink, 2)[None, :, None]
+    return np.asarray(leftover * np.repeat(shrink, 2)[None, :, None])
 
 
 def joint_latent(value_rows: Matrix, key_rows: Matrix, covariance: Matrix, rank: int, keys: Matrix) -> Latent:
@@ -66,4 +66,5 @@ def weighted_keys(keys: Matrix, w_q: Matrix, covariance: Matrix) -> Matrix:
     """Key rows weighted by the queries that read them. keys (G, K, D), w_q (H, K, D) -> (G * K, D)."""
     g, k = keys.shape[:2]
     readers = (w_q @ covariance @ w_q.swapaxes(1, 2)).reshape(g, -1, k, k).sum(axis=1)
-    return np.concatenate([sqrt_and_inverse(readers[i])[0] @ keys[i] for i in range(g)]) / np.sqrt(k)
+    rows = [sqrt_and_inverse(readers[i])[0] @ keys[i] for i in range(g)]
+    return np.asarray(np.concatenate(rows) / np.sqrt(k))

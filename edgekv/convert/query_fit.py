@@ -45,7 +45,7 @@ def fit_queries(start: Array, probes: list[Probe], mla: MLA, iterations: int) ->
     solution = start.copy()
     residual = -_gradient(solution, probes, mla, targets=True)
     preconditioned = inverse_left @ residual @ inverse_right
-    direction = preconditioned
+    direction = preconditioned.astype(np.float32)
     decrease = np.einsum("hij,hij->h", residual, preconditioned)
     for _ in range(iterations):
         curved = _gradient(direction, probes, mla, targets=False) + damping * direction
@@ -54,7 +54,8 @@ def fit_queries(start: Array, probes: list[Probe], mla: MLA, iterations: int) ->
         residual -= step[:, None, None] * curved
         preconditioned = inverse_left @ residual @ inverse_right
         previous, decrease = decrease, np.einsum("hij,hij->h", residual, preconditioned)
-        direction = preconditioned + (decrease / np.maximum(previous, 1e-30))[:, None, None] * direction
+        share = (decrease / np.maximum(previous, 1e-30))[:, None, None]
+        direction = np.asarray(preconditioned + share * direction, dtype=np.float32)
     return solution
 
 
@@ -77,9 +78,10 @@ def _gradient(maps: Array, probes: list[Probe], mla: MLA, targets: bool) -> Arra
             error -= probe.scores
         error *= probe.attention  # masked pairs carry no attention
         error -= probe.attention * error.sum(axis=-1, keepdims=True)
-        pulled = rotate_rope_part((error @ probe.rows).swapaxes(0, 1), mla, -1)  # (T, H, R + P)
+        pull = (error @ probe.rows).astype(np.float32, copy=False).swapaxes(0, 1)  # (T, H, R + P)
+        pulled = rotate_rope_part(pull, mla, -1)
         total += pulled.transpose(1, 2, 0) @ probe.queries.swapaxes(0, 1)
-    return total / np.float32(sum(len(probe.rows) for probe in probes))
+    return np.asarray(total / np.float32(sum(len(probe.rows) for probe in probes)), dtype=np.float32)
 
 
 def _curvature(probes: list[Probe], mla: MLA, stride: int = 64) -> tuple[Array, Array]:

