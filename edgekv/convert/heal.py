@@ -14,12 +14,15 @@ from numpy.typing import NDArray
 
 from edgekv import __version__
 from edgekv.convert.convert import LayerLoss, Recipe, convert
-from edgekv.convert.heal_data import Shard, TokenStream
+from edgekv.convert.heal_data import Shard, TokenStream, cache_folder, load_shard, write_tokens
 from edgekv.convert.heal_file import FORMAT, Storage, base_sha256, check_base, read_healed, student_tensors
+from edgekv.convert.heal_gauge import balanced
+from edgekv.convert.heal_prompts import Chat
 from edgekv.convert.heal_recipe import DataRecord, Evaluation, HealedRecord, HealRecipe
 from edgekv.errors import InputError, OutputError
 from edgekv.source import Array, TensorSource
 from edgekv.spec import MLA
+from edgekv.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +82,7 @@ def heal(job: HealJob, report: Report) -> HealedRecord:
         EdgeKVError: the training diverged.
     """
     device = pick_device(job.device)
+    _check_cache_type(job)
     record, tensors = _begin(job, device, report)
     stream, windows = _text(job)
     report(Stage("loading teacher and student"))
@@ -97,6 +101,15 @@ def heal(job: HealJob, report: Report) -> HealedRecord:
     if finished:
         job.state_path.unlink(missing_ok=True)
     return healer.record
+
+
+def _check_cache_type(job: HealJob) -> None:
+    rank, rope_dim = job.attention.kv_lora_rank, job.attention.rope.dim
+    if job.recipe.cache_type != "f16" and (rank % 32 or rope_dim % 32):
+        raise InputError(
+            f"--cache {job.recipe.cache_type} stores blocks of 32 values: rank {rank} and rope key {rope_dim} "
+            "both have to be multiples of 32"
+        )
 
 
 def pick_device(name: str) -> torch.device:
@@ -152,7 +165,7 @@ def _convert(job: HealJob, report: Report) -> dict[str, Array]:
     windows = np.concatenate([row[:each] for row in rows]).astype(np.int64)
     with tempfile.TemporaryDirectory(prefix="edgekv-heal-") as folder:
         converted = convert(job.source, job.attention, windows, Path(folder), Recipe(), report)
-        return student_tensors(converted)
+        return balanced(student_tensors(converted), job.attention)
 
 
 def _blank(job: HealJob) -> dict[str, Array]:
@@ -249,3 +262,35 @@ def _steps_in(seconds: float, recipe: HealRecipe, first_s: float, second_s: floa
     """Steps that fit, from the measured seconds of a step in each phase; 5 % is left for evaluations."""
     mean_s = recipe.match_share * first_s + (1 - recipe.match_share) * second_s
     return max(1, int(0.95 * seconds / mean_s))
+
+
+def self_written(
+    source: TensorSource,
+    tokenizer: Tokenizer,
+    chat: Chat | None,
+    n_tokens: int,
+    recipe: HealRecipe,
+    device: str,
+    progress: Callable[[int, int], None],
+) -> Shard:
+    """Text that the teacher writes, kept in the cache folder: the same call gives the same file.
+
+    Args:
+        chat: chats in the model's own template, drawn with the recipe's seed.
+        progress: is told of sequences written and sequences in all.
+
+    Raises:
+        InputError: PyTorch or the device is missing.
+    """
+    place = pick_device(device)
+    n_sequences = -(-n_tokens // recipe.seq_len)
+    key = f"{base_sha256(source)[:16]}-{place.type}-{n_sequences}x{recipe.seq_len}-{recipe.seed}"
+    path = cache_folder() / f"self-{key}.npy"
+    if not path.exists():
+        from edgekv.convert.distill.sample import write_text
+
+        openings = np.array([i for i in range(source.spec.vocab) if not tokenizer.is_control(i)])
+        rows = write_text(source, openings, chat, n_sequences, recipe.seq_len, recipe.seed, place, progress)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tokens(path, iter(rows.tolist()), source.spec.vocab)
+    return load_shard(path, source, tokenizer.encode, lambda done: None)

@@ -131,7 +131,7 @@ def _read_tokens(path: Path, n_vocab: int) -> Tokens:
     try:
         if path.suffix == ".xz":
             with lzma.open(path) as file:
-                tokens = np.load(file, allow_pickle=False)
+                tokens: Tokens = np.load(file, allow_pickle=False)
         else:
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, lzma.LZMAError) as error:
@@ -204,4 +204,5 @@ class TokenStream:
 
     def _row(self, index: int) -> NDArray[np.int64]:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._rows[shard][index - self._starts[shard]].astype(np.int64)
+        row: NDArray[np.int64] = self._rows[shard][index - self._starts[shard]].astype(np.int64)
+        return row

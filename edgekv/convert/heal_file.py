@@ -112,7 +112,7 @@ def write_healed(path: Path, tensors: Tensors, record: HealedRecord, storage: St
     stored: dict[str, NDArray[Any]] = {}
     layout = {}
     for name, array in tensors.items():
-        kind = _storage_type(array.shape, storage)
+        kind = _storage_type(name, array.shape, storage)
         stored[name] = np.frombuffer(gguf.quants.quantize(array, kind).tobytes(), np.uint8)
         layout[name] = {"type": kind.name, "shape": list(array.shape)}
     document = json.dumps({"record": encode(record), "tensors": layout})
@@ -124,16 +124,17 @@ def as_stored(tensors: Tensors, storage: Storage) -> dict[str, Array]:
     """The tensors with the rounding that `write_healed` gives them."""
     rounded = {}
     for name, array in tensors.items():
-        kind = _storage_type(array.shape, storage)
+        kind = _storage_type(name, array.shape, storage)
         blocks = gguf.quants.quantize(array, kind)
         rounded[name] = np.asarray(gguf.quants.dequantize(blocks, kind), np.float32).reshape(array.shape)
     return rounded
 
 
-def _storage_type(shape: tuple[int, ...], storage: Storage) -> gguf.GGMLQuantizationType:
+def _storage_type(name: str, shape: tuple[int, ...], storage: Storage) -> gguf.GGMLQuantizationType:
+    """Latent encoders keep 16 bits: they undo the covariance of their input, so their columns differ widely."""
     if len(shape) < 3:  # norms and scales: a few kilobytes
         return gguf.GGMLQuantizationType.F32
-    if storage == "q8_0" and shape[-1] % 32 == 0:
+    if storage == "q8_0" and name != "kv_a" and shape[-1] % 32 == 0:
         return gguf.GGMLQuantizationType.Q8_0
     return gguf.GGMLQuantizationType.BF16
 

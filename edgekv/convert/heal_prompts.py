@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 
+CHATS = 512
 ASKS = (
     "What is {}?",
     "Explain {} to a child.",
@@ -40,27 +42,28 @@ TOPICS = (
 )
 
 
-class Chat:
-    """An endless row of opened chats as tokens, the same for the same seed.
-
-    Args:
-        opened: a question as the tokens of a chat that waits for the answer.
-        ends: tokens that end an answer.
-    """
-
-    def __init__(self, opened: Callable[[str], list[int]], ends: Collection[int], seed: int) -> None:
-        self.ends = frozenset(ends)
-        self._opened = opened
-        self._questions = questions(seed)
-
-    def next(self) -> list[int]:
-        """The next chat, up to where the answer begins."""
-        return self._opened(next(self._questions))
-
-
 def questions(seed: int) -> Iterator[str]:
     """Questions without end, each drawn anew."""
     rng = np.random.default_rng(seed)
     while True:
         ask = str(rng.choice(ASKS))
         yield ask.format(*rng.choice(TOPICS, ask.count("{}"), replace=False))
+
+
+class Chat:
+    """An endless row of opened chats as tokens, the same for the same seed.
+
+    Args:
+        opened: turns a question into the tokens of a chat that waits for the answer.
+        ends: tokens that end an answer.
+    """
+
+    def __init__(self, opened: Callable[[str], list[int]], ends: Collection[int], seed: int) -> None:
+        self.ends = frozenset(ends)
+        self._chats = [opened(question) for question in itertools.islice(questions(seed), CHATS)]
+        self._turn = 0
+
+    def next(self) -> list[int]:
+        """The next chat, up to where the answer begins."""
+        self._turn += 1
+        return self._chats[self._turn % CHATS]

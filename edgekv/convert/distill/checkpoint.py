@@ -29,6 +29,7 @@ class State:
 
     record: HealedRecord
     micro_sequences: int  # how batches are split: the order of additions decides the last bits
+    optimizer_since: int  # the step that the optimizer started at: not 0 if it was lost once
     params: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     loss_sum: Tensor  # of the steps since the curve's last point
@@ -43,7 +44,13 @@ def save_state(path: Path, state: State) -> None:
     tensors = {f"param.{name}": tensor.detach() for name, tensor in state.params.items()}
     tensors |= {f"optimizer.{name}": tensor for name, tensor in state.optimizer.items()}
     tensors["loss_sum"] = state.loss_sum
-    document = json.dumps({"record": encode(state.record), "micro_sequences": state.micro_sequences})
+    document = json.dumps(
+        {
+            "record": encode(state.record),
+            "micro_sequences": state.micro_sequences,
+            "optimizer_since": state.optimizer_since,
+        }
+    )
     with atomic_path(path, force=True) as partial:
         save_file(tensors, partial, {STATE_KEY: document})
 
@@ -59,7 +66,7 @@ def load_state(path: Path) -> State:
             document = json.loads((file.metadata() or {})[STATE_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         record = decode(HealedRecord, document["record"])
-        micro_sequences = int(document["micro_sequences"])
+        numbers = int(document["micro_sequences"]), int(document["optimizer_since"])
         loss_sum = tensors.pop("loss_sum")
     except (SafetensorError, SchemaError, KeyError, TypeError, ValueError, OSError) as error:
         raise InputError(f"{path} is not a training state ({error}); delete it to start anew") from error
@@ -67,4 +74,4 @@ def load_state(path: Path) -> State:
     moments = {
         name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")
     }
-    return State(record, micro_sequences, params, moments, loss_sum)
+    return State(record, *numbers, params, moments, loss_sum)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgekv.convert.distill.model import GQAWeights, rms_norm, rope_tables, teacher_block
+from edgekv.convert.distill.model import GQAWeights, rms_norm, rope_tables, teacher_block, without_gradient
 from edgekv.convert.distill.pair import Pair
 from edgekv.convert.heal_recipe import Evaluation
 from edgekv.source import TensorSource
@@ -30,7 +30,7 @@ class Judge:
         self.first = windows.shape[1] // 2
         self._teacher = _teacher_hidden(source, self.windows, device)[:, self.first : -1].clone()
 
-    @torch.no_grad()
+    @without_gradient
     def evaluate(self, pair: Pair, step: int) -> tuple[Evaluation, Tensor]:
         """The student's loss, and the mean square of each layer's latent, (layers,)."""
         sums = torch.zeros(4, dtype=torch.float64, device=self.windows.device)
@@ -48,7 +48,7 @@ class Judge:
                     tokens[i, self.first + 1 :],
                 )
         scored = len(self.windows) * (self.windows.shape[1] - self.first - 1)
-        nll, teacher_nll, kl, agree = (sums / scored).tolist()
+        nll, teacher_nll, kl, agree = (float(value) for value in sums / scored)
         found = Evaluation(step, math.exp(nll), math.exp(teacher_nll), kl, agree, scored)
         return found, torch.stack(squares).sum(0) / len(self.windows)
 
@@ -63,7 +63,7 @@ def _score(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
     return torch.stack((nll, teacher_nll, kl, agree))
 
 
-@torch.no_grad()
+@without_gradient
 def _teacher_hidden(source: TensorSource, windows: Tensor, device: torch.device) -> Tensor:
     """Normed final hidden states (W, T, D) in float32; one block's weights on the device at a time."""
 

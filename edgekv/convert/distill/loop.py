@@ -84,6 +84,7 @@ class Healer:
         trained = sum(param.numel() for param in self.pair.params.values())
         self.micro = micro_sequences(source.spec, record.attention, recipe, trained, device)
         self.loss_sum = torch.zeros((), device=device)
+        self.optimizer_since = record.steps_done  # the step before which its moments knew nothing
         self.latent_mean_square: Array | None = None
         self._stop = False
 
@@ -97,6 +98,7 @@ class Healer:
         self.record, self.micro = state.record, state.micro_sequences
         self.pair.set_params({name: tensor.numpy() for name, tensor in state.params.items()})
         self.optimizer.load_state(state.optimizer)
+        self.optimizer_since = state.optimizer_since
         self.loss_sum = state.loss_sum.to(self.device)
 
     def measure(self) -> tuple[float, float]:
@@ -145,7 +147,7 @@ class Healer:
         recipe, step = self.record.recipe, self.record.steps_done
         phase = 1 if step < recipe.match_steps else 2
         first, last = (0, recipe.match_steps) if phase == 1 else (recipe.match_steps, recipe.steps)
-        lr = learning_rate(recipe, step, first, last)
+        lr = learning_rate(recipe, step, first, last, self.optimizer_since)
         self.loss_sum += self._losses(phase, step)
         self.optimizer.step(lr)
         step += 1
@@ -180,12 +182,13 @@ class Healer:
                 total += self.pair.match_backward(part, share).mean() * share
             else:
                 loss = self.pair.kl_loss(part) * share
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 total += loss.detach()
         return total
 
     def evaluate(self) -> Evaluation:
         """Score the student as it is now, report it and put it on record."""
+        found: Evaluation
         found, squares = self.judge.evaluate(self.pair, self.record.steps_done)
         self.latent_mean_square = squares.cpu().numpy()
         self.record = dataclasses.replace(self.record, evaluations=(*self.record.evaluations, found))
@@ -203,7 +206,14 @@ class Healer:
         """Write the state that `restore` reads."""
         save_state(
             path,
-            State(self.record, self.micro, self.pair.params, self.optimizer.state(), self.loss_sum),
+            State(
+                self.record,
+                self.micro,
+                self.optimizer_since,
+                self.pair.params,
+                self.optimizer.state(),
+                self.loss_sum,
+            ),
         )
 
     def write(self, path: Path, storage: Storage, force: bool) -> Evaluation:
@@ -228,7 +238,7 @@ class Healer:
 
         def stop(number: int, frame: FrameType | None) -> None:
             self._stop = True
-            signal.signal(number, before[number])
+            signal.signal(number, before[signal.Signals(number)])
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

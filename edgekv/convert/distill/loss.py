@@ -33,7 +33,7 @@ def chunk_rows(n_vocab: int, n_tokens: int) -> int:
     return min(n_tokens, rows // 1024 * 1024 if rows >= 1024 else rows)
 
 
-class _HeadKL(torch.autograd.Function):
+class _HeadKL(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped here
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, head: Tensor) -> Tensor:
         n_tokens = student.shape[0]

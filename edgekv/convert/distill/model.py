@@ -26,7 +26,7 @@ Llama-3.2-1B (D=2048, 16 layers, F=8192) on a 24 GB card: 2.5 + 2.7 + 8192 * 16 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,14 @@ from torch import Tensor
 from edgekv.convert.distill.fakequant import straight_through
 from edgekv.convert.heal_recipe import CacheType
 from edgekv.spec import GQA, MLA
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def without_gradient(function: Function) -> Function:
+    """torch.no_grad() as a decorator that keeps the type."""
+    wrapped: Function = torch.no_grad()(function)
+    return wrapped
 
 
 class GQAWeights(NamedTuple):

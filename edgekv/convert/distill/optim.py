@@ -8,15 +8,20 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from edgekv.convert.distill.model import without_gradient
 from edgekv.convert.heal_recipe import HealRecipe
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of arXiv 2502.16982, section 2.1
 
 
-def learning_rate(recipe: HealRecipe, step: int, first: int, last: int) -> float:
-    """Rate of a step in the phase [first, last): linear warm-up, then cosine or constant-and-decay (WSD)."""
+def learning_rate(recipe: HealRecipe, step: int, first: int, last: int, optimizer_since: int = 0) -> float:
+    """Rate of a step in the phase [first, last): linear warm-up, then cosine or constant-and-decay (WSD).
+
+    An optimizer that started in the middle, at `optimizer_since`, warms up there too.
+    """
     done, length = step - first, last - first
-    warm = min(1.0, (done + 1) / max(1, min(recipe.warmup, length // 10)))
+    warm_steps = max(1, min(recipe.warmup, length // 10))
+    warm = min(1.0, (min(done, step - optimizer_since) + 1) / warm_steps)
     if recipe.schedule == "cosine":
         shape = 0.5 * (1 + math.cos(math.pi * done / length))
     else:
@@ -49,7 +54,7 @@ class Muon:
         self.momentum = momentum
         self.buffers = [torch.zeros_like(p) for p in params]
 
-    @torch.no_grad()
+    @without_gradient
     def step(self, lr: float) -> None:
         for param, buffer in zip(self.params, self.buffers, strict=True):
             assert param.grad is not None

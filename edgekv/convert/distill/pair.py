@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edgekv.convert.distill.loss import head_kl
 from edgekv.convert.distill.model import (
+    Function,
     GQAWeights,
     MLAWeights,
     match_block,
@@ -20,12 +20,12 @@ from edgekv.convert.distill.model import (
     rope_tables,
     student_block,
     teacher_block,
+    without_gradient,
 )
 from edgekv.convert.heal_recipe import CacheType, Train
 from edgekv.source import Array, TensorSource
 from edgekv.spec import GQA, MLA
 
-F = TypeVar("F", bound=Callable[..., object])
 ATTENTION = ("q", "kv_a", "k_b", "v_b", "output")
 NORMS = ("attn_norm", "ffn_norm", "output_norm")
 FFN = ("gate_up", "down")
@@ -126,7 +126,7 @@ class Pair:
         self._exact_block = student_block(spec, self.eps, torch.float32, cache_type)
 
     def _put(self, array: Array, dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(array).to(self.device, dtype)
+        return torch.tensor(array, dtype=dtype, device=self.device)
 
     def _load_student(self, student: Mapping[str, Array], trained: tuple[str, ...]) -> None:
         """Fill `params`, and for each block the views of them or of what it shares with the teacher."""
@@ -159,7 +159,7 @@ class Pair:
         """tokens (B, T) -> residual stream (B, T, D)."""
         return self.embedding[tokens].to(self.residual)
 
-    @torch.no_grad()
+    @without_gradient
     def teacher_hidden(self, tokens: Tensor) -> Tensor:
         """Normed final hidden states (B, T, D), float32."""
         x = self.embed(tokens)
@@ -201,7 +201,7 @@ class Pair:
         """The output head (vocab, D) in float32; made from 16 bits where it is not the embedding."""
         return self.embedding if self._tied else self.head.float()
 
-    @torch.no_grad()
+    @without_gradient
     def exact_hidden(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The student in float32: normed final states (B, T, D), and the mean square of each layer's latent."""
         x = self.embedding[tokens]
@@ -213,7 +213,7 @@ class Pair:
             x = self._exact_block(x, weights, self.rope_student)
         return rms_norm(x, self._student_norm, self.eps, torch.float32), torch.stack(squares)
 
-    @torch.no_grad()
+    @without_gradient
     def set_params(self, tensors: Mapping[str, Array]) -> None:
         """Overwrite trained tensors in place."""
         for name, param in self.params.items():
@@ -224,10 +224,10 @@ class Pair:
         return {name: param.detach().cpu().numpy().copy() for name, param in self.params.items()}
 
 
-def _compile(function: F) -> F:
-    compiled: F = torch.compile(function, fullgraph=True, dynamic=False)  # type: ignore[assignment]
+def _compile(function: Function) -> Function:
+    compiled: Function = torch.compile(function, fullgraph=True, dynamic=False)
     return compiled
 
 
-def _as_is(function: F) -> F:
+def _as_is(function: Function) -> Function:
     return function

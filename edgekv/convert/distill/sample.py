@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgekv.convert.distill.model import GQAWeights, Rope, rms_norm, rope_tables, rotate, swiglu
+from edgekv.convert.distill.model import (
+    GQAWeights,
+    Rope,
+    rms_norm,
+    rope_tables,
+    rotate,
+    swiglu,
+    without_gradient,
+)
 from edgekv.convert.distill.pair import load_teacher
 from edgekv.convert.heal_prompts import Chat
 from edgekv.source import TensorSource
@@ -64,11 +72,11 @@ class Writer:
         self.spec, self.eps, self.length, self.device = attention, source.spec.norm_eps, length, device
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.weights = load_teacher(source, device, self.dtype)
-        self.embedding = torch.from_numpy(source.load("token_embd.weight")).to(device, self.dtype)
+        self.embedding = torch.tensor(source.load("token_embd.weight"), dtype=self.dtype, device=device)
         self.head = self.embedding
         if not source.spec.tied_embeddings:
-            self.head = torch.from_numpy(source.load("output.weight")).to(device, self.dtype)
-        self.norm = torch.from_numpy(source.load("output_norm.weight")).to(device)
+            self.head = torch.tensor(source.load("output.weight"), dtype=self.dtype, device=device)
+        self.norm = torch.tensor(source.load("output_norm.weight"), device=device)
         self.rope = rope_tables(length, attention.rope.theta, attention.rope.dim, device)
 
     def sequences_at_once(self) -> int:
@@ -78,7 +86,7 @@ class Writer:
         per_token = 2 * len(self.weights) * self.spec.cache_values
         return max(1, int(torch.cuda.mem_get_info(self.device)[0] * 0.5) // (per_token * self.length))
 
-    @torch.no_grad()
+    @without_gradient
     def write(
         self, first: Sequence[Sequence[int]], chat: Chat | None, generator: torch.Generator
     ) -> NDArray[np.int64]:
