@@ -238,7 +238,7 @@ def _attention_view(x: Array, w: BlockWeights, gqa: GQA) -> _View:
     masked = np.asarray(scores + future, dtype=np.float32)
     attention = np.exp(masked - masked.max(axis=-1, keepdims=True))
     attention /= attention.sum(axis=-1, keepdims=True)
-    return _View(scores, attention.astype(np.float32, copy=False))
+    return _View(np.asarray(scores, dtype=np.float32), attention.astype(np.float32, copy=False))
 
 
 def _cached_rows(x: Array, maps: LayerMaps, target: MLA) -> Array:
