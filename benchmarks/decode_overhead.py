@@ -2,10 +2,10 @@
 
     python benchmarks/decode_overhead.py MODEL.gguf [--rounds 15] [--tokens 64] [--threads 2]
 
-Speed: one process holds a bare loop, the backend and the isolated backend open, and lets them decode the
-same number of tokens in turns, greedily, each on its own cache of the same depth; the ratio is taken
-round by round, so that a machine that slows down slows all three. Memory: a fresh process for each.
-Bars: the backends within 2 % of the bare loop, the in-process one within 60 MB of its RSS.
+Speed: one process holds a bare loop, the backend, the isolated backend, and chat's token loop on another
+isolated backend, and lets them decode the same tokens in turns, greedily, each on its own cache of the
+same depth; the ratio is taken round by round, so that a machine that slows down slows them all.
+Memory: a fresh process for each. Bars: within 2 % of the bare loop, and the backend within 60 MB of its RSS.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ import numpy as np
 
 N_CTX = 2048
 PROMPT = list(range(1000, 1064))
-KINDS = ("bare", "in-process", "isolated")
-Step = Callable[[list[int]], int]
+KINDS = ("bare", "in-process", "isolated", "chat")
+Step = Callable[[list[int]], int]  # tokens in, the likeliest next one out
+Decode = Callable[[int], list[int]]  # so many tokens more
 
 
 def bare_loop(path: Path, threads: int) -> Step:
@@ -61,54 +62,79 @@ def bare_loop(path: Path, threads: int) -> Step:
     return step
 
 
-def open_step(kind: str, path: Path, threads: int) -> tuple[Step, Any]:
-    """A greedy step of one kind, and its backend if it has one."""
+def open_kind(kind: str, path: Path, threads: int) -> tuple[Decode, Any]:
+    """A function that decodes n more tokens, its prompt prefilled, and its backend if it has one."""
     if kind == "bare":
-        return bare_loop(path, threads), None
+        return repeat(bare_loop(path, threads)), None
     from edgekv.backends import open_backend
     from edgekv.backends.base import Backend
     from edgekv.backends.isolated import IsolatedBackend
 
     backend: Backend
-    if kind == "isolated":
-        backend = IsolatedBackend(path, n_ctx=N_CTX, n_threads=threads)
-    else:
+    if kind == "in-process":
         backend = open_backend(path, n_ctx=N_CTX, n_threads=threads)
+    else:
+        backend = IsolatedBackend(path, n_ctx=N_CTX, n_threads=threads)
+    if kind == "chat":
+        return chat_loop(backend, path), backend
 
     def step(tokens: list[int]) -> int:
         logits = backend.prefill(tokens) if len(tokens) > 1 else backend.decode(tokens[0])
         return int(logits.argmax())
 
-    return step, backend
+    return repeat(step), backend
+
+
+def repeat(step: Step) -> Decode:
+    """Greedy decoding, one step after another."""
+    token = step(PROMPT)
+
+    def decode(n: int) -> list[int]:
+        nonlocal token
+        tokens = []
+        for _ in range(n):
+            tokens.append(token := step([token]))
+        return tokens
+
+    return decode
+
+
+def chat_loop(backend: Any, path: Path) -> Decode:
+    """What `edgekv chat` runs: the token loop with sampling and text."""
+    from edgekv.generate import Generator
+    from edgekv.gguf_check import read_header
+    from edgekv.sampling import Sampler, SamplingParams
+    from edgekv.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_metadata(read_header(path).metadata)
+    sampler = Sampler(SamplingParams(temperature=0))
+    steps = Generator(backend, tokenizer).generate(PROMPT, sampler, stop_ids=())
+    next(steps)
+    return lambda n: [next(steps).token or 0 for _ in range(n)]
 
 
 def measure_speed(path: Path, threads: int, rounds: int, tokens: int) -> dict[str, list[float]]:
     """Seconds a token by kind, one value a round."""
-    steps = {kind: open_step(kind, path, threads)[0] for kind in KINDS}
-    last = {kind: step(PROMPT) for kind, step in steps.items()}
+    decoders = {kind: open_kind(kind, path, threads)[0] for kind in KINDS}
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for i in range(rounds):
-        order = KINDS[i % 3 :] + KINDS[: i % 3]
-        for kind in order:
-            token, step = last[kind], steps[kind]
+        texts = set()
+        for j in range(len(KINDS)):
+            kind = KINDS[(i + j) % len(KINDS)]
             started = time.perf_counter()
-            for _ in range(tokens):
-                token = step([token])
+            texts.add(tuple(decoders[kind](tokens)))
             seconds[kind].append((time.perf_counter() - started) / tokens)
-            last[kind] = token
-    assert len(set(last.values())) == 1, f"the three wrote different texts: {last}"
+        assert len(texts) == 1, "the kinds wrote different texts"
     return seconds
 
 
 def measure_rss(kind: str, path: Path, threads: int, tokens: int) -> dict[str, int | None]:
     """Peak RSS in bytes of a process that decodes a little, and of its engine's child if it has one."""
-    from edgekv.backends.isolated import peak_rss_nbytes
+    from edgekv.backends.isolated import IsolatedBackend, peak_rss_nbytes
 
-    step, backend = open_step(kind, path, threads)
-    token = step(PROMPT)
-    for _ in range(tokens):
-        token = step([token])
-    child = backend.peak_rss_nbytes() if kind == "isolated" else None
+    decode, backend = open_kind(kind, path, threads)
+    decode(tokens)
+    child = backend.peak_rss_nbytes() if isinstance(backend, IsolatedBackend) else None
     return {"own": peak_rss_nbytes(os.getpid()), "child": child}
 
 
