@@ -117,6 +117,7 @@ class IsolatedBackend:
         process, self._process = self._process, None
         if process is None:
             return
+        self._shared.set_abort(True)  # a call that nobody waits for any more
         self._pipe.close()
         self._shared.close()
         self._output.close()
