@@ -92,11 +92,11 @@ def show(
     out.print(table)
     for name, answer in zip(("original", "converted"), answers, strict=True):
         out.print(f"[bold]{name}:[/] {answer['text'].strip()}", highlight=False)
-    healed = made["notes"]
+    healed = made["notes"]["edgekv.healed_tokens"] / 1e6
     out.print(
-        f"The converted model was healed by distillation on {healed['edgekv.healed_tokens'] / 1e6:.0f}M tokens of "
-        f"{healed['edgekv.healed_on']}; llama.cpp against the reference: KL {made['verify']['kl']:.1e}. "
-        f"Talk to it: edgekv chat {made['output']}",
+        f"The converted model was healed: distilled from the original on {healed:.0f}M tokens of Wikipedia and Project "
+        f"Gutenberg (models/README.md). llama.cpp against the NumPy reference on it: KL {made['verify']['kl']:.1e}.\n"
+        f"Talk to it: {Path(sys.executable).parent / 'edgekv'} chat {made['output']}",
         highlight=False,
     )
 
