@@ -33,12 +33,13 @@ class BenchSettings:
     repeats: int = 5
     threads: int = 0
     cpus: tuple[int, ...] = ()
+    context: int = 0
     with_hash: bool = True
 
     @property
     def n_ctx(self) -> int:
-        """Tokens of context that the deepest point needs."""
-        return max(self.depths) + max(self.n_prompt, self.n_gen)
+        """Tokens of context to open: what the deepest point needs, or `context` if that is more."""
+        return max(self.context, max(self.depths) + max(self.n_prompt, self.n_gen))
 
 
 @dataclass(frozen=True)

@@ -57,17 +57,18 @@ def footprint(
     repacked_nbytes: int = 0,
     depth: int | None = None,
 ) -> Footprint:
-    """Memory of one process with one sequence; `depth` is the deepest the cache gets, by default n_ctx.
+    """Memory of one process with one sequence; `depth` is how far the cache is filled, by default to n_ctx.
 
     Raises:
         ValueError: the cache type does not fit the model's dims.
     """
     cells = -(-n_ctx // CELLS) * CELLS
+    filled = n_ctx if depth is None else depth
     return Footprint(
         weights_nbytes=weights_nbytes,
         repacked_nbytes=repacked_nbytes,
         cache_nbytes=spec.kv_bytes_per_token(cache_type) * cells,
-        compute_nbytes=compute_nbytes(spec, min(n_ubatch, n_ctx), n_ctx if depth is None else depth),
+        compute_nbytes=compute_nbytes(spec, min(n_ubatch, filled), filled),
         runtime_nbytes=RUNTIME_NBYTES + VOCAB_NBYTES * spec.vocab,
     )
 

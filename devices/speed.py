@@ -30,10 +30,10 @@ class Coefficients:
 
     `bandwidth_share` of the board's read bandwidth reaches the kernels; each layer costs `layer_s` however
     small it is; a core does `decode_flops_per_cycle`, of 2- and 3-bit weights `low_bit_cost` times fewer
-    (on a GPU those cost that much more time); attention does `attention_flops_per_cycle` a core (on a GPU it
-    reads the cache `attention_passes` times), `quantized_cache_cost` times less on a quantized cache; prefill
-    does `prefill_flops_per_cycle` a core by weight family, and attention in it runs at
-    `prefill_attention_share` of the weights' rate. Zero: not used.
+    (on a GPU those cost that much more time); decoding attention does `attention_flops_per_cycle` a core by
+    the kind of attention and of cache (on a GPU it reads the cache `attention_passes` times); prefill does
+    `prefill_flops_per_cycle` a core by weight family, and attention in it runs at `prefill_attention_share` of
+    the weights' rate, `quantized_prefill_cost` times slower on a quantized cache. Zero: not used.
     `assumed` names those that no public figure backs.
     """
 
@@ -41,11 +41,11 @@ class Coefficients:
     layer_s: float
     decode_flops_per_cycle: float
     low_bit_cost: float
-    attention_flops_per_cycle: float
+    attention_flops_per_cycle: Mapping[str, float]
     attention_passes: float
-    quantized_cache_cost: float
     prefill_flops_per_cycle: Mapping[str, float]
     prefill_attention_share: float
+    quantized_prefill_cost: float
     assumed: tuple[str, ...]
 
 
@@ -60,6 +60,12 @@ class Workload:
     cache_nbytes: float  # a cached token, all layers
     attention_flops: float  # a cached token, all layers
     quantized_cache: bool = False
+    latent: bool = False  # MLA
+
+    @property
+    def attention(self) -> str:
+        """Which attention kernel decodes it: a key of `attention_flops_per_cycle`."""
+        return f"{'mla' if self.latent else 'gqa'} {'quantized' if self.quantized_cache else 'f16'}"
 
 
 def workload(model: ModelInfo, kept: CacheInfo) -> Workload:
@@ -77,6 +83,7 @@ def workload(model: ModelInfo, kept: CacheInfo) -> Workload:
         cache_nbytes=kept.nbytes_per_token,
         attention_flops=model.flops_per_cached_token,
         quantized_cache=kept.type not in ("f32", "f16", "bf16"),
+        latent=model.attention == "MLA",
     )
 
 
@@ -122,10 +129,8 @@ def cached_token_s(work: Workload, board: Board, threads: int, c: Coefficients) 
     traffic_s = work.cache_nbytes / _bytes_per_s(board, threads, c)
     if board.is_gpu:
         return traffic_s * c.attention_passes
-    cost = c.quantized_cache_cost if work.quantized_cache else 1.0
-    return max(
-        traffic_s, work.attention_flops * cost / _flops_per_s(board, threads, c.attention_flops_per_cycle)
-    )
+    rate = _flops_per_s(board, threads, c.attention_flops_per_cycle[work.attention])
+    return max(traffic_s, work.attention_flops / rate)
 
 
 def prefill_s(
@@ -138,7 +143,7 @@ def prefill_s(
         rate = _flops_per_s(board, threads, c.prefill_flops_per_cycle[weight_family(work.weights)])
     if not rate:
         return None
-    cost = c.quantized_cache_cost if work.quantized_cache else 1.0
+    cost = c.quantized_prefill_cost if work.quantized_cache else 1.0
     attention_s = (depth + n / 2) * work.attention_flops * cost / (rate * c.prefill_attention_share)
     return n * (work.weight_flops / rate + attention_s)
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @click.option("-p", "--n-prompt", default=128, show_default=True, help="Tokens of each timed prefill.")
 @click.option("-n", "--n-gen", default=32, show_default=True, help="Tokens of each timed decode.")
 @click.option("-r", "--repeats", default=5, show_default=True, help="Timed samples at each depth.")
+@click.option("--context", default=0, help="Context to open.  [default: as the deepest point needs]")
 @click.option("-t", "--threads", default=0, help="Engine threads.  [default: one a CPU in use]")
 @click.option("--cpus", default="", help="CPUs to run on, as 0-3,6.  [default: the fast physical cores]")
 @click.option("--backend", type=click.Choice(KINDS), default=KINDS[0], show_default=True, help="Engine.")
@@ -35,6 +36,7 @@ def command(
     n_prompt: int,
     n_gen: int,
     repeats: int,
+    context: int,
     threads: int,
     cpus: str,
     backend: Kind,
@@ -68,6 +70,7 @@ def command(
         repeats=repeats,
         threads=threads,
         cpus=parse_cpus(cpus),
+        context=context,
     )
     said = "edgekv " + " ".join(sys.argv[1:])
     # The output is opened first: nobody should wait for a bench whose report cannot be written.
