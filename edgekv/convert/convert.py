@@ -22,7 +22,7 @@ from edgekv.convert.norm_trick import fold_norm
 from edgekv.convert.output_fit import fit_outputs
 from edgekv.convert.query_fit import Probe, fit_queries, rotate_rope_part
 from edgekv.convert.transmla import transmla
-from edgekv.errors import ModelFileError, UnsupportedError
+from edgekv.errors import InputError, ModelFileError, UnsupportedError
 from edgekv.gguf_spec import layer_tensor_shapes
 from edgekv.model import BlockWeights, load_block
 from edgekv.ops import apply_rope, per_head, rms_norm, swiglu
@@ -96,10 +96,16 @@ def convert(
     The fitted tensors are written to the folder `spill`, which has to outlive the returned source.
 
     Raises:
+        InputError: the target narrows the values, which only a recipe that refits them can do.
         UnsupportedError: the source is not GQA or MHA.
         ModelFileError: a weight is not finite; the message names the tensor.
     """
     gqa = convertible_attention(source.spec)
+    if target.value_dim != gqa.head_dim and not recipe.refit_output:
+        raise InputError(
+            f"--value-dim {target.value_dim} needs a method that refits the outputs; leave it out, or use "
+            "--method edgekv"
+        )
     embed = source.load("token_embd.weight")
     states = [embed[window] for window in windows]
     stream = _Stream(states, [state.copy() for state in states])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgekv.convert.linalg import Matrix, sqrt_and_inverse
+from edgekv.convert.linalg import Matrix, leading, sqrt_and_inverse
 from edgekv.spec import GQA
 
 # A leftover key has no RoPE in the latent, as if its angle were zero; averaged over distances up to this one, a
@@ -46,7 +46,7 @@ def joint_latent(value_rows: Matrix, key_rows: Matrix, covariance: Matrix, rank:
     root, inverse_root = sqrt_and_inverse(covariance)
     stacked = np.concatenate([value_rows, key_rows]) @ root
     energy, vectors = np.linalg.eigh(stacked.T @ stacked)
-    top = vectors[:, ::-1][:, :rank]
+    top = leading(vectors, rank)
     return Latent(
         encoder=top.T @ inverse_root,
         decoder=root @ top,

@@ -35,6 +35,17 @@ def factor(matrix: Matrix, root: Matrix, inverse_root: Matrix, rank: int) -> tup
     return left, right
 
 
+def leading(vectors: Matrix, rank: int) -> Matrix:
+    """The last `rank` columns of eigenvectors (n, n) that np.linalg.eigh gives, strongest first: (n, rank).
+
+    Past n the columns are zero: a latent wider than what it encodes has nothing more to hold.
+    """
+    out = np.zeros((len(vectors), rank))
+    top = vectors[:, ::-1][:, :rank]
+    out[:, : top.shape[1]] = top
+    return out
+
+
 def ridge(gram: Matrix, cross: Matrix, strength: float) -> Matrix:
     """Solve (gram + strength * mean(diag) * I) X = cross for X."""
     damped = gram + strength * np.trace(gram) / len(gram) * np.eye(len(gram))

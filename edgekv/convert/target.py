@@ -51,5 +51,7 @@ def target_spec(gqa: GQA, rank: int, rope_dim: int, nope_dim: int, value_dim: in
         raise InputError(f"--rope-dim {rope_dim} is not possible; it is even, from 2 to {gqa.rope.dim}")
     if not 1 <= nope_dim <= rank:
         raise InputError(f"--nope-dim {nope_dim} is not possible; it is from 1 to the rank, {rank}")
+    if not 1 <= value_dim <= gqa.head_dim:
+        raise InputError(f"--value-dim {value_dim} is not possible; it is from 1 to the head dim, {gqa.head_dim}")
     theta = gqa.rope.theta ** (rope_dim / gqa.rope.dim)
     return MLA(gqa.n_heads, rank, nope_dim, value_dim, RopeSpec(theta, rope_dim))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from edgekv.convert.layer import LayerMaps, LayerStats, split_heads
-from edgekv.convert.linalg import Matrix
+from edgekv.convert.linalg import Matrix, leading
 from edgekv.model import BlockWeights
 from edgekv.spec import GQA, MLA
 
@@ -32,7 +32,7 @@ def transmla(w: BlockWeights, stats: LayerStats, gqa: GQA, mla: MLA) -> LayerMap
     balance = _mean_norm(keys, stats.covariance) / _mean_norm(values, stats.covariance)
     stacked = np.concatenate([keys / balance, values])
     energy, vectors = np.linalg.eigh(stacked @ stats.covariance @ stacked.T)
-    basis = vectors[:, ::-1][:, : mla.kv_lora_rank]
+    basis = leading(vectors, mla.kv_lora_rank)
     key_basis, value_basis = basis[: len(keys)] * balance, basis[len(keys) :]
     heads = np.stack(
         [_head_columns(rotation, i // group, gqa.head_dim) for i in range(gqa.n_heads)]
