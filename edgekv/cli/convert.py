@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from edgekv.convert.convert import LayerLoss
     from edgekv.export.verify import Comparison
     from edgekv.source import Metadata, TensorSource
-    from edgekv.spec import GQA, MLA
 
 PATH = click.Path(path_type=Path)
 WEIGHTS = ("keep", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -86,11 +85,13 @@ def _converted(
 ) -> tuple[TensorSource, Metadata]:
     """The converted source, from healed weights or by fitting, and the notes on how it was made."""
     from edgekv.convert.convert import METHODS, convert, convertible_attention
+    from edgekv.convert.target import resolve_target
 
     gqa = convertible_attention(source.spec)
     if options["healed"]:
         return _from_healed(options["healed"], source)
-    target = _target(gqa, options)
+    sizes = ("target", "kv_lora_rank", "rope_dim", "nope_dim", "value_dim")
+    target = resolve_target(gqa, *(options[name] for name in sizes))
     windows = _calibration(source, options, as_json)
     with progress("converting", as_json) as advance:
 
@@ -126,25 +127,6 @@ def _from_healed(path: Path, source: TensorSource) -> tuple[TensorSource, Metada
         "edgekv.source_cache_values": source.spec.cache_values,
     }
     return healed_source(source, record.attention, tensors), notes
-
-
-def _target(gqa: GQA, options: dict[str, Any]) -> MLA:
-    from edgekv.convert.target import choose_rank, target_spec
-    from edgekv.errors import InputError
-
-    share, rank, rope_dim = options["target"], options["kv_lora_rank"], options["rope_dim"]
-    if (share is None) == (rank is None):
-        raise InputError("say how small: either --target SHARE or --kv-lora-rank RANK")
-    if share is not None:
-        rank, chosen = choose_rank(gqa, share)
-        rope_dim = rope_dim or chosen
-    return target_spec(
-        gqa,
-        rank,
-        gqa.rope.dim if rope_dim is None else rope_dim,
-        min(32, rank) if options["nope_dim"] is None else options["nope_dim"],
-        gqa.head_dim if options["value_dim"] is None else options["value_dim"],
-    )
 
 
 def _calibration(source: TensorSource, options: dict[str, Any], as_json: bool) -> NDArray[np.int64]:

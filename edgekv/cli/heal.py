@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from edgekv.convert.heal_data import Shard
     from edgekv.convert.heal_recipe import HealRecipe
     from edgekv.source import TensorSource
-    from edgekv.spec import GQA, MLA
     from edgekv.tokenizer import Tokenizer
 
 FILE = click.Path(path_type=Path)
@@ -123,6 +122,7 @@ def _job(
     from edgekv.convert.heal import MAX_STEPS, HealJob
     from edgekv.convert.heal_data import load_shard
     from edgekv.convert.heal_recipe import HealRecipe
+    from edgekv.convert.target import resolve_target
     from edgekv.errors import InputError
     from edgekv.source import open_source
     from edgekv.tokenizer import Tokenizer
@@ -136,7 +136,8 @@ def _job(
     ):
         raise InputError("--steps, --minutes, --self and --eval-windows take positive numbers")
     source = open_source(model)
-    attention = _attention(convertible_attention(source.spec), target, kv_lora_rank, rope_dim, nope_dim)
+    gqa = convertible_attention(source.spec)
+    attention = resolve_target(gqa, target, kv_lora_rank, rope_dim, nope_dim)
     cache = recipe.pop("cache")
     made = HealRecipe(steps=MAX_STEPS if steps is None else steps, cache_type=cache, **recipe)
     tokenizer = Tokenizer.from_metadata(source.metadata)
@@ -159,22 +160,6 @@ def _job(
         force=force,
         device=device,
     )
-
-
-def _attention(
-    gqa: GQA, target: float | None, rank: int | None, rope_dim: int | None, nope_dim: int | None
-) -> MLA:
-    """The student's shape from --target or from sizes."""
-    from edgekv.convert.target import choose_rank, target_spec
-    from edgekv.errors import InputError
-
-    if (target is None) == (rank is None):
-        raise InputError("say how small: either --target SHARE or --kv-lora-rank RANK")
-    if target is not None:
-        rank, chosen = choose_rank(gqa, target)
-        rope_dim = rope_dim or chosen
-    assert rank is not None
-    return target_spec(gqa, rank, rope_dim or gqa.rope.dim, nope_dim or min(32, rank), gqa.head_dim)
 
 
 def _written(source: TensorSource, tokenizer: Tokenizer, n: int, recipe: HealRecipe, device: str) -> Shard:
