@@ -1,0 +1,79 @@
+"""Does this llama.cpp build run on this CPU: asked before any of its code is executed.
+
+Two signs count: the features that the build names (llama_print_system_info, asked in a child process), and on
+Arm the instructions in libggml-cpu itself, since a build for a newer core dies at its first such instruction
+whatever it names.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import struct
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+# Names in llama_print_system_info -> flags of /proc/cpuinfo, one of which must be there.
+FEATURE_FLAGS = {
+    **{"SSE3": ("pni",), "SSSE3": ("ssse3",), "AVX": ("avx",), "AVX2": ("avx2",), "F16C": ("f16c",)},
+    **{"FMA": ("fma",), "BMI2": ("bmi2",), "AVX_VNNI": ("avx_vnni",), "AVX512": ("avx512f",)},
+    **{"AVX512_VBMI": ("avx512vbmi",), "AVX512_VNNI": ("avx512_vnni",), "AVX512_BF16": ("avx512_bf16",)},
+    **{"AMX_INT8": ("amx_int8",), "NEON": ("asimd", "neon"), "ARM_FMA": ("asimd", "vfpv4"), "SVE": ("sve",)},
+    **{"FP16_VA": ("asimdhp",), "DOTPROD": ("asimddp",), "MATMUL_INT8": ("i8mm",), "SME": ("sme",)},
+}
+
+# A64 instructions (Arm ARM DDI 0487, C7.2): mask, value, the flag that a CPU needs for them.
+A64_INSTRUCTIONS = (
+    (0xBFE0FC00, 0x0E809400, "asimddp"),  # SDOT (vector)
+    (0xBFE0FC00, 0x2E809400, "asimddp"),  # UDOT (vector)
+    (0xFFE0FC00, 0x4E80A400, "i8mm"),  # SMMLA
+    (0xBFE0FC00, 0x0E400C00, "asimdhp"),  # FMLA (vector, half precision)
+)
+# Constants between functions can look like an instruction; a kernel that uses one holds dozens.
+MIN_COUNT = 16
+ELF_AARCH64 = 183
+
+
+def missing_features(features: Collection[str], cpu_flags: Collection[str]) -> list[str]:
+    """Features that the build uses and the CPU lacks; names without a known flag are left out."""
+    return [
+        name
+        for name in features
+        if name in FEATURE_FLAGS and not any(flag in cpu_flags for flag in FEATURE_FLAGS[name])
+    ]
+
+
+def engine_library() -> Path | None:
+    """libggml-cpu of the installed llama-cpp-python, found without loading it."""
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        return None
+    return next(iter(sorted((Path(spec.origin).parent / "lib").glob("libggml-cpu.so*"))), None)
+
+
+def arm_flags_used(library: bytes) -> set[str]:
+    """CPU flags that the instructions of an AArch64 ELF library need; empty for other machines."""
+    import numpy as np
+
+    if library[:4] != b"\x7fELF" or int.from_bytes(library[18:20], "little") != ELF_AARCH64:
+        return set()
+    found = set()
+    for mask, value, flag in A64_INSTRUCTIONS:
+        count = sum(int(np.count_nonzero((words & mask) == value)) for words in _code(library))
+        if count >= MIN_COUNT:
+            found.add(flag)
+    return found
+
+
+def _code(library: bytes) -> list[Any]:
+    """The executable segments as arrays of 32-bit words (ELF-64 specification, program headers)."""
+    import numpy as np
+
+    (offset,) = struct.unpack_from("<Q", library, 32)
+    size, count = struct.unpack_from("<HH", library, 54)
+    segments = []
+    for i in range(count):
+        kind, flags, start, _, _, length = struct.unpack_from("<IIQQQQ", library, offset + i * size)
+        if kind == 1 and flags & 1:  # PT_LOAD, executable
+            segments.append(np.frombuffer(library[start : start + length // 4 * 4], "<u4"))
+    return segments

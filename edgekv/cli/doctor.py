@@ -1,0 +1,41 @@
+"""`edgekv doctor`: is this machine ready."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+
+import click
+
+MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL", "unknown": "?   "}
+NOT_READY = 1
+
+
+@click.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="Print the checks as JSON.")
+def command(as_json: bool) -> None:
+    """Check CPU, engine, memory, heat and packages, and say what to do about what is wrong.
+
+    Native code is tried in a child process, so that a llama.cpp built for another CPU cannot end this one.
+    Exit code 0: ready, perhaps with warnings. 1: something must be repaired first.
+
+    \b
+    edgekv doctor
+    edgekv doctor --json | jq '.checks[] | select(.status == "fail")'
+    """
+    from edgekv.devices.doctor import examine, is_ready
+
+    checks = examine()
+    ready = is_ready(checks)
+    if as_json:
+        click.echo(json.dumps({"ready": ready, "checks": [asdict(check) for check in checks]}, indent=1))
+    else:
+        width = max(len(check.name) for check in checks)
+        for check in checks:
+            click.echo(f"{MARKS[check.status]}  {check.name:<{width}}  {check.found}")
+            if check.advice:
+                click.echo(f"      {'':<{width}}  -> {check.advice}")
+        click.echo("ready" if ready else "not ready: repair what FAILed")
+    if not ready:
+        sys.exit(NOT_READY)
