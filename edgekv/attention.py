@@ -72,7 +72,7 @@ def mla_attention(
     """
     n_tokens, r = x.shape[0], spec.kv_lora_rank
     positions = np.arange(cache.n_past, cache.n_past + n_tokens)
-    q = (x @ w["attn_q.weight"].T).reshape(n_tokens, spec.n_heads, spec.head_dim)
+    q = mla_queries(x, w, eps).reshape(n_tokens, spec.n_heads, spec.head_dim)
     q_nope = q[..., : spec.nope_dim]
     q_rope = apply_rope(q[..., spec.nope_dim :], positions, spec.rope)
 
@@ -95,3 +95,11 @@ def mla_attention(
         queries = np.concatenate([q_nope, q_rope], axis=-1)
         mixed = attend(queries, keys, latents @ v_b.swapaxes(1, 2), scale)
     return mixed.reshape(n_tokens, -1) @ w["attn_output.weight"].T
+
+
+def mla_queries(x: Array, w: Weights, eps: float) -> Array:
+    """Queries (T, H * (N + P)) before RoPE, straight from x (T, D) or through the bottleneck."""
+    if "attn_q.weight" in w:
+        return x @ w["attn_q.weight"].T
+    compressed = rms_norm(x @ w["attn_q_a.weight"].T, w["attn_q_a_norm.weight"], eps)
+    return compressed @ w["attn_q_b.weight"].T

@@ -7,18 +7,23 @@ is an error: what it says about the model would be dropped without a word.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import isfinite
+from dataclasses import replace
+from math import isfinite, sqrt
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NoReturn
 
 from edgekv.errors import ModelFileError, UnsupportedError
-from edgekv.spec import GQA, MLA, LayerSpec, ModelSpec, RopeSpec
+from edgekv.spec import GQA, MLA, FFNKind, LayerSpec, ModelSpec, RopeLayout, RopeSpec
 
 if TYPE_CHECKING:  # a type only: edgekv.source costs the import of numpy
     from edgekv.source import MetaValue
 
-ARCHITECTURES = ("llama", "deepseek2")
+ARCHITECTURES = ("llama", "deepseek2", "minicpm3", "plm")
+# MLA whose keys' and values' up-projections are one matrix in the file: edgekv.gguf_source splits it.
+JOINT_KV_B = ("minicpm3", "plm")
+# LongRoPE divisors within the trained context, and beyond it, where EdgeKV does not go.
+ROPE_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS: llama.cpp aborts beyond it
 # Keys after `<arch>.` that change nothing in a model without experts and without rope scaling.
 _IGNORED = frozenset(
@@ -54,17 +59,19 @@ def spec_from_gguf(
     n_layers = keys.integer("block_count")
     if n_layers > MAX_LAYERS:
         keys.fail(f"block_count is {n_layers}, at most {MAX_LAYERS} are possible")
-    attention = _gqa(keys) if arch == "llama" else _mla(keys)
-    ffn_dim = keys.integer("feed_forward_length")
+    readers = {"llama": _gqa, "deepseek2": _mla, "minicpm3": _mla_minicpm3, "plm": _mla_plm}
+    ffn: FFNKind = "relu_squared" if arch == "plm" else "swiglu"
+    dim = keys.integer("embedding_length")
     spec = ModelSpec(
         arch=arch,
         name=str(metadata.get("general.name", path.stem)),
-        layers=(LayerSpec(attention, ffn_dim),) * n_layers,
-        dim=keys.integer("embedding_length"),
+        layers=(LayerSpec(readers[arch](keys), keys.integer("feed_forward_length"), ffn),) * n_layers,
+        dim=dim,
         vocab=shapes.get("token_embd.weight", (0,))[0],
         context_length=keys.integer("context_length"),
         norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
         tied_embeddings="output.weight" not in shapes,
+        **(_minicpm3_scales(dim, n_layers) if arch == "minicpm3" else {}),
     )
     keys.reject_unknown()
     _require_tensors(spec, shapes, path)
@@ -82,8 +89,8 @@ def _architecture(metadata: Mapping[str, MetaValue], path: Path) -> str:
         )
     if arch not in ARCHITECTURES:
         raise UnsupportedError(
-            f"{path}: architecture {arch!r} is not supported; EdgeKV reads 'llama' (Llama, SmolLM, Mistral) "
-            "and dense 'deepseek2'"
+            f"{path}: architecture {arch!r} is not supported; EdgeKV reads 'llama' (Llama, SmolLM, Mistral), "
+            "dense 'deepseek2', 'minicpm3' and 'plm'"
         )
     splits = metadata.get("split.count", 1)
     if isinstance(splits, int) and splits > 1:
@@ -133,15 +140,68 @@ def _mla(keys: _Keys) -> MLA:
     )
 
 
-def layer_tensor_shapes(attention: GQA | MLA, dim: int, ffn_dim: int) -> dict[str, tuple[int, ...]]:
+def _mla_minicpm3(keys: _Keys) -> MLA:
+    """MiniCPM3 (llama.cpp src/models/minicpm3.cpp): low-rank queries, LongRoPE factors, NEOX pairs."""
+    context = keys.integer("context_length")
+    if keys.integer("rope.scaling.original_context_length", context) < context:
+        keys.unsupported("minicpm3 whose rope factors change within its context")
+    return replace(_plain_mla(keys, "half"), q_lora_rank=keys.integer("attention.q_lora_rank"))
+
+
+def _mla_plm(keys: _Keys) -> MLA:
+    """PLM (llama.cpp src/models/plm.cpp)."""
+    return _plain_mla(keys, "interleaved")
+
+
+def _plain_mla(keys: _Keys, layout: RopeLayout) -> MLA:
+    """MLA described by the dims of its decompressed keys and values, as both llama.cpp graphs have it."""
+    n_heads, dim = keys.integer("attention.head_count"), keys.integer("embedding_length")
+    if keys.integer("attention.head_count_kv", n_heads) != n_heads:
+        keys.fail("attention.head_count_kv differs from attention.head_count")
+    head_dim, rope_dim = keys.integer("attention.key_length"), keys.integer("rope.dimension_count")
+    if rope_dim % 2 or rope_dim >= head_dim:
+        keys.fail(
+            f"rope.dimension_count is {rope_dim}, an even number below the head's {head_dim} was expected"
+        )
+    return MLA(
+        n_heads=n_heads,
+        kv_lora_rank=keys.integer("attention.kv_lora_rank"),
+        nope_dim=head_dim - rope_dim,
+        value_dim=keys.integer("attention.value_length", dim // n_heads),
+        rope=RopeSpec(keys.number("rope.freq_base", 10000.0), rope_dim, layout),
+    )
+
+
+def _minicpm3_scales(dim: int, n_layers: int) -> dict[str, float]:
+    """scale_emb, scale_depth and dim_model_base of MiniCPM3-4B, which no GGUF key carries: llama.cpp has the
+    same constants in src/models/minicpm3.cpp."""
+    return {"embedding_scale": 12.0, "residual_scale": 1.4 / sqrt(n_layers), "logit_scale": 256 / dim}
+
+
+def with_rope_factors(spec: ModelSpec, factors: list[float]) -> ModelSpec:
+    """The spec with LongRoPE factors in every layer, which a GGUF keeps in a tensor."""
+    layers = tuple(
+        replace(
+            layer,
+            attention=replace(layer.attention, rope=replace(layer.attention.rope, factors=tuple(factors))),
+        )
+        for layer in spec.layers
+    )
+    return replace(spec, layers=layers)
+
+
+def layer_tensor_shapes(
+    attention: GQA | MLA, dim: int, ffn_dim: int, ffn: FFNKind = "swiglu"
+) -> dict[str, tuple[int, ...]]:
     """Shapes of one block's tensors, keyed by the name after `blk.<i>.`."""
     shapes: dict[str, tuple[int, ...]] = {
         "attn_norm.weight": (dim,),
         "ffn_norm.weight": (dim,),
-        "ffn_gate.weight": (ffn_dim, dim),
         "ffn_up.weight": (ffn_dim, dim),
         "ffn_down.weight": (dim, ffn_dim),
     }
+    if ffn == "swiglu":
+        shapes["ffn_gate.weight"] = (ffn_dim, dim)
     h = attention.n_heads
     if isinstance(attention, GQA):
         kv = attention.n_kv_heads * attention.head_dim
@@ -151,9 +211,16 @@ def layer_tensor_shapes(attention: GQA | MLA, dim: int, ffn_dim: int) -> dict[st
             "attn_v.weight": (kv, dim),
             "attn_output.weight": (dim, h * attention.head_dim),
         }
-    r = attention.kv_lora_rank
+    r, q_rank = attention.kv_lora_rank, attention.q_lora_rank
+    if q_rank:
+        shapes |= {
+            "attn_q_a.weight": (q_rank, dim),
+            "attn_q_a_norm.weight": (q_rank,),
+            "attn_q_b.weight": (h * attention.head_dim, q_rank),
+        }
+    else:
+        shapes["attn_q.weight"] = (h * attention.head_dim, dim)
     return shapes | {
-        "attn_q.weight": (h * attention.head_dim, dim),
         "attn_kv_a_mqa.weight": (attention.cache_values, dim),
         "attn_kv_a_norm.weight": (r,),
         "attn_k_b.weight": (h, r, attention.nope_dim),
@@ -171,8 +238,14 @@ def _require_tensors(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], pat
     if not spec.tied_embeddings:
         wanted["output.weight"] = (spec.vocab, spec.dim)
     for i, layer in enumerate(spec.layers):
-        block = layer_tensor_shapes(layer.attention, spec.dim, layer.ffn_dim)
+        block = layer_tensor_shapes(layer.attention, spec.dim, layer.ffn_dim, layer.ffn)
+        if spec.arch in JOINT_KV_B:
+            (h, r, n), (_, v, _) = (block.pop(f"attn_{kind}_b.weight") for kind in "kv")
+            block["attn_kv_b.weight"] = (h * (n + v), r)
         wanted |= {f"blk.{i}.{name}": shape for name, shape in block.items()}
+    half = (spec.layers[0].attention.rope.dim // 2,)
+    if spec.arch == "minicpm3" and any(name in shapes for name in ROPE_FACTORS):
+        wanted |= dict.fromkeys(ROPE_FACTORS, half)
     for name, shape in wanted.items():
         if name not in shapes:
             raise ModelFileError(f"{path}: tensor {name} is missing; download or export the file again")

@@ -8,9 +8,9 @@ import numpy as np
 
 from edgekv.attention import MLAForm, gqa_attention, mla_attention
 from edgekv.cache.store import KVCache
-from edgekv.ops import rms_norm, swiglu
+from edgekv.ops import relu_squared, rms_norm, swiglu
 from edgekv.source import Array, TensorSource
-from edgekv.spec import MLA, ModelSpec
+from edgekv.spec import MLA, FFNKind, ModelSpec
 
 BlockWeights = dict[str, Array]
 
@@ -27,18 +27,26 @@ def block_forward(
     x: Array, w: BlockWeights, spec: ModelSpec, layer: int, cache: KVCache, form: MLAForm = "absorbed"
 ) -> Array:
     """One pre-norm transformer block on hidden states x (T, D)."""
-    attention = spec.layers[layer].attention
+    attention, scale = spec.layers[layer].attention, np.float32(spec.residual_scale)
     normed = rms_norm(x, w["attn_norm.weight"], spec.norm_eps)
     if isinstance(attention, MLA):
-        x = x + mla_attention(normed, w, attention, spec.norm_eps, cache, layer, form)
+        x = x + scale * mla_attention(normed, w, attention, spec.norm_eps, cache, layer, form)
     else:
-        x = x + gqa_attention(normed, w, attention, cache, layer)
-    normed = rms_norm(x, w["ffn_norm.weight"], spec.norm_eps)
-    return x + swiglu(normed, w["ffn_gate.weight"], w["ffn_up.weight"], w["ffn_down.weight"])
+        x = x + scale * gqa_attention(normed, w, attention, cache, layer)
+    return x + scale * feed_forward(
+        rms_norm(x, w["ffn_norm.weight"], spec.norm_eps), w, spec.layers[layer].ffn
+    )
+
+
+def feed_forward(x: Array, w: BlockWeights, kind: FFNKind) -> Array:
+    """The block's feed-forward on normed x (T, D)."""
+    if kind == "relu_squared":
+        return relu_squared(x, w["ffn_up.weight"], w["ffn_down.weight"])
+    return swiglu(x, w["ffn_gate.weight"], w["ffn_up.weight"], w["ffn_down.weight"])
 
 
 class ReferenceModel:
-    """A llama or dense deepseek2 model, all weights in float32 memory.
+    """A dense decoder (GQA or MLA), all weights in float32 memory.
 
     `form` picks how MLA is computed; see edgekv.attention.mla_attention.
     """
@@ -56,7 +64,7 @@ class ReferenceModel:
 
     def hidden(self, tokens: Sequence[int], cache: KVCache) -> Array:
         """Append tokens to the cache; their normed final hidden states, (T, D)."""
-        x = self._embed[np.asarray(tokens, dtype=np.int64)]
+        x = self._embed[np.asarray(tokens, dtype=np.int64)] * np.float32(self.spec.embedding_scale)
         for i, weights in enumerate(self._blocks):
             x = block_forward(x, weights, self.spec, i, cache, self.form)
         cache.advance(len(tokens))
@@ -64,4 +72,4 @@ class ReferenceModel:
 
     def logits(self, hidden: Array) -> Array:
         """Hidden states (..., D) to logits (..., vocab)."""
-        return hidden @ self._head.T
+        return (hidden * np.float32(self.spec.logit_scale)) @ self._head.T

@@ -28,10 +28,20 @@ def swiglu(x: Array, gate: Array, up: Array, down: Array) -> Array:
     return np.asarray(g @ down.T, dtype=np.float32)
 
 
-def rope_tables(positions: NDArray[np.int64], rope: RopeSpec) -> tuple[Array, Array]:
-    """cos and sin of position * theta^(-2j/P), each (T, P/2)."""
+def relu_squared(x: Array, up: Array, down: Array) -> Array:
+    """Squared-ReLU feed-forward (arXiv 2109.08668). x (T, D); up (F, D); down (D, F)."""
+    return np.square(np.maximum(x @ up.T, 0.0)) @ down.T
+
+
+def inverse_frequencies(rope: RopeSpec) -> NDArray[np.float64]:
+    """theta^(-2j/P) / factor_j of each pair, (P/2,)."""
     inv_freq = rope.theta ** (-np.arange(0, rope.dim, 2, dtype=np.float64) / rope.dim)
-    angle = positions[:, None] * inv_freq[None, :]
+    return inv_freq / np.asarray(rope.factors) if rope.factors else inv_freq
+
+
+def rope_tables(positions: NDArray[np.int64], rope: RopeSpec) -> tuple[Array, Array]:
+    """cos and sin of position * inverse frequency, each (T, P/2)."""
+    angle = positions[:, None] * inverse_frequencies(rope)[None, :]
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 

@@ -117,5 +117,8 @@ def open_source(path: Path) -> TensorSource:
         UnsupportedError: its architecture is not handled.
     """
     from edgekv.gguf_source import GGUFSource
+    from edgekv.gguf_spec import JOINT_KV_B
+    from edgekv.joint_kv import split_joint_kv
 
-    return GGUFSource(path)
+    source = GGUFSource(path)
+    return split_joint_kv(source) if source.spec.arch in JOINT_KV_B else source

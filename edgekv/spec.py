@@ -43,17 +43,22 @@ def cache_row_nbytes(values: int, cache_type: str) -> int:
     return values // block * nbytes
 
 
+RopeLayout = Literal["interleaved", "half"]
+
+
 @dataclass(frozen=True)
 class RopeSpec:
     """Rotary embedding of one attention (arXiv 2104.09864).
 
     `layout` says which two dims form a pair: "interleaved" (2j, 2j+1; llama.cpp's NORM) or
-    "half" (j, j + dim/2; llama.cpp's NEOX).
+    "half" (j, j + dim/2; llama.cpp's NEOX). `factors` divide each pair's frequency (LongRoPE,
+    arXiv 2402.13753); empty for none.
     """
 
     theta: float
     dim: int
-    layout: Literal["interleaved", "half"] = "interleaved"
+    layout: RopeLayout = "interleaved"
+    factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,10 @@ class GQA:
 
 @dataclass(frozen=True)
 class MLA:
-    """Multi-head latent attention (arXiv 2405.04434, section 2.1); V is a view of the latent."""
+    """Multi-head latent attention (arXiv 2405.04434, section 2.1); V is a view of the latent.
+
+    With a `q_lora_rank` the queries come through a normed bottleneck of that width.
+    """
 
     n_heads: int
     kv_lora_rank: int
@@ -120,19 +128,28 @@ class MLA:
 
 
 AttentionSpec = GQA | MLA
+FFNKind = Literal["swiglu", "relu_squared"]
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One transformer block: its attention and the width of its SwiGLU feed-forward."""
+    """One transformer block: its attention, and the width and kind of its feed-forward.
+
+    "swiglu" is arXiv 2002.05202; "relu_squared" has no gate (arXiv 2109.08668).
+    """
 
     attention: AttentionSpec
     ffn_dim: int
+    ffn: FFNKind = "swiglu"
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A decoder-only transformer."""
+    """A decoder-only transformer.
+
+    The scales multiply token embeddings, what each attention and feed-forward adds to the residual stream,
+    and the logits (as MiniCPM has it, arXiv 2404.06395, appendix A).
+    """
 
     arch: str
     name: str
@@ -142,6 +159,9 @@ class ModelSpec:
     context_length: int
     norm_eps: float
     tied_embeddings: bool
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
 
     @property
     def n_layers(self) -> int:

@@ -27,7 +27,7 @@ from edgekv.backends.llama_native import (
 )
 from edgekv.backends.threads import default_threads
 from edgekv.errors import BackendError, InputError
-from edgekv.gguf_check import check_gguf
+from edgekv.gguf_check import read_header
 from edgekv.source import Array
 
 DEFAULT_N_CTX = 4096
@@ -87,7 +87,8 @@ class LlamaCppBackend:
         started = time.perf_counter()
         _require_positive(n_ctx=n_ctx, n_threads=n_threads, n_ubatch=n_ubatch)
         types = ggml_type(cache_type), ggml_type(cache_type_v or cache_type)
-        check_gguf(path)
+        if read_header(path).metadata.get("general.architecture") == "plm":
+            n_ubatch = 1  # src/models/plm.cpp hands V over in two dims: more tokens abort the process
         self._api = llama()
         self._abort = abort_flag if abort_flag is not None else ctypes.create_string_buffer(2)
         self._context: Any = None
