@@ -58,7 +58,7 @@ def cli() -> None:
 def main() -> None:
     """Entry point: a known error becomes one line and an exit code; only a bug gives a traceback."""
     try:
-        cli(standalone_mode=False)
+        sys.exit(cli(standalone_mode=False))
     except click.exceptions.Abort:
         click.echo("interrupted", err=True)
         sys.exit(130)
