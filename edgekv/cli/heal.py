@@ -44,7 +44,7 @@ FILE = click.Path(path_type=Path)
 @click.option("--train", default="attn", show_default=True, type=click.Choice(["attn", "attn+norms", "all"]),
               help="Weights to train; feed-forwards (all) make the file several times larger.")  # fmt: skip
 @click.option("--lr", default=4e-4, show_default=True, help="Peak learning rate.")
-@click.option("--match-share", default=0.15, show_default=True, help="Share of the steps for phase 1.")
+@click.option("--match-share", default=0.05, show_default=True, help="Share of the steps for phase 1.")
 @click.option("--schedule", default="cosine", show_default=True, type=click.Choice(["cosine", "wsd"]),
               help="How the learning rate falls.")  # fmt: skip
 @click.option("--optimizer", default="adamw", show_default=True, type=click.Choice(["adamw", "muon"]),

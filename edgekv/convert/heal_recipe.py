@@ -24,7 +24,7 @@ class HealRecipe:
     batch_tokens: int = 32768
     seq_len: int = 1024
     lr: float = 4e-4
-    match_share: float = 0.15
+    match_share: float = 0.05
     warmup: int = 50
     schedule: Literal["wsd", "cosine"] = "cosine"
     decay_share: float = 0.3  # of a phase, for "wsd"

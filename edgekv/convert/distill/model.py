@@ -15,7 +15,9 @@ a sequence, in MFLOP (2 a multiply-add; causal attention counted half):
     student backward  208 + 57 to the inputs, 49 to the attention weights, 88 attention     = 402
 
 1.0 GFLOP a token. An H100 that reaches 450 TFLOP/s in the GEMMs and 250 in attention needs 2.5 us;
-reading and writing activations that no GEMM hides (about 3 MB at 3 TB/s) adds 1.0 us: 285K tokens/s.
+reading and writing activations that no GEMM hides (about 3 MB at 3 TB/s) adds 1.0 us: 285K tokens/s was
+predicted, 302K measured (108 ms for 32768 tokens: teacher 23, student forward 25, logits 15, backward 45;
+17 GB; 13 s to compile; torch 2.11, H100 80GB HBM3).
 
 Memory at a micro-batch of T tokens, in bytes (A trained values, W all weights, two bytes each in bf16):
 2W + 16A (master, gradient, two moments) + T * layers * (18D + 6F) saved activations + 1.6 GB of logits.

@@ -88,7 +88,8 @@ class Pair:
             stacked over layers; what is missing is the teacher's own.
         train: which of them are trained.
         cache_type: quantized cache to simulate; "f16" simulates none.
-        device: where; on CUDA blocks are compiled and run in bfloat16, on a CPU everything is float32.
+        device: where; on CUDA blocks are compiled and run in bfloat16, on a CPU everything is float32. The
+            bfloat16 teacher is KL 7e-4 from the float32 one (SmolLM2-135M, argmax equal on 98.8 %).
     """
 
     def __init__(
@@ -100,7 +101,6 @@ class Pair:
         cache_type: CacheType,
         device: torch.device,
         seq_len: int,
-        residual: torch.dtype | None = None,
     ) -> None:
         attention = source.spec.layers[0].attention
         assert isinstance(attention, GQA)
@@ -108,7 +108,6 @@ class Pair:
         self.eps, self.n_layers = source.spec.norm_eps, source.spec.n_layers
         on_gpu = device.type == "cuda"
         self.dtype = torch.bfloat16 if on_gpu else torch.float32
-        self.residual = residual or self.dtype
         self._teacher = load_teacher(source, device, self.dtype)
         self.embedding = self._put(source.load("token_embd.weight"), torch.float32)
         self._tied = source.spec.tied_embeddings
@@ -157,7 +156,7 @@ class Pair:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) -> residual stream (B, T, D)."""
-        return self.embedding[tokens].to(self.residual)
+        return self.embedding[tokens].to(self.dtype)
 
     @without_gradient
     def teacher_hidden(self, tokens: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def test_kl_falls_and_the_file_holds_what_was_measured(tiny_gguf, text_file, tmp
     assert record.steps_done == record.recipe.steps == 60
     assert record.base_sha256 == base_sha256(open_source(tiny_gguf))
     assert record.data[0].name == "text.txt"
-    assert [point.phase for point in record.curve] == [1] * 9 + [2] * 51
+    assert [point.phase for point in record.curve] == [1] * 3 + [2] * 57
     assert record.evaluations[-1].kl == scores[-1]["kl"]
 
     # the stored tensors, as a GGUF-shaped source in the NumPy reference, lose what the record says
