@@ -1,0 +1,97 @@
+"""Files that a measurement appends to as it goes, so that kill -9 costs one window or one question.
+
+Each belongs to one identity: what is measured, with what, on what, by which protocol, as a flat mapping. The
+identity is hashed into the file's name and written out in its first line. Only one process may hold a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from edgekv.errors import InputError, OutputError
+
+Identity = Mapping[str, str | int | None]
+
+
+def default_folder() -> Path:
+    """Where journals and reference distributions live unless told otherwise (XDG Base Directory)."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "edgekv" / "eval"
+
+
+@contextmanager
+def open_held(folder: Path, kind: str, identity: Identity, fresh: bool) -> Iterator[IO[bytes]]:
+    """The file of an identity, open for reading and writing behind its first line, locked for this process.
+
+    `fresh` empties it. The position is 0 behind the first line.
+
+    Raises:
+        OutputError: the folder cannot be made or written.
+        InputError: another process holds the file.
+    """
+    header = json.dumps(dict(identity), sort_keys=True).encode() + b"\n"
+    path = folder / f"{kind}-{hashlib.sha256(header).hexdigest()[:16]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+b")  # noqa: SIM115 (closed below; a+ makes it if need be)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}; choose another --cache-dir") from error
+    with file:
+        _lock(file, path)
+        file.seek(0)
+        if fresh or file.readline() != header:
+            file.truncate(0)
+            file.write(header)
+            file.flush()
+        yield file
+
+
+def _lock(file: IO[bytes], path: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows: two runs at once would only do the same work twice
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise InputError(
+            f"another process is measuring the same thing ({path}); wait for it, or choose another --cache-dir"
+        ) from error
+
+
+class Journal:
+    """Results by index, one JSON line each: [index, value]. What was written before is in `done`."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.done: dict[int, Any] = {}
+        end = file.tell()
+        for line in file:
+            try:
+                index, value = json.loads(line)
+            except ValueError:  # cut short by a kill
+                break
+            if not line.endswith(b"\n"):
+                break
+            self.done[int(index)] = value
+            end += len(line)
+        file.truncate(end)
+
+    def add(self, index: int, value: Any) -> None:
+        """Note a result; it is the system's before this returns."""
+        self.done[index] = value
+        self._file.write(json.dumps([index, value]).encode() + b"\n")
+        self._file.flush()
+
+
+@contextmanager
+def open_journal(folder: Path, kind: str, identity: Identity, fresh: bool = False) -> Iterator[Journal]:
+    """The journal of an identity; raises as `open_held` does."""
+    with open_held(folder, kind, identity, fresh) as file:
+        yield Journal(file)

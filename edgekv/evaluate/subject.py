@@ -1,0 +1,134 @@
+"""What is measured: a model file, the engine that runs it, and how its cache and weights are kept."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from edgekv import __version__
+from edgekv.backends import Kind, open_backend
+from edgekv.backends.base import Backend
+from edgekv.errors import InputError
+from edgekv.gguf_check import read_header
+from edgekv.tokenizer import Tokenizer
+
+Weights = Literal["stored", "f16", "f32"]
+WEIGHTS: tuple[Weights, ...] = ("stored", "f16", "f32")
+ENGINE_PACKAGES = {"llama.cpp": "llama-cpp-python", "onnx": "onnxruntime"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model as it is run.
+
+    `weights` other than "stored" are dequantized first: llama.cpp multiplies quantized weights by
+    activations rounded to 8 bits, which by itself costs more than a q8_0 cache does.
+    """
+
+    path: Path
+    backend: Kind = "llama.cpp"
+    cache_type: str | None = None
+    weights: Weights = "stored"
+    n_threads: int | None = None
+
+    @property
+    def cache(self) -> str:
+        """The cache type, the engine's default spelt out."""
+        return self.cache_type or ("f16" if self.backend == "llama.cpp" else "f32")
+
+    def identity(self) -> dict[str, str | int | None]:
+        """Everything that decides its figures."""
+        return {
+            "model": file_sha256(self.path),
+            "backend": self.backend,
+            "cache": self.cache,
+            "weights": self.weights,
+            "engine": engine_version(self.backend),
+        }
+
+
+@contextmanager
+def open_subject(subject: Subject, n_ctx: int, folder: Path) -> Iterator[Backend]:
+    """The subject in its engine, closed at the end; a copy with other weights is kept in `folder`.
+
+    Raises:
+        InputError: an option is impossible, or the file is malformed or unsupported.
+        BackendError: the engine is not installed or failed.
+    """
+    path = subject.path if subject.weights == "stored" else _dequantized(subject, folder)
+    backend = open_backend(
+        path, subject.backend, n_ctx=n_ctx, cache_type=subject.cache_type, n_threads=subject.n_threads
+    )
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+def cache_nbytes_per_token(subject: Subject) -> float:
+    """Bytes that the engine really allocates for a token, all layers; raises as `open_subject` does."""
+    n_ctx = 256  # llama.cpp's smallest
+    with open_subject(subject, n_ctx, Path()) as backend:
+        return backend.cache_nbytes() / backend.n_ctx
+
+
+def engine_version(kind: Kind) -> str:
+    """Version of the engine; the reference's is EdgeKV's own."""
+    if kind not in ENGINE_PACKAGES:
+        return __version__
+    try:
+        return version(ENGINE_PACKAGES[kind])
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal, read once as long as the file does not change.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        stat = path.stat()
+        return _file_sha256(path.resolve(), stat.st_size, stat.st_mtime_ns)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; check the path") from error
+
+
+@functools.lru_cache
+def _file_sha256(path: Path, size: int, mtime_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The model file's tokenizer."""
+    return Tokenizer.from_metadata(read_header(path).metadata)
+
+
+def require_same_tokens(path: Path, reference: Path) -> None:
+    """Raise InputError unless both models have the same tokens; KL between them means nothing otherwise."""
+    tokens, others = (read_header(p).metadata.get("tokenizer.ggml.tokens") for p in (path, reference))
+    if tokens != others:
+        raise InputError(
+            f"{path} and {reference} have different vocabularies; --against takes the model that the other was "
+            "made from"
+        )
+
+
+def _dequantized(subject: Subject, folder: Path) -> Path:
+    """A copy of the model with f16 or f32 weights, made once."""
+    from edgekv.export.gguf import write_gguf
+    from edgekv.source import open_source
+
+    path = folder / f"weights-{file_sha256(subject.path)[:16]}-{subject.weights}.gguf"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_gguf(open_source(subject.path), path, subject.weights, {}, False, lambda name, i, n: None)
+    return path

@@ -1,0 +1,151 @@
+"""Perplexity, KL divergence and argmax agreement over windows of a text.
+
+The text is cut into windows of `length` tokens, each starts with an empty cache and no special token, and the
+predictions made in its second half are scored: positions length/2 to length - 2, each knowing at least length/2
+tokens before it. That is the protocol of llama.cpp's llama-perplexity, but for its first token, which
+llama-perplexity replaces by BOS in models that want one. A rest shorter than a window is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekv.backends.base import Backend
+from edgekv.errors import BackendError
+from edgekv.evaluate.compact import CompactRows, kl_divergence, log_q_of, log_sum_exp, target_nll
+from edgekv.evaluate.journal import open_journal
+from edgekv.evaluate.progress import Progress
+from edgekv.evaluate.reference import Reference
+from edgekv.evaluate.subject import Subject, open_subject
+from edgekv.evaluate.text import Text, scored_logits
+
+Sums = dict[str, float]  # over one window's scored predictions
+
+
+@dataclass(frozen=True)
+class WindowsResult:
+    """Over all scored predictions. `_se` are standard errors of the mean, from the windows as independent draws
+    (0 with one window). The reference's fields are None without a reference."""
+
+    text: str
+    text_sha256: str
+    window: int
+    windows: int
+    tokens_scored: int
+    ppl: float
+    reference_ppl: float | None
+    ppl_ratio: float | None
+    ppl_ratio_se: float | None
+    kl: float | None  # nats a token, KL(reference || candidate)
+    kl_se: float | None
+    argmax_agreement: float | None
+
+
+def measure_windows(
+    subject: Subject,
+    text: Text,
+    reference: Reference | None,
+    folder: Path,
+    progress: Progress,
+    fresh: bool = False,
+) -> WindowsResult:
+    """Score every window, going on from the journal in `folder`.
+
+    Args:
+        reference: must have all windows of the text (Reference.fill).
+        progress: is called before each window and at the end.
+
+    Raises:
+        BackendError: the engine failed, or gave logits that are not numbers.
+    """
+    identity = subject.identity() | text.identity() | {"reference": reference.key if reference else None}
+    wanted = range(len(text.windows))
+    with ExitStack() as stack:
+        journal = stack.enter_context(open_journal(folder, "windows", identity, fresh))
+        scores: dict[int, Sums] = {i: journal.done[i] for i in wanted if i in journal.done}
+        if len(scores) < len(wanted):
+            backend = stack.enter_context(open_subject(subject, text.length, folder))
+        for i in wanted:
+            if i not in scores:
+                progress(len(scores), len(wanted), _summary(text, scores))
+                scores[i] = _score_window(backend, text, i, reference.read(i) if reference else None)
+                journal.add(i, scores[i])
+    progress(len(wanted), len(wanted), _summary(text, scores))
+    return _result(text, scores)
+
+
+def _score_window(backend: Backend, text: Text, window: int, reference: CompactRows | None) -> Sums:
+    nll = 0.0
+    best, log_q = [], []
+    at = 0
+    for targets, logits in scored_logits(backend, text.window(window), text.first):
+        log_sums, argmax = log_sum_exp(logits)
+        if not np.isfinite(log_sums).all():
+            raise BackendError(
+                f"the engine's logits are not finite in window {window}: try --cache-type f32, and if that helps, "
+                "the cache type was at fault"
+            )
+        nll += float(target_nll(logits, log_sums, targets).sum())
+        if reference is not None:
+            best.append(argmax)
+            log_q.append(log_q_of(reference.rows(at, at + len(logits)), logits, log_sums))
+        at += len(logits)
+    if reference is None:
+        return {"nll": nll}
+    return {
+        "nll": nll,
+        "reference_nll": float(reference.nll.sum(dtype=np.float64)),
+        "kl": float(kl_divergence(reference, np.concatenate(log_q)).sum()),
+        "agree": int((np.concatenate(best) == reference.argmax).sum()),
+    }
+
+
+def _result(text: Text, scores: dict[int, Sums]) -> WindowsResult:
+    values = list(scores.values())
+    sums = {key: np.array([window[key] for window in values]) for key in values[0]}
+    scored = len(values) * text.n_scored
+    means = {key: float(array.sum()) / scored for key, array in sums.items()}
+    against = "kl" in sums
+    ratio = perplexity(means["nll"] - means["reference_nll"]) if against else None
+    return WindowsResult(
+        text=text.name,
+        text_sha256=text.sha256,
+        window=text.length,
+        windows=len(values),
+        tokens_scored=scored,
+        ppl=perplexity(means["nll"]),
+        reference_ppl=perplexity(means["reference_nll"]) if against else None,
+        ppl_ratio=ratio,
+        ppl_ratio_se=ratio * _standard_error(sums["nll"] - sums["reference_nll"], text) if ratio else None,
+        kl=means["kl"] if against else None,
+        kl_se=_standard_error(sums["kl"], text) if against else None,
+        argmax_agreement=means["agree"] if against else None,
+    )
+
+
+def perplexity(nll: float) -> float:
+    """exp of a mean loss in nats, kept finite for models that are broken altogether."""
+    return math.exp(min(nll, 700.0))
+
+
+def _standard_error(window_sums: NDArray[np.float64], text: Text) -> float:
+    """Of the mean over predictions, windows taken as independent."""
+    if len(window_sums) < 2:
+        return 0.0
+    return float(window_sums.std(ddof=1)) / math.sqrt(len(window_sums)) / text.n_scored
+
+
+def _summary(text: Text, scores: dict[int, Sums]) -> str:
+    if not scores:
+        return ""
+    result = _result(text, scores)
+    line = f"PPL {result.ppl:.3f}"
+    if result.kl is None:
+        return line
+    return f"{line} (x{result.ppl_ratio:.4f})  KL {result.kl:.5f}  argmax {result.argmax_agreement:.2%}"
