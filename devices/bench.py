@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from edgekv.devices.bandwidth import working_set_nbytes
+from edgekv.devices.boards import known_memory
 from edgekv.devices.candidates import (
     BenchSettings,
     Candidate,
@@ -75,7 +76,7 @@ class _Bench:
         self._settings = replace(settings, cpus=cpus, threads=threads)
         self._candidates = list(candidates)
         self._progress = progress
-        self._machine, self._notes = probe()
+        self._machine, self._notes = known_memory(*probe())
         self._energy, energy_notes = find_sources()
         self._notes += energy_notes + load_note()
         self._runs = self._describe()

@@ -6,7 +6,7 @@ import difflib
 import itertools
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from edgekv.report import Machine
 PROFILES = Path(__file__).parent
 # Machines whose speed follows the same rules; each has its coefficients in speed.json.
 KINDS = ("arm", "arm-dotprod", "x86", "igpu", "gpu", "gpu-hbm")
-WORDS = ("name", "kind", "soc", "aliases", "isa", "matches")
+WORDS = ("name", "kind", "soc", "memory", "aliases", "isa", "matches")
 NUMBERS = ("ram_mib", "read_gb_s", "os_mib")
 CPU_NUMBERS = ("cores", "clock_ghz")  # needed where the model runs on the CPU
 OPTIONAL_NUMBERS = ("prefill_gflops", "decode_w")
@@ -37,6 +37,7 @@ class Board:
     name: str
     kind: str
     soc: str
+    memory: str
     aliases: tuple[str, ...]
     isa: tuple[str, ...]
     matches: tuple[str, ...]
@@ -101,6 +102,7 @@ def _board(key: str, data: dict[str, Any], sources: dict[str, str]) -> Board:
         name=data["name"],
         kind=data["kind"],
         soc=data["soc"],
+        memory=data["memory"],
         aliases=tuple(data["aliases"]),
         isa=tuple(data["isa"]),
         matches=tuple(data["matches"]),
@@ -144,3 +146,15 @@ def match_board(machine: Machine) -> Board | None:
         if any(pattern in text for text in said)
     ]
     return max(found, key=lambda item: item[0])[1] if found else None
+
+
+def known_memory(machine: Machine, notes: tuple[str, ...]) -> tuple[Machine, tuple[str, ...]]:
+    """A probed machine and its notes, its memory type filled in from the board's profile where it tells none."""
+    board = match_board(machine)
+    if machine.memory_type is not None or board is None or board.is_gpu:
+        return machine, notes
+    kept = tuple(note for note in notes if not note.startswith("memory type"))
+    return replace(machine, memory_type=board.memory), (
+        *kept,
+        f"memory type from the profile of {board.name}",
+    )

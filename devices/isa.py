@@ -29,8 +29,9 @@ A64_INSTRUCTIONS = (
     (0xFFE0FC00, 0x4E80A400, "i8mm"),  # SMMLA
     (0xBFE0FC00, 0x0E400C00, "asimdhp"),  # FMLA (vector, half precision)
 )
-# Constants between functions can look like an instruction; a kernel that uses one holds dozens.
-MIN_COUNT = 16
+# Constants between functions can look like an instruction (libgfortran has 16 that look like FMLA); a kernel
+# that uses one holds hundreds.
+MIN_COUNT = 64
 ELF_AARCH64 = 183
 
 

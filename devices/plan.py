@@ -185,6 +185,7 @@ def this_board(read_nbytes: int) -> tuple[Board, Machine]:
         name=machine.board,
         kind=machine_kind(machine),
         soc=machine.soc or machine.cores[0].name,
+        memory=machine.memory_type or (known.memory if known else "unknown"),
         aliases=(),
         isa=machine.isa_flags,
         matches=(),

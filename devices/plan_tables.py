@@ -188,7 +188,7 @@ def _machine(board: Board, ram_nbytes: int) -> Machine:
         ram_nbytes=ram_nbytes,
         available_nbytes=max(0, ram_nbytes - board.os_mib * MIB),
         swap_nbytes=None,
-        memory_type=None,
+        memory_type=board.memory,
         governor=None,
         kernel="not run",
         emulator=None,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from edgekv.devices import bench
-from edgekv.devices.boards import find_board, load_boards, match_board, parse_board
+from edgekv.devices.boards import find_board, known_memory, load_boards, match_board, parse_board
 from edgekv.devices.compare import load_sources
 from edgekv.devices.fit import decode_errors, fit, load_rows, summary
 from edgekv.devices.footprint import footprint, repacked_nbytes
@@ -116,6 +116,15 @@ def test_the_longest_match_names_the_board() -> None:
     board = match_board(pi)
     assert board is not None
     assert board.key == "pi-5"
+
+
+def test_a_known_boards_memory_type_comes_from_its_profile() -> None:
+    machine, notes = probe()
+    pi = replace(machine, board="Raspberry Pi 5 Model B Rev 1.0", memory_type=None)
+    filled, said = known_memory(pi, (*notes, "memory type unknown: ..."))
+    assert filled.memory_type == "LPDDR4X-4267 32-bit"
+    assert not any("unknown: ..." in note for note in said)
+    assert "memory type from the profile of Raspberry Pi 5" in said
 
 
 def test_bandwidth_between_measured_thread_counts() -> None:
