@@ -6,7 +6,7 @@ is an error: what it says about the model would be dropped without a word.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import isfinite, sqrt
 from pathlib import Path
@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NoReturn
 
 from edgekv.errors import ModelFileError, UnsupportedError
-from edgekv.spec import GQA, MLA, FFNKind, LayerSpec, ModelSpec, RopeLayout, RopeSpec
+from edgekv.spec import GQA, MLA, AttentionSpec, FFNKind, LayerSpec, ModelSpec, RopeLayout, RopeSpec
 
 if TYPE_CHECKING:  # a type only: edgekv.source costs the import of numpy
     from edgekv.source import MetaValue
@@ -59,7 +59,12 @@ def spec_from_gguf(
     n_layers = keys.integer("block_count")
     if n_layers > MAX_LAYERS:
         keys.fail(f"block_count is {n_layers}, at most {MAX_LAYERS} are possible")
-    readers = {"llama": _gqa, "deepseek2": _mla, "minicpm3": _mla_minicpm3, "plm": _mla_plm}
+    readers: dict[str, Callable[[_Keys], AttentionSpec]] = {
+        "llama": _gqa,
+        "deepseek2": _mla,
+        "minicpm3": _mla_minicpm3,
+        "plm": _mla_plm,
+    }
     ffn: FFNKind = "relu_squared" if arch == "plm" else "swiglu"
     dim = keys.integer("embedding_length")
     spec = ModelSpec(

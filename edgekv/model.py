@@ -72,4 +72,4 @@ class ReferenceModel:
 
     def logits(self, hidden: Array) -> Array:
         """Hidden states (..., D) to logits (..., vocab)."""
-        return (hidden * np.float32(self.spec.logit_scale)) @ self._head.T
+        return np.asarray((hidden * np.float32(self.spec.logit_scale)) @ self._head.T, dtype=np.float32)

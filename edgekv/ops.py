@@ -30,7 +30,7 @@ def swiglu(x: Array, gate: Array, up: Array, down: Array) -> Array:
 
 def relu_squared(x: Array, up: Array, down: Array) -> Array:
     """Squared-ReLU feed-forward (arXiv 2109.08668). x (T, D); up (F, D); down (D, F)."""
-    return np.square(np.maximum(x @ up.T, 0.0)) @ down.T
+    return np.asarray(np.square(np.maximum(x @ up.T, 0.0)) @ down.T, dtype=np.float32)
 
 
 def inverse_frequencies(rope: RopeSpec) -> NDArray[np.float64]:
