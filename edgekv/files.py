@@ -49,7 +49,8 @@ def atomic_path(path: Path, force: bool) -> Iterator[Path]:
         os.replace(partial, path)
     except OSError as error:
         raise OutputError(
-            f"writing {path} failed: {error.strerror}; nothing was left behind, free some space and try again"
+            f"writing {path} failed: {error.strerror or error}; nothing was left behind, free some space and "
+            "try again"
         ) from error
     finally:
         partial.unlink(missing_ok=True)

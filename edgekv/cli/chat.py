@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 @click.option("--no-template", is_flag=True, help="Continue the text as it is, without the chat template.")
 @click.option("-n", "--max-tokens", type=click.IntRange(1), help="Longest answer [default: the context].")
 @click.option("--stop", multiple=True, help="End the answer before this text. May be repeated.")
-@click.option("--temp", "--temperature", "temperature", type=float, default=0.8, show_default=True)
+@click.option("--temp", "--temperature", "temperature", type=float, default=0.8, show_default=True,
+              help="0 always takes the likeliest token.")  # fmt: skip
 @click.option("--top-k", type=int, default=40, show_default=True, help="0 turns it off.")
 @click.option("--top-p", type=float, default=0.95, show_default=True, help="1 turns it off.")
 @click.option("--min-p", type=float, default=0.05, show_default=True, help="0 turns it off.")
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     "--cache-type", type=click.Choice(list(CACHE_BLOCKS)), help="How they are stored [default: f16]."
 )
 @click.option("-t", "--threads", type=click.IntRange(1), help="[default: the big cores]")
-@click.option("--backend", type=click.Choice(KINDS), default=KINDS[0], show_default=True)
+@click.option("--backend", type=click.Choice(KINDS), default=KINDS[0], show_default=True, help="Engine.")
 @click.option("--stats", is_flag=True, help="Tell times, tokens/s and memory after each answer.")
 @click.option("--json", "as_json", is_flag=True, help="One-shot: the answer and its figures as JSON.")
 def command(

@@ -86,12 +86,19 @@ def _converted(
     """The converted source, from healed weights or by fitting, and the notes on how it was made."""
     from edgekv.convert.convert import METHODS, convert, convertible_attention
     from edgekv.convert.target import resolve_target
+    from edgekv.errors import InputError
 
     gqa = convertible_attention(source.spec)
     if options["healed"]:
         return _from_healed(options["healed"], source)
     sizes = ("target", "kv_lora_rank", "rope_dim", "nope_dim", "value_dim")
     target = resolve_target(gqa, *(options[name] for name in sizes))
+    recipe = METHODS[options["method"]]
+    if target.value_dim != gqa.head_dim and not recipe.refit_output:
+        raise InputError(
+            f"--value-dim {target.value_dim} needs a method that refits the outputs; leave it out, or use "
+            "--method edgekv"
+        )
     windows = _calibration(source, options, as_json)
     with progress("converting", as_json) as advance:
 
@@ -99,7 +106,7 @@ def _converted(
             losses.append(loss)
             advance(loss.layer + 1, source.spec.n_layers)
 
-        converted = convert(source, target, windows, spill, METHODS[options["method"]], layer_done)
+        converted = convert(source, target, windows, spill, recipe, layer_done)
     notes = {
         "edgekv.method": options["method"],
         "edgekv.calibration": ", ".join(path.name for path in options["calib"]) or "sampled from the model",

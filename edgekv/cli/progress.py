@@ -8,10 +8,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def progress(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr with the time left; gives a function of (done, total)."""
+    """A progress bar with the time left, where stderr is a terminal; gives a function of (done, total)."""
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), disable=quiet, transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, disable=quiet or not console.is_terminal, transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -22,7 +22,7 @@ from edgekv.convert.norm_trick import fold_norm
 from edgekv.convert.output_fit import fit_outputs
 from edgekv.convert.query_fit import Probe, fit_queries, rotate_rope_part
 from edgekv.convert.transmla import transmla
-from edgekv.errors import InputError, ModelFileError, UnsupportedError
+from edgekv.errors import ModelFileError, OutputError, UnsupportedError
 from edgekv.gguf_spec import layer_tensor_shapes
 from edgekv.model import BlockWeights, load_block
 from edgekv.ops import apply_rope, per_head, rms_norm, swiglu
@@ -96,16 +96,12 @@ def convert(
     The fitted tensors are written to the folder `spill`, which has to outlive the returned source.
 
     Raises:
-        InputError: the target narrows the values, which only a recipe that refits them can do.
         UnsupportedError: the source is not GQA or MHA.
         ModelFileError: a weight is not finite; the message names the tensor.
+        OutputError: `spill` is full.
     """
     gqa = convertible_attention(source.spec)
-    if target.value_dim != gqa.head_dim and not recipe.refit_output:
-        raise InputError(
-            f"--value-dim {target.value_dim} needs a method that refits the outputs; leave it out, or use "
-            "--method edgekv"
-        )
+    assert recipe.refit_output or target.value_dim == gqa.head_dim
     embed = source.load("token_embd.weight")
     states = [embed[window] for window in windows]
     stream = _Stream(states, [state.copy() for state in states])
@@ -114,9 +110,19 @@ def convert(
         require_finite(weights, i)
         fitted, loss = _convert_layer(weights, stream, source.spec, gqa, target, i, recipe)
         for name, array in fitted.items():
-            np.save(spill / f"blk.{i}.{name}.npy", array)
+            _save(spill / f"blk.{i}.{name}.npy", array)
         progress(loss)
     return converted_source(source, target, lambda name: np.load(spill / f"{name}.npy"))
+
+
+def _save(path: Path, array: Array) -> None:
+    try:
+        np.save(path, array)
+    except OSError as error:
+        raise OutputError(
+            f"the temporary folder {path.parent.parent} cannot hold the converted layers: "
+            f"{error.strerror or error}; free some space there, or set TMPDIR to another folder"
+        ) from error
 
 
 def convertible_attention(spec: ModelSpec) -> GQA:
