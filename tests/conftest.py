@@ -29,9 +29,18 @@ def smollm2() -> Path:
 
 
 def random_llama(
-    n_heads: int = 4, n_kv_heads: int = 2, head_dim: int = 32, tied: bool = True, seed: int = 0
+    n_heads: int = 4,
+    n_kv_heads: int = 2,
+    head_dim: int = 32,
+    tied: bool = True,
+    filler: int = 0,
+    seed: int = 0,
 ) -> LazySource:
-    """A llama of three layers with random weights and a byte-level vocabulary: 64 wide, 96 in the feed-forward."""
+    """A llama of three layers with random weights and a byte-level vocabulary: 64 wide, 96 in the feed-forward.
+
+    `filler` unused tokens make it larger.
+    """
+    tokens = [*LETTERS[:-3], *(f"<filler{i}>" for i in range(filler)), *LETTERS[-3:]]
     dim, ffn_dim, n_layers = 64, 96, 3
     attention = GQA(n_heads, n_kv_heads, head_dim, RopeSpec(10000.0, head_dim))
     layers = (LayerSpec(attention, ffn_dim),) * n_layers
@@ -45,22 +54,22 @@ def random_llama(
         "general.license": "apache-2.0",
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
-        "tokenizer.ggml.tokens": LETTERS,
-        "tokenizer.ggml.token_type": [1] * (len(LETTERS) - 3) + [3, 3, 3],
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * (len(LETTERS) - 3) + [5] * filler + [3, 3, 3],
         "tokenizer.ggml.merges": ["a b"],
-        "tokenizer.ggml.bos_token_id": len(LETTERS) - 3,
-        "tokenizer.ggml.eos_token_id": len(LETTERS) - 2,
+        "tokenizer.ggml.bos_token_id": len(tokens) - 3,
+        "tokenizer.ggml.eos_token_id": len(tokens) - 2,
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
     }
-    source = LazySource(ModelSpec("llama", "tiny", layers, dim, len(LETTERS), 512, 1e-5, tied), metadata)
-    source.add_array("token_embd.weight", noise((len(LETTERS), dim), 0.3))
+    source = LazySource(ModelSpec("llama", "tiny", layers, dim, len(tokens), 512, 1e-5, tied), metadata)
+    source.add_array("token_embd.weight", noise((len(tokens), dim), 0.3))
     for i in range(n_layers):
         for name, shape in layer_tensor_shapes(attention, dim, ffn_dim).items():
             source.add_array(f"blk.{i}.{name}", noise(shape, 0.15) + np.float32("norm" in name))
     source.add_array("output_norm.weight", 1 + noise((dim,), 0.1))
     if not tied:
-        source.add_array("output.weight", noise((len(LETTERS), dim), 0.3))
+        source.add_array("output.weight", noise((len(tokens), dim), 0.3))
     return source
 
 
