@@ -197,7 +197,8 @@ def _show_one(plan: Plan, better: Sequence[Plan], as_json: bool) -> None:
     if better:
         title = f"What fits {plan.context:,} tokens, least expected loss first (projected)"
         click.echo("\n" + as_text(plans_table(title, better[:5], "option")))
-        click.echo(f"recommended: {better[0].option.label}; measure its loss with `edgekv eval`")
+        advice = "; measure its loss with `edgekv eval`" if better[0].option.steps else ", nothing is lost"
+        click.echo(f"recommended: {better[0].option.label}{advice}")
     else:
         click.echo(f"\nno conversion, cache type or weight type makes {plan.context:,} tokens fit")
     for note in plan.notes:
