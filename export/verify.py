@@ -54,7 +54,7 @@ def compare(
         agree += int((logits_a.argmax(-1) == logits_b.argmax(-1)).sum())
         log_a, log_b = log_softmax(logits_a), log_softmax(logits_b)
         kl += (np.exp(log_a) * (log_a - log_b)).sum(-1, dtype=np.float64).tolist()
-        following = np.asarray(tokens[start + 1 : start + CHUNK + 1])
+        following = np.asarray(tokens[start + 1 : start + CHUNK + 1], np.int64)
         rows = np.arange(len(following))
         nll_a -= float(log_a[rows, following].sum(dtype=np.float64))
         nll_b -= float(log_b[rows, following].sum(dtype=np.float64))

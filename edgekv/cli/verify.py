@@ -50,13 +50,14 @@ def command(
     from edgekv.export.verify import compare, sample_tokens
 
     if tokens < 2:
-        raise InputError("--tokens takes 2 or more")
+        raise InputError("--tokens takes a number of 2 or more; 256 is the default")
     engine_a = _open(a, backend_a, tokens, cache_type)
     engine_b = _open(b or a, backend_b, tokens, cache_type)
     try:
         if engine_a.n_vocab != engine_b.n_vocab:
             raise InputError(
-                f"the vocabularies differ: {a} has {engine_a.n_vocab} tokens, {b} has {engine_b.n_vocab}"
+                f"the vocabularies differ: {a} has {engine_a.n_vocab} tokens, {b} has {engine_b.n_vocab}; "
+                "compare models of one family"
             )
         given = _read(text, a, tokens) if text else sample_tokens(engine_a, tokens, seed=1)
         with progress("comparing", as_json) as advance:
@@ -86,10 +87,12 @@ def _read(text: Path, model: Path, tokens: int) -> list[int]:
     try:
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--text {text} cannot be read as UTF-8 text: {error}") from error
+        raise InputError(
+            f"--text {text} cannot be read as UTF-8 text: {error}; give a plain text file"
+        ) from error
     ids = Tokenizer.from_metadata(open_source(model).metadata).encode(content)[:tokens]
     if len(ids) < 2:
-        raise InputError(f"--text {text} holds {len(ids)} tokens; at least 2 are needed")
+        raise InputError(f"--text {text} holds {len(ids)} tokens, at least 2 are needed; give a longer text")
     return ids
 
 
