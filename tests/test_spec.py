@@ -1,0 +1,66 @@
+"""Cache arithmetic against llama.cpp's block sizes and figures worked out by hand."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import llama_cpp
+import pytest
+
+from edgekv.spec import CACHE_BLOCKS, GQA, MLA, LayerSpec, ModelSpec, RopeSpec, cache_row_nbytes
+
+ROPE = RopeSpec(10000.0, 64)
+
+
+def test_blocks_are_ggmls_own() -> None:
+    lib: Any = llama_cpp.llama_cpp._lib
+    lib.ggml_type_size.restype = ctypes.c_size_t
+    lib.ggml_blck_size.restype = ctypes.c_int64
+    lib.ggml_type_name.restype = ctypes.c_char_p
+    known = {
+        lib.ggml_type_name(kind).decode(): (lib.ggml_blck_size(kind), lib.ggml_type_size(kind))
+        for kind in range(43)
+        if lib.ggml_blck_size(kind)
+    }
+    for name, sizes in CACHE_BLOCKS.items():
+        assert known[name] == sizes
+
+
+def test_row_nbytes() -> None:
+    assert cache_row_nbytes(192, "f16") == 384
+    assert cache_row_nbytes(192, "q8_0") == 6 * 34
+    assert cache_row_nbytes(192, "q4_0") == 6 * 18
+    with pytest.raises(ValueError, match="48 values do not divide into q4_0"):
+        cache_row_nbytes(48, "q4_0")
+    with pytest.raises(ValueError, match="unknown cache type 'q3'"):
+        cache_row_nbytes(64, "q3")
+
+
+def test_gqa() -> None:
+    smol = GQA(9, 3, 64, ROPE)
+    assert smol.cache_values == 384
+    assert smol.kv_bytes_per_token("f16") == 768
+    assert smol.kv_bytes_per_token("q4_0") == 6 * 36
+    assert smol.flops_per_cached_token == 2 * 9 * 64 * 2
+    assert [GQA(8, g, 64, ROPE).kind for g in (8, 2, 1)] == ["MHA", "GQA", "MQA"]
+    with pytest.raises(ValueError, match="q8_0"):
+        GQA(4, 2, 48, ROPE).kv_bytes_per_token("q8_0")
+
+
+def test_mla() -> None:
+    latent = MLA(9, 128, 32, 64, ROPE)
+    assert (latent.kind, latent.head_dim, latent.cache_values) == ("MLA", 96, 192)
+    assert latent.kv_bytes_per_token("f16") == 384, "half of GQA(9, 3, 64)"
+    assert latent.flops_per_cached_token == 2 * 9 * (128 + 64 + 128), "scores over R + P, sum over R"
+
+
+def test_a_model_adds_up_its_layers() -> None:
+    mixed = (LayerSpec(GQA(9, 3, 64, ROPE), 10), LayerSpec(MLA(9, 128, 32, 64, ROPE), 10))
+    model = ModelSpec("llama", "m", mixed, 576, 100, 2048, 1e-5, True)
+    assert model.n_layers == 2
+    assert model.cache_values == 384 + 192
+    assert model.kv_bytes_per_token("f16") == 768 + 384
+    with pytest.raises(FrozenInstanceError):
+        model.dim = 3  # type: ignore[misc]
