@@ -1,0 +1,74 @@
+"""The refitted queries against the weighted score error that they minimise, written out as a definition."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from edgekv.convert.query_fit import Probe, fit_queries, rotate_rope_part
+from edgekv.spec import MLA, RopeSpec
+
+H, K, R, P, T = 2, 6, 5, 4, 70
+MLA_SPEC = MLA(H, R, 3, K, RopeSpec(100.0, P))
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.asarray(weights / weights.sum(-1, keepdims=True), np.float32)
+
+
+@pytest.fixture
+def probes() -> list[Probe]:
+    """Two windows whose scores no reading of the rows can give exactly."""
+    rng = np.random.default_rng(0)
+    out = []
+    for _ in range(2):
+        rows = rotate_rope_part(rng.standard_normal((T, 1, R + P)).astype(np.float32), MLA_SPEC, +1)[:, 0]
+        scores = rng.standard_normal((H, T, T)).astype(np.float32)
+        attention = softmax(np.where(np.tril(np.ones((T, T), bool)), scores, -np.inf))
+        out.append(Probe(rng.standard_normal((T, H, K)).astype(np.float32), rows, scores, attention))
+    return out
+
+
+def errors(maps: np.ndarray, probes: list[Probe]) -> np.ndarray:
+    """(H,) sum_t sum_s p_ts (d_ts - mean_p d_t)^2, in float64, by loops."""
+    total = np.zeros(H)
+    for probe in probes:
+        for h in range(H):
+            for t in range(T):
+                read = maps[h].astype(np.float64) @ probe.queries[t, h]
+                full = np.zeros((t + 1, 1, R + P), np.float32)
+                full[t] = read
+                query = rotate_rope_part(full, MLA_SPEC, +1)[t, 0]
+                d = probe.rows[: t + 1] @ query - probe.scores[h, t, : t + 1]
+                p = probe.attention[h, t, : t + 1]
+                total[h] += p @ (d - p @ d) ** 2
+    return total
+
+
+def test_each_step_lowers_the_error_and_many_reach_the_minimum(probes: list[Probe]) -> None:
+    start = np.zeros((H, R + P, K), np.float32)
+    found = [errors(fit_queries(start, probes, MLA_SPEC, n), probes) for n in (0, 1, 2, 4, 30)]
+    for before, after in itertools.pairwise(found):
+        assert (after <= before + 1e-6).all()
+    assert (found[1] < 0.99 * found[0]).all()
+    solution = fit_queries(start, probes, MLA_SPEC, 30)
+    rng = np.random.default_rng(1)
+    for size in (0.01, 0.1):
+        other = solution + (size * rng.standard_normal(solution.shape)).astype(np.float32)
+        assert (errors(other, probes) > found[-1] * 0.9999).all(), "a minimum but for the damping"
+
+
+def test_a_perfect_reading_is_found_and_stays(probes: list[Probe]) -> None:
+    rng = np.random.default_rng(2)
+    truth = rng.standard_normal((H, R + P, K)).astype(np.float32)
+    exact = []
+    for probe in probes:
+        queries = np.einsum("hij,thj->thi", truth, probe.queries)
+        scores = np.einsum("thi,si->hts", rotate_rope_part(queries, MLA_SPEC, +1), probe.rows)
+        exact.append(Probe(probe.queries, probe.rows, scores.astype(np.float32), probe.attention))
+    np.testing.assert_allclose(fit_queries(truth, exact, MLA_SPEC, 3), truth, atol=1e-3)
+    start = np.zeros_like(truth)
+    assert (errors(fit_queries(start, exact, MLA_SPEC, 40), exact) < 1e-3 * errors(start, exact)).all()

@@ -1,0 +1,72 @@
+"""Which latent serves a share of the cache."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from edgekv.convert.rope_key import frequency_slots
+from edgekv.convert.target import SIMD_STEP, choose_rank, max_rank, target_spec
+from edgekv.errors import InputError
+from edgekv.spec import GQA, RopeSpec
+
+SMOL = GQA(9, 3, 64, RopeSpec(100000.0, 64))
+LLAMA = GQA(32, 8, 128, RopeSpec(500000.0, 128))
+
+
+@pytest.mark.parametrize("gqa", [SMOL, LLAMA, GQA(32, 32, 128, RopeSpec(10000.0, 128))])
+def test_never_more_than_asked_for_and_simd_friendly(gqa: GQA) -> None:
+    last = 0
+    for keep in np.linspace(0.17, 1, 84):
+        rank, rope_dim = choose_rank(gqa, float(keep))
+        kept = (rank + rope_dim) / gqa.cache_values
+        assert kept <= keep + 1e-9
+        assert kept > keep - (gqa.rope.dim + SIMD_STEP) / gqa.cache_values
+        assert rank % SIMD_STEP == rope_dim % SIMD_STEP == 0
+        assert rank <= max_rank(gqa)
+        assert rank + rope_dim >= last, "more is never less"
+        last = rank + rope_dim
+
+
+def test_known_choices() -> None:
+    assert choose_rank(SMOL, 0.5) == (128, 64)
+    assert choose_rank(SMOL, 1 / 3) == (64, 64)
+    assert choose_rank(SMOL, 0.25) == (64, 32)
+    assert choose_rank(LLAMA, 0.125) == (128, 128)
+
+
+@pytest.mark.parametrize("keep", [0, -1, 1.01, float("nan"), float("inf")])
+def test_shares_that_are_none(keep: float) -> None:
+    with pytest.raises(InputError, match="between 0 and 1"):
+        choose_rank(SMOL, keep)
+
+
+def test_the_smallest_target_named_is_possible() -> None:
+    with pytest.raises(InputError, match=r"the smallest target for this model is 0\.167"):
+        choose_rank(SMOL, 0.1)
+    assert choose_rank(SMOL, 0.167) == (32, 32)
+
+
+def test_a_narrow_rope_key_turns_at_the_fastest_speeds() -> None:
+    for rope_dim in (2, 16, 30, 64):
+        mla = target_spec(SMOL, 64, rope_dim, 32, 64)
+        slots = frequency_slots(SMOL.rope, mla.rope)
+        assert slots.tolist() == [*range(rope_dim // 2), *[-1] * (32 - rope_dim // 2)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ((0, 64, 32, 64), "--kv-lora-rank 0"),
+        ((385, 64, 32, 64), "takes 1 to 384"),
+        ((64, 66, 32, 64), "--rope-dim 66"),
+        ((64, 31, 32, 64), "--rope-dim 31"),
+        ((64, 64, 0, 64), "--nope-dim 0"),
+        ((64, 64, 65, 64), "--nope-dim 65"),
+        ((64, 64, 32, 0), "--value-dim 0"),
+        ((64, 64, 32, 65), "--value-dim 65"),
+    ],
+)
+def test_impossible_sizes_are_named(sizes: tuple[int, int, int, int], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        target_spec(SMOL, *sizes)
