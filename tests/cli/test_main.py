@@ -43,8 +43,10 @@ def test_help_is_quick() -> None:
     assert times["help"] - times["bare"] < 0.2
 
 
-def test_help_imports_nothing_heavy() -> None:
-    code = "import sys\nfrom edgekv.cli.main import main\nsys.argv = ['edgekv', '--help']\n"
+@pytest.mark.parametrize("what", ["edgekv", *COMMANDS])
+def test_help_imports_nothing_heavy(what: str) -> None:
+    arguments = ["edgekv", *([] if what == "edgekv" else [what]), "--help"]
+    code = f"import sys\nfrom edgekv.cli.main import main\nsys.argv = {arguments}\n"
     code += "try: main()\nexcept SystemExit: pass\nprint(*sys.modules, file=sys.stderr)"
     loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.split())
     assert "click" in loaded

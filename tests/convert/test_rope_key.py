@@ -54,6 +54,8 @@ def test_no_complex_direction_keeps_more(layer: tuple[np.ndarray, ...]) -> None:
         total += (np.abs(samples) ** 2).mean(-1).sum()
     assert best / total <= found.kept + 1e-9
     assert found.kept == pytest.approx(best / total, abs=2e-3)
+    rest = np.einsum("gjd,td->gjt", to_complex(found.leftover), x) * weight[..., None]
+    assert (np.abs(rest) ** 2).mean(-1).sum() / total == pytest.approx(1 - found.kept, abs=1e-6)
 
 
 @pytest.mark.parametrize("rope_dim", [K, 4, 2])

@@ -90,23 +90,27 @@ def test_a_rewritten_model_keeps_its_metadata(smollm2: Path, tmp_path: Path) -> 
     assert after.metadata["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q4_1
 
 
-def test_a_converted_model_has_every_key_llama_cpp_reads(tiny_mla: Path, tiny_llama: Path) -> None:
-    metadata = open_source(tiny_mla).metadata
+def test_a_converted_model_has_every_key_llama_cpp_reads(
+    make_llama: Callable[..., LazySource], make_mla: Callable[..., TensorSource], tmp_path: Path
+) -> None:
+    source = make_llama()
+    path = write(make_mla(source, 37, 18, "transmla"), tmp_path / "out.gguf")
+    metadata = open_source(path).metadata
     assert metadata["general.architecture"] == "deepseek2"
     expected = {
         "block_count": 3, "context_length": 512, "embedding_length": 64, "feed_forward_length": 96,
         "vocab_size": 260, "attention.head_count": 4, "attention.head_count_kv": 1, "attention.q_lora_rank": 0,
-        "attention.kv_lora_rank": 32, "attention.key_length": 64, "attention.value_length": 32,
-        "attention.key_length_mla": 48, "attention.value_length_mla": 32, "rope.dimension_count": 32,
-        "rope.freq_base": 10000.0, "leading_dense_block_count": 3, "expert_feed_forward_length": 0,
-        "expert_shared_count": 0, "expert_count": 0, "expert_used_count": 0,
+        "attention.kv_lora_rank": 37, "attention.key_length": 37 + 18, "attention.value_length": 37,
+        "attention.key_length_mla": 16 + 18, "attention.value_length_mla": 32, "rope.dimension_count": 18,
+        "leading_dense_block_count": 3, "expert_feed_forward_length": 0, "expert_shared_count": 0,
+        "expert_count": 0, "expert_used_count": 0,
     }  # fmt: skip
     found = {key.removeprefix("deepseek2."): value for key, value in metadata.items() if "deepseek2." in key}
     assert found.pop("attention.layer_norm_rms_epsilon") == pytest.approx(1e-5)
+    assert found.pop("rope.freq_base") == pytest.approx(10000.0 ** (18 / 32))
     assert found == expected
-    tokens = open_source(tiny_llama).metadata
     assert {k: v for k, v in metadata.items() if "tokenizer" in k} == {
-        k: v for k, v in tokens.items() if "tokenizer" in k
+        k: v for k, v in source.metadata.items() if "tokenizer" in k
     }
 
 
