@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -152,17 +153,10 @@ class TestAllOrNothing:
             write(make_llama(), Path("/proc/out.gguf"))
 
     @pytest.mark.parametrize("limit", [0, 1000, 40_000, 300_000])
-    def test_a_full_disk(
-        self,
-        make_llama: Callable[..., LazySource],
-        tmp_path: Path,
-        limit: int,
-        no_file_past: Callable[[int], None],
-    ) -> None:
+    def test_a_full_disk(self, make_llama: Callable[..., LazySource], tmp_path: Path, limit: int) -> None:
         """Wherever it strikes: in the header, the metadata, the first tensor or a late one."""
         source = make_llama()
-        no_file_past(limit)
-        with pytest.raises(OutputError, match="free some space") as caught:
+        with no_file_past(limit), pytest.raises(OutputError, match="free some space") as caught:
             write(source, tmp_path / "out.gguf")
         assert "None" not in str(caught.value)
         assert list(tmp_path.iterdir()) == []
@@ -181,9 +175,15 @@ class TestAllOrNothing:
         assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def no_file_past() -> Iterator[Callable[[int], None]]:
-    """Files larger than so many bytes cannot be written: Python ignores SIGXFSZ, so writes fail."""
+@contextlib.contextmanager
+def no_file_past(nbytes: int) -> Iterator[None]:
+    """Files larger than so many bytes cannot be written: Python ignores SIGXFSZ, so writes fail.
+
+    Only around the write itself: pytest's own output may go to a file that is longer.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda nbytes: resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
