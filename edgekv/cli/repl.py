@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,9 @@ class Repl:
 
     def run(self) -> None:
         """Read and answer until /exit or the end of the input."""
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # a shell's background job starts with it ignored
         while True:
             try:
                 message = self._reader.read("> ")
