@@ -2,49 +2,44 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import click
 
 SECONDS_BETWEEN_LINES = 20.0  # where stderr is a file or a pipe
 SECONDS_BETWEEN_REDRAWS = 0.2
 
-Advance = Callable[[int, int, str], None]
 
-
-@contextmanager
-def progress_line(what: str) -> Iterator[Advance]:
-    """A function of (done, total, figures so far): redraws one line on a terminal, else prints one now and then.
+class ProgressLine:
+    """An edgekv.evaluate.progress.Progress: one line redrawn on a terminal, else a line now and then.
 
     The time left is judged by this run's pace: what an earlier run left is not counted.
     """
-    terminal = sys.stderr.isatty()
-    started = printed = time.monotonic()
-    first: int | None = None
 
-    def advance(done: int, total: int, figures: str) -> None:
-        nonlocal first, printed
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._terminal = sys.stderr.isatty()
+        self._shown_at = -math.inf
+        self._start: tuple[float, int] | None = None
+
+    def __call__(self, done: int, total: int, figures: str) -> None:
         now = time.monotonic()
-        if first is None:
-            first = done
-        wait = SECONDS_BETWEEN_REDRAWS if terminal else SECONDS_BETWEEN_LINES
-        if now - printed < wait and done < total:
+        self._start = self._start or (now, done)
+        started, first = self._start
+        if done >= total:
+            if self._terminal:
+                click.echo("\r\x1b[K", nl=False, err=True)
             return
-        printed = now
-        line = f"{what} {done}/{total}"
-        if done > first and done < total:
+        if now - self._shown_at < (SECONDS_BETWEEN_REDRAWS if self._terminal else SECONDS_BETWEEN_LINES):
+            return
+        self._shown_at = now
+        line = f"{self._what} {done}/{total}"
+        if done > first:
             line += f", {clock((now - started) / (done - first) * (total - done))} left"
         line += f"  {figures}" if figures else ""
-        click.echo(f"\r\x1b[K{line}" if terminal else line, nl=not terminal, err=True)
-
-    try:
-        yield advance
-    finally:
-        if terminal:
-            click.echo("\r\x1b[K", nl=False, err=True)
+        click.echo(f"\r\x1b[K{line}" if self._terminal else line, nl=not self._terminal, err=True)
 
 
 def clock(seconds: float) -> str:

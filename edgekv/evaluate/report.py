@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from edgekv import __version__
+from edgekv.evaluate.positions import PositionsResult
+from edgekv.evaluate.retrieval import DEPTHS, RetrievalResult
 from edgekv.evaluate.subject import Subject, cache_nbytes_per_token, engine_version, file_sha256
+from edgekv.evaluate.tasks import TaskResult, mean_relative_change
 from edgekv.evaluate.windows import WindowsResult
 
 FORMAT: Literal["edgekv.eval"] = "edgekv.eval"
@@ -26,7 +30,7 @@ class Measured:
     cache_nbytes_per_token: float  # as the engine allocated it, all layers
 
     @classmethod
-    def of(cls, subject: Subject) -> Measured:
+    def of(cls, subject: Subject, folder: Path) -> Measured:
         """Describe a subject; opens it once."""
         return cls(
             file=subject.path.name,
@@ -35,7 +39,7 @@ class Measured:
             engine=engine_version(subject.backend),
             weights=subject.weights,
             cache_type=subject.cache,
-            cache_nbytes_per_token=cache_nbytes_per_token(subject),
+            cache_nbytes_per_token=cache_nbytes_per_token(subject, folder),
         )
 
 
@@ -50,17 +54,22 @@ class EvalReport:
     model: Measured
     reference: Measured | None
     windows: WindowsResult | None
+    tasks: tuple[TaskResult, ...]
+    positions: PositionsResult | None
+    retrieval: RetrievalResult | None
 
 
-def make_report(
-    command: str, model: Measured, reference: Measured | None, windows: WindowsResult | None
-) -> EvalReport:
-    """A report of this version."""
-    return EvalReport(FORMAT, VERSION, __version__, command, model, reference, windows)
+def model_line(model: Measured) -> str:
+    """What was measured, in one line."""
+    weights = "" if model.weights == "stored" else f", weights in {model.weights}"
+    return (
+        f"{model.file}: {model.backend} {model.engine}, cache {model.cache_type}, "
+        f"{model.cache_nbytes_per_token:,.0f} bytes a token{weights}"
+    )
 
 
 def windows_lines(result: WindowsResult) -> list[str]:
-    """The windows' figures for people."""
+    """Perplexity and KL for people."""
     head = (
         f"{result.text}: {result.windows} windows of {result.window}, {result.tokens_scored:,} tokens scored"
     )
@@ -68,8 +77,63 @@ def windows_lines(result: WindowsResult) -> list[str]:
         return [head, f"  perplexity  {result.ppl:.4f}"]
     return [
         head,
-        f"  perplexity  {result.ppl:.4f}, reference {result.reference_ppl:.4f}, ratio x{result.ppl_ratio:.4f} "
-        f"± {result.ppl_ratio_se:.4f}",
+        f"  perplexity  {result.ppl:.4f}, reference {result.reference_ppl:.4f}, "
+        f"x{result.ppl_ratio:.4f} ± {result.ppl_ratio_se:.4f}",
         f"  KL          {result.kl:.6f} ± {result.kl_se:.6f} nats a token",
         f"  argmax      {result.argmax_agreement:.2%} agree",
     ]
+
+
+def task_line(result: TaskResult) -> str:
+    """One task for people."""
+    line = (
+        f"{result.task:<10}  {result.questions:>5} questions  accuracy {result.accuracy:.2%} "
+        f"± {result.accuracy_se:.2%}"
+    )
+    if result.chance is not None:
+        line += f" (chance {result.chance:.0%}, by sum {result.accuracy_sum:.2%})"
+    if result.target_ppl is not None:
+        line += f" (perplexity of the last word {result.target_ppl:.2f})"
+    if result.relative_change is not None:
+        line += (
+            f", reference {result.reference_accuracy:.2%}, change {result.relative_change:+.2%} "
+            f"± {result.relative_change_se:.2%}"
+        )
+    return line
+
+
+def change_line(results: Sequence[TaskResult]) -> str | None:
+    """The mean over tasks, if there is a reference and more than one task."""
+    mean = mean_relative_change(results)
+    if mean is None or len(results) < 2:
+        return None
+    return f"mean relative change over {len(results)} tasks {mean[0]:+.2%} ± {mean[1]:.2%}"
+
+
+def positions_lines(result: PositionsResult) -> list[str]:
+    """Perplexity by position for people."""
+    lines = [f"{result.text}: {result.sequences} sequences of {result.context}"]
+    for bucket in result.buckets:
+        line = f"  position {bucket.start:>6} to {bucket.stop:>6}  perplexity {bucket.ppl:9.4f}"
+        if bucket.ppl_ratio is not None:
+            line += f", reference {bucket.reference_ppl:9.4f}, x{bucket.ppl_ratio:.4f} ± {bucket.ppl_ratio_se:.4f}"
+        lines.append(f"{line}  ({bucket.tokens_scored:,} tokens)")
+    return lines
+
+
+def retrieval_lines(result: RetrievalResult) -> list[str]:
+    """Share of planted lines found, lengths down and depths across."""
+    trials = result.cells[0].trials
+    lines = [
+        f"{result.text}: planted lines found, {trials} trials a cell",
+        "  length  depth" + "".join(f"{depth:>14.0%}" for depth in DEPTHS),
+    ]
+    for first in range(0, len(result.cells), len(DEPTHS)):
+        row = result.cells[first : first + len(DEPTHS)]
+        cells = [
+            f"{cell.found:.0%}"
+            + ("" if cell.reference_found is None else f" (ref {cell.reference_found:.0%})")
+            for cell in row
+        ]
+        lines.append(f"  {row[0].length:>6}       " + "".join(f"{cell:>14}" for cell in cells))
+    return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,15 +28,14 @@ ENGINE_PACKAGES = {"llama.cpp": "llama-cpp-python", "onnx": "onnxruntime"}
 class Subject:
     """A model as it is run.
 
-    `weights` other than "stored" are dequantized first: llama.cpp multiplies quantized weights by
-    activations rounded to 8 bits, which by itself costs more than a q8_0 cache does.
+    `cache_type` None is the engine's default. `weights` other than "stored" are dequantized first: llama.cpp
+    multiplies quantized weights by activations rounded to 8 bits, which by itself costs as much as a q8_0 cache.
     """
 
     path: Path
     backend: Kind = "llama.cpp"
     cache_type: str | None = None
     weights: Weights = "stored"
-    n_threads: int | None = None
 
     @property
     def cache(self) -> str:
@@ -54,16 +54,18 @@ class Subject:
 
 
 @contextmanager
-def open_subject(subject: Subject, n_ctx: int, folder: Path) -> Iterator[Backend]:
+def open_subject(subject: Subject, n_ctx: int, folder: Path, n_threads: int) -> Iterator[Backend]:
     """The subject in its engine, closed at the end; a copy with other weights is kept in `folder`.
 
     Raises:
         InputError: an option is impossible, or the file is malformed or unsupported.
         BackendError: the engine is not installed or failed.
     """
-    path = subject.path if subject.weights == "stored" else _dequantized(subject, folder)
+    path = engine_path(subject, folder)
+    # NumPy's threads are its BLAS's affair; edgekv.evaluate.pool sees to them.
+    threads = n_threads if subject.backend == "llama.cpp" else None
     backend = open_backend(
-        path, subject.backend, n_ctx=n_ctx, cache_type=subject.cache_type, n_threads=subject.n_threads
+        path, subject.backend, n_ctx=n_ctx, cache_type=subject.cache_type, n_threads=threads
     )
     try:
         yield backend
@@ -71,10 +73,10 @@ def open_subject(subject: Subject, n_ctx: int, folder: Path) -> Iterator[Backend
         backend.close()
 
 
-def cache_nbytes_per_token(subject: Subject) -> float:
+def cache_nbytes_per_token(subject: Subject, folder: Path) -> float:
     """Bytes that the engine really allocates for a token, all layers; raises as `open_subject` does."""
     n_ctx = 256  # llama.cpp's smallest
-    with open_subject(subject, n_ctx, Path()) as backend:
+    with open_subject(subject, n_ctx, folder, 1) as backend:
         return backend.cache_nbytes() / backend.n_ctx
 
 
@@ -122,8 +124,10 @@ def require_same_tokens(path: Path, reference: Path) -> None:
         )
 
 
-def _dequantized(subject: Subject, folder: Path) -> Path:
-    """A copy of the model with f16 or f32 weights, made once."""
+def engine_path(subject: Subject, folder: Path) -> Path:
+    """The file that the engine opens: the model, or its copy with f16 or f32 weights, made here if need be."""
+    if subject.weights == "stored":
+        return subject.path
     from edgekv.export.gguf import write_gguf
     from edgekv.source import open_source
 
@@ -132,3 +136,13 @@ def _dequantized(subject: Subject, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         write_gguf(open_source(subject.path), path, subject.weights, {}, False, lambda name, i, n: None)
     return path
+
+
+def weights_nbytes(subject: Subject) -> int:
+    """About how much memory the weights take in the engine."""
+    tensors = read_header(subject.path).tensors
+    if subject.backend == "reference" or subject.weights == "f32":
+        return sum(4 * math.prod(tensor.dims) for tensor in tensors)
+    if subject.weights == "f16":
+        return sum(2 * math.prod(tensor.dims) for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)

@@ -9,9 +9,7 @@ llama-perplexity replaces by BOS in models that want one. A rest shorter than a 
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,13 +17,14 @@ from numpy.typing import NDArray
 from edgekv.backends.base import Backend
 from edgekv.errors import BackendError
 from edgekv.evaluate.compact import CompactRows, kl_divergence, log_q_of, log_sum_exp, target_nll
-from edgekv.evaluate.journal import open_journal
-from edgekv.evaluate.progress import Progress
+from edgekv.evaluate.measure import measure
+from edgekv.evaluate.pool import Run
 from edgekv.evaluate.reference import Reference
-from edgekv.evaluate.subject import Subject, open_subject
+from edgekv.evaluate.subject import Subject
 from edgekv.evaluate.text import Text, scored_logits
 
 Sums = dict[str, float]  # over one window's scored predictions
+WindowItem = tuple[int, list[int], int, CompactRows | None]
 
 
 @dataclass(frozen=True)
@@ -47,49 +46,37 @@ class WindowsResult:
     argmax_agreement: float | None
 
 
-def measure_windows(
-    subject: Subject,
-    text: Text,
-    reference: Reference | None,
-    folder: Path,
-    progress: Progress,
-    fresh: bool = False,
-) -> WindowsResult:
-    """Score every window, going on from the journal in `folder`.
+def measure_windows(subject: Subject, text: Text, reference: Reference | None, run: Run) -> WindowsResult:
+    """Score every window; `reference` must have them all (Reference.fill). Raises as measure.measure does."""
 
-    Args:
-        reference: must have all windows of the text (Reference.fill).
-        progress: is called before each window and at the end.
+    def item(i: int) -> WindowItem:
+        return i, text.window(i), text.first, reference.read(i) if reference else None
 
-    Raises:
-        BackendError: the engine failed, or gave logits that are not numbers.
-    """
-    identity = subject.identity() | text.identity() | {"reference": reference.key if reference else None}
-    wanted = range(len(text.windows))
-    with ExitStack() as stack:
-        journal = stack.enter_context(open_journal(folder, "windows", identity, fresh))
-        scores: dict[int, Sums] = {i: journal.done[i] for i in wanted if i in journal.done}
-        if len(scores) < len(wanted):
-            backend = stack.enter_context(open_subject(subject, text.length, folder))
-        for i in wanted:
-            if i not in scores:
-                progress(len(scores), len(wanted), _summary(text, scores))
-                scores[i] = _score_window(backend, text, i, reference.read(i) if reference else None)
-                journal.add(i, scores[i])
-    progress(len(wanted), len(wanted), _summary(text, scores))
+    scores = measure(
+        subject,
+        run,
+        "windows",
+        text.identity() | {"reference": reference.key if reference else None},
+        text.length,
+        score_window,
+        item,
+        len(text.windows),
+        lambda done: _summary(text, list(done.values())),
+    )
     return _result(text, scores)
 
 
-def _score_window(backend: Backend, text: Text, window: int, reference: CompactRows | None) -> Sums:
+def score_window(backend: Backend, item: WindowItem) -> Sums:
+    """One window: its index, its tokens, the position of the first scored prediction, the reference's rows."""
+    index, tokens, first, reference = item
     nll = 0.0
     best, log_q = [], []
     at = 0
-    for targets, logits in scored_logits(backend, text.window(window), text.first):
+    for targets, logits in scored_logits(backend, tokens, first):
         log_sums, argmax = log_sum_exp(logits)
         if not np.isfinite(log_sums).all():
             raise BackendError(
-                f"the engine's logits are not finite in window {window}: try --cache-type f32, and if that helps, "
-                "the cache type was at fault"
+                f"the engine's logits are not finite in window {index}; see whether --cache-type f32 helps"
             )
         nll += float(target_nll(logits, log_sums, targets).sum())
         if reference is not None:
@@ -106,8 +93,7 @@ def _score_window(backend: Backend, text: Text, window: int, reference: CompactR
     }
 
 
-def _result(text: Text, scores: dict[int, Sums]) -> WindowsResult:
-    values = list(scores.values())
+def _result(text: Text, values: list[Sums]) -> WindowsResult:
     sums = {key: np.array([window[key] for window in values]) for key in values[0]}
     scored = len(values) * text.n_scored
     means = {key: float(array.sum()) / scored for key, array in sums.items()}
@@ -141,10 +127,8 @@ def _standard_error(window_sums: NDArray[np.float64], text: Text) -> float:
     return float(window_sums.std(ddof=1)) / math.sqrt(len(window_sums)) / text.n_scored
 
 
-def _summary(text: Text, scores: dict[int, Sums]) -> str:
-    if not scores:
-        return ""
-    result = _result(text, scores)
+def _summary(text: Text, values: list[Sums]) -> str:
+    result = _result(text, values)
     line = f"PPL {result.ppl:.3f}"
     if result.kl is None:
         return line

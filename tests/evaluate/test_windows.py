@@ -13,9 +13,11 @@ import pytest
 from click.testing import CliRunner
 
 from edgekv.backends import open_backend
+from edgekv.backends.base import Backend
 from edgekv.cli.eval import command
-from edgekv.errors import InputError
+from edgekv.errors import BackendError, InputError
 from edgekv.evaluate.journal import open_journal
+from edgekv.evaluate.pool import Run, run_units
 from edgekv.evaluate.reference import open_reference
 from edgekv.evaluate.subject import Subject, cache_nbytes_per_token, read_tokenizer
 from edgekv.evaluate.text import cut_windows
@@ -25,19 +27,27 @@ from edgekv.ops import log_softmax
 WINDOW = 64
 
 
-def quiet(done: int, total: int, figures: str) -> None:
-    pass
+def quietly(folder: Path, jobs: int = 1) -> Run:
+    return Run(folder, lambda done, total, figures: None, jobs, jobs)
 
 
-def measure(subject: Subject, reference: Subject | None, text: Path, folder: Path, limit: int | None = None,
-            window: int = WINDOW) -> WindowsResult:  # fmt: skip
+def measure(
+    subject: Subject,
+    reference: Subject | None,
+    text: Path,
+    folder: Path,
+    limit: int | None = None,
+    window: int = WINDOW,
+    jobs: int = 1,
+) -> WindowsResult:
     tokenizer = read_tokenizer(subject.path)
     cut = cut_windows(text, tokenizer, window, limit)
+    run = quietly(folder, jobs)
     if reference is None:
-        return measure_windows(subject, cut, None, folder, quiet)
-    with open_reference(reference, cut, len(tokenizer), folder) as held:
-        held.fill(quiet)
-        return measure_windows(subject, cut, held, folder, quiet)
+        return measure_windows(subject, cut, None, run)
+    with open_reference(reference, cut, len(tokenizer), folder, fresh=False) as held:
+        held.fill(run)
+        return measure_windows(subject, cut, held, run)
 
 
 def by_hand(path: Path, kind: str, text: Path) -> np.ndarray:
@@ -65,9 +75,7 @@ def test_figures_are_those_of_full_log_probabilities(
     nll = [-np.take_along_axis(x, targets, -1).mean() for x in (p, q)]
     kl = (np.exp(p) * (p - q)).sum(-1)
 
-    found = measure(
-        Subject(tiny_mla, cache_type="f32", n_threads=1), Subject(tiny_llama, "reference"), letters, tmp_path
-    )
+    found = measure(Subject(tiny_mla, cache_type="f32"), Subject(tiny_llama, "reference"), letters, tmp_path)
     assert (found.windows, found.tokens_scored) == (9, 9 * 31)
     assert found.reference_ppl == pytest.approx(np.exp(nll[0]), rel=1e-5)
     assert found.ppl == pytest.approx(np.exp(nll[1]), rel=1e-3)  # the engine rounds by batch
@@ -80,7 +88,7 @@ def test_figures_are_those_of_full_log_probabilities(
 
 def test_a_model_against_itself_loses_nothing(tiny_llama: Path, letters: Path, tmp_path: Path) -> None:
     found = measure(
-        Subject(tiny_llama, cache_type="f32", n_threads=1),
+        Subject(tiny_llama, cache_type="f32"),
         Subject(tiny_llama, "reference"),
         letters,
         tmp_path,
@@ -94,7 +102,7 @@ def test_a_model_against_itself_loses_nothing(tiny_llama: Path, letters: Path, t
 def test_a_coarser_cache_loses_more(tiny_llama: Path, letters: Path, tmp_path: Path) -> None:
     losses = [
         measure(
-            Subject(tiny_llama, cache_type=kind, n_threads=1),
+            Subject(tiny_llama, cache_type=kind),
             Subject(tiny_llama, "reference"),
             letters,
             tmp_path,
@@ -104,16 +112,14 @@ def test_a_coarser_cache_loses_more(tiny_llama: Path, letters: Path, tmp_path: P
     assert losses[0] < losses[1] / 10 < losses[2] / 100  # type: ignore[operator]
 
 
-def test_dequantized_weights_leave_only_the_caches_loss(
-    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dequantized_weights_leave_only_the_caches_loss(smollm2: Path, tmp_path: Path) -> None:
     """Stored as Q4_1, llama.cpp rounds activations to 8 bits; as f16 it agrees with float32."""
     text = tmp_path / "prose.txt"
     text.write_text("The cat sat on the mat, and the dog lay by the door. " * 4)
     reference = Subject(smollm2, "reference")
     kl = {}
     for weights in ("stored", "f16"):
-        subject = Subject(smollm2, cache_type="f32", weights=weights, n_threads=1)  # type: ignore[arg-type]
+        subject = Subject(smollm2, cache_type="f32", weights=weights)  # type: ignore[arg-type]
         kl[weights] = measure(subject, reference, text, tmp_path / "cache", window=24, limit=1).kl
     assert kl["f16"] < 1e-4 < kl["stored"] < 0.1  # type: ignore[operator]
 
@@ -121,7 +127,7 @@ def test_dequantized_weights_leave_only_the_caches_loss(
 def test_an_interrupted_run_goes_on_and_gives_the_same(
     tiny_llama: Path, tiny_mla: Path, letters: Path, tmp_path: Path
 ) -> None:
-    subject, reference = Subject(tiny_mla, n_threads=1), Subject(tiny_llama, "reference")
+    subject, reference = Subject(tiny_mla), Subject(tiny_llama, "reference")
     whole = measure(subject, reference, letters, tmp_path / "a")
     partial = measure(subject, reference, letters, tmp_path / "b", limit=4)
     assert partial.windows == 4
@@ -133,7 +139,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(
 def test_a_damaged_reference_is_made_again(
     tiny_llama: Path, tiny_mla: Path, letters: Path, tmp_path: Path
 ) -> None:
-    subject, reference = Subject(tiny_mla, n_threads=1), Subject(tiny_llama, "reference")
+    subject, reference = Subject(tiny_mla), Subject(tiny_llama, "reference")
     whole = measure(subject, reference, letters, tmp_path)
     (store,) = tmp_path.glob("reference-*")
     data = bytearray(store.read_bytes())
@@ -147,13 +153,9 @@ def test_a_damaged_reference_is_made_again(
 def test_what_is_done_is_not_run_again(
     tiny_llama: Path, letters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = measure(Subject(tiny_llama, n_threads=1), Subject(tiny_llama, "reference"), letters, tmp_path)
-    monkeypatch.setattr("edgekv.evaluate.windows.open_subject", None)
-    monkeypatch.setattr("edgekv.evaluate.reference.open_subject", None)
-    assert (
-        measure(Subject(tiny_llama, n_threads=1), Subject(tiny_llama, "reference"), letters, tmp_path)
-        == whole
-    )
+    whole = measure(Subject(tiny_llama), Subject(tiny_llama, "reference"), letters, tmp_path)
+    monkeypatch.setattr("edgekv.evaluate.pool.open_subject", None)
+    assert measure(Subject(tiny_llama), Subject(tiny_llama, "reference"), letters, tmp_path) == whole
 
 
 def test_two_runs_of_the_same_do_not_mix(tiny_llama: Path, letters: Path, tmp_path: Path) -> None:
@@ -166,11 +168,41 @@ def test_two_runs_of_the_same_do_not_mix(tiny_llama: Path, letters: Path, tmp_pa
         pass
 
 
+def test_workers_give_the_same(tiny_llama: Path, tiny_mla: Path, letters: Path, tmp_path: Path) -> None:
+    subject, reference = Subject(tiny_mla, cache_type="f32"), Subject(tiny_llama, "reference")
+    alone = measure(subject, reference, letters, tmp_path / "a")
+    together = measure(subject, reference, letters, tmp_path / "b", jobs=3)
+    assert together.windows == alone.windows
+    assert together.kl == pytest.approx(alone.kl, rel=1e-3)
+    assert together.ppl == pytest.approx(alone.ppl, rel=1e-3)
+
+
+def test_a_worker_that_dies_is_told_and_what_is_done_stays(tiny_llama: Path, tmp_path: Path) -> None:
+    items = [3, 1, 4, -1, 5, 9]
+    given = []
+    with pytest.raises(BackendError, match="a worker died: killed by SIGKILL"):
+        given.extend(run_units(Subject(tiny_llama, "reference"), 64, quietly(tmp_path, 2), square, items))
+    assert given == [9, 1, 16]
+
+
+def test_a_workers_error_keeps_its_kind(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="unknown cache type 'q9_9'"):
+        list(run_units(Subject(tiny_llama, cache_type="q9_9"), 64, quietly(tmp_path, 2), square, [1, 2]))
+
+
+def square(backend: Backend, item: int) -> int:
+    """A unit of work that ends its process on a negative number, when the earlier ones are surely done."""
+    if item < 0:
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item * item
+
+
 def test_kill_9_and_again(tiny_llama: Path, letters: Path, tmp_path: Path) -> None:
     """A long run is killed once its journal has lines; the next one starts from them."""
     long = tmp_path / "long.txt"
     long.write_text(letters.read_text() * 400)
-    call = ["eval", str(tiny_llama), "--text", str(long), "--window", "64", "-t", "1",
+    call = ["eval", str(tiny_llama), "--text", str(long), "--window", "64", "-j", "1",
             "--cache-dir", str(tmp_path / "cache")]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-c", "from edgekv.cli.main import main; main()", *call], stderr=subprocess.DEVNULL
@@ -183,7 +215,7 @@ def test_kill_9_and_again(tiny_llama: Path, letters: Path, tmp_path: Path) -> No
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = _lines(tmp_path / "cache")
-    subject = Subject(tiny_llama, n_threads=1)
+    subject = Subject(tiny_llama)
     measure(subject, None, long, tmp_path / "cache", limit=len(before) + 5)
     after = _lines(tmp_path / "cache")
     whole = [line for line in before if line.endswith(b"\n")]
@@ -196,13 +228,13 @@ def _lines(folder: Path) -> list[bytes]:
 
 
 def test_bytes_a_token_are_the_engines(tiny_llama: Path, tiny_mla: Path) -> None:
-    assert cache_nbytes_per_token(Subject(tiny_llama, n_threads=1)) == 3 * 2 * 2 * 32 * 2
-    assert cache_nbytes_per_token(Subject(tiny_mla, cache_type="q8_0")) == 3 * 64 // 32 * 34
+    assert cache_nbytes_per_token(Subject(tiny_llama), Path()) == 3 * 2 * 2 * 32 * 2
+    assert cache_nbytes_per_token(Subject(tiny_mla, cache_type="q8_0"), Path()) == 3 * 64 // 32 * 34
 
 
 def test_the_command(tiny_llama: Path, tiny_mla: Path, letters: Path, tmp_path: Path) -> None:
     call = [str(tiny_mla), "--text", str(letters), "--against", str(tiny_llama), "--window", "64",
-            "--limit", "3", "-t", "1", "--cache-dir", str(tmp_path)]  # fmt: skip
+            "--limit", "3", "-j", "1", "--cache-dir", str(tmp_path)]  # fmt: skip
     found = CliRunner().invoke(command, [*call, "--json"], catch_exceptions=False)
     report = json.loads(found.stdout)
     assert report["format"] == "edgekv.eval"

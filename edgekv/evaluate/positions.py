@@ -1,0 +1,112 @@
+"""Perplexity by position, up to the full context: a cache that fails at distance shows here.
+
+The text is cut into sequences as long as the context; every token but the first is predicted. Positions are
+put together between powers of two.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekv.backends.base import Backend
+from edgekv.errors import BackendError
+from edgekv.evaluate.compact import log_sum_exp, target_nll
+from edgekv.evaluate.journal import Identity
+from edgekv.evaluate.measure import measure
+from edgekv.evaluate.pool import Run
+from edgekv.evaluate.subject import Subject
+from edgekv.evaluate.text import Text, scored_logits
+from edgekv.evaluate.windows import perplexity
+
+FIRST_EDGE = 256
+
+
+@dataclass(frozen=True)
+class PositionBucket:
+    """Predictions made with at least `start` and less than `stop` tokens in the cache."""
+
+    start: int
+    stop: int
+    tokens_scored: int
+    ppl: float
+    reference_ppl: float | None
+    ppl_ratio: float | None
+    ppl_ratio_se: float | None  # over sequences; 0 with one
+
+
+@dataclass(frozen=True)
+class PositionsResult:
+    """Perplexity by position."""
+
+    text: str
+    text_sha256: str
+    context: int
+    sequences: int
+    buckets: tuple[PositionBucket, ...]
+
+
+def bucket_edges(context: int) -> list[int]:
+    """0, 256, 512, 1024 ... up to the last prediction of a context."""
+    edges = [0]
+    edge = FIRST_EDGE
+    while edge < context - 1:
+        edges.append(edge)
+        edge *= 2
+    return [*edges, context - 1]
+
+
+def measure_positions(text: Text, subject: Subject, run: Run) -> NDArray[np.float64]:
+    """Summed loss of each sequence in each bucket, (sequences, buckets); raises as measure.measure does."""
+    identity: Identity = {"text": text.sha256, "context": text.length}
+    count = len(text.windows)
+    return np.array(
+        measure(subject, run, "positions", identity, text.length, score_sequence, text.window, count)
+    )
+
+
+def positions_result(
+    text: Text, losses: NDArray[np.float64], reference: NDArray[np.float64] | None
+) -> PositionsResult:
+    """What the losses of a model, and of its reference, amount to."""
+    edges = bucket_edges(text.length)
+    buckets = []
+    for i, (start, stop) in enumerate(itertools.pairwise(edges)):
+        scored = (stop - start) * len(losses)
+        mean = float(losses[:, i].sum()) / scored
+        base = ratio = error = None
+        if reference is not None:
+            base = float(reference[:, i].sum()) / scored
+            ratio = perplexity(mean - base)
+            differences = (losses[:, i] - reference[:, i]) / (stop - start)
+            spread = float(differences.std(ddof=1)) if len(losses) > 1 else 0.0
+            error = ratio * spread / math.sqrt(len(losses))
+        buckets.append(
+            PositionBucket(
+                start,
+                stop,
+                scored,
+                perplexity(mean),
+                None if base is None else perplexity(base),
+                ratio,
+                error,
+            )
+        )
+    return PositionsResult(text.name, text.sha256, text.length, len(losses), tuple(buckets))
+
+
+def score_sequence(backend: Backend, tokens: list[int]) -> list[float]:
+    """Summed loss of a sequence in each bucket."""
+    nll = []
+    for targets, logits in scored_logits(backend, tokens, 0):
+        log_sums, _ = log_sum_exp(logits)
+        nll.append(target_nll(logits, log_sums, targets))
+    losses = np.concatenate(nll)
+    if not np.isfinite(losses).all():
+        raise BackendError("the engine's logits are not finite; try --cache-type f32")
+    edges = bucket_edges(len(tokens))
+    return [float(losses[a:b].sum()) for a, b in itertools.pairwise(edges)]
