@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,3 +55,57 @@ def atomic_path(path: Path, force: bool) -> Iterator[Path]:
         ) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path, force: bool, marker: str) -> Iterator[Path]:
+    """A temporary folder beside `folder`, renamed onto it when the block ends well and removed when not.
+
+    With `force` an existing folder is replaced, if it is empty or holds the file `marker`: nobody else's
+    folder is ever deleted.
+
+    Raises:
+        OutputError: the parent is missing or not writable, `folder` exists without `force` or is not of this
+            kind, the disk is full.
+    """
+    _check_folder(folder, force, marker)
+    try:
+        partial = Path(
+            tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.absolute().parent)
+        )
+    except OSError as error:
+        raise OutputError(
+            f"cannot write in {folder.absolute().parent}: {error.strerror}; choose another folder"
+        ) from error
+    try:
+        yield partial
+        os.chmod(partial, 0o755)
+        if folder.exists():
+            old = partial.with_suffix(".old")
+            os.replace(folder, old)
+            os.replace(partial, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(partial, folder)
+    except OSError as error:
+        raise OutputError(
+            f"writing {folder} failed: {error.strerror or error}; nothing was left behind, free some space and "
+            "try again"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_folder(folder: Path, force: bool, marker: str) -> None:
+    if not folder.absolute().parent.is_dir():
+        raise OutputError(
+            f"the folder {folder.parent} does not exist; create it first: mkdir -p {folder.parent}"
+        )
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise OutputError(f"{folder} is a file; name a folder to write")
+    if not force:
+        raise OutputError(f"{folder} exists; pass --force to replace it, or choose another name")
+    if not (folder / marker).is_file() and any(folder.iterdir()):
+        raise OutputError(f"{folder} holds something else than an export; choose another folder")

@@ -86,6 +86,20 @@ def write_gguf(
         writer.close()
 
 
+def write_vocabulary(source: TensorSource, path: Path) -> None:
+    """Write a source's name, licence, vocabulary and chat template as a GGUF without tensors.
+
+    llama.cpp's repository keeps its vocabularies the same way (models/ggml-vocab-*.gguf).
+    """
+    writer = gguf.GGUFWriter(path, gguf_arch(source.spec))
+    for key, value in _language_pairs(source).items():
+        _add_key(writer, key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+
+
 def gguf_arch(spec: ModelSpec) -> str:
     """The llama.cpp architecture that runs a spec."""
     return "deepseek2" if isinstance(spec.layers[0].attention, MLA) else spec.arch
@@ -118,18 +132,23 @@ def _write_metadata(writer: gguf.GGUFWriter, source: TensorSource, weights: str,
     arch = gguf_arch(source.spec)
     stored = source.quantization("blk.0.ffn_down.weight")
     quant = QuantType[stored] if weights == KEEP else WEIGHT_TYPES[weights]
-    pairs: dict[str, MetaValue] = {
-        key: value
-        for key, value in source.metadata.items()
-        if key.split(".")[0] in ("tokenizer", "general")
-        and key not in ("general.architecture", "general.file_type", "general.quantization_version")
-    }
+    pairs = _language_pairs(source)
     pairs |= {f"{arch}.{key}": value for key, value in architecture_keys(source.spec).items()}
     pairs |= dict(notes) | {"edgekv.version": __version__}
     for key, value in pairs.items():
         _add_key(writer, key, value)
     writer.add_file_type(FILE_TYPES.get(quant, gguf.LlamaFileType.GUESSED))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _language_pairs(source: TensorSource) -> dict[str, MetaValue]:
+    """Key-value pairs that a model keeps whatever becomes of its weights."""
+    return {
+        key: value
+        for key, value in source.metadata.items()
+        if key.split(".")[0] in ("tokenizer", "general")
+        and key not in ("general.architecture", "general.file_type", "general.quantization_version")
+    }
 
 
 def _add_key(writer: gguf.GGUFWriter, key: str, value: MetaValue) -> None:

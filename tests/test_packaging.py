@@ -17,7 +17,7 @@ ROOMS = {
 # Lower levels never import higher ones. A package counts as a whole; other modules of edgekv/ one by one.
 LEVELS = (
     ("errors", "spec", "vocab", "gguf_layout"),
-    ("quant", "schema"),
+    ("quant", "schema", "onnx_check", "onnx_folder"),
     (
         "source",
         "gguf_check",

@@ -10,14 +10,14 @@ if TYPE_CHECKING:
 
     from edgekv.backends.base import Backend
 
-Kind = Literal["llama.cpp", "reference"]
-KINDS: tuple[Kind, ...] = ("llama.cpp", "reference")
+Kind = Literal["llama.cpp", "onnx", "reference"]
+KINDS: tuple[Kind, ...] = ("llama.cpp", "onnx", "reference")
 REFERENCE_N_CTX = 4096
 
 
 def open_backend(
     path: Path,
-    kind: Kind = "llama.cpp",
+    kind: Kind | None = None,
     *,
     n_ctx: int | None = None,
     cache_type: str | None = None,
@@ -27,12 +27,13 @@ def open_backend(
     """Open a model in an engine, in this process.
 
     Args:
-        path: the model file.
-        kind: "llama.cpp", or "reference" for the NumPy reference.
+        path: the model: a file, or for onnx a folder that `edgekv export onnx` wrote.
+        kind: "llama.cpp", "onnx", or "reference" for the NumPy reference; by default what the model is made for.
         n_ctx: tokens the cache holds; by default the trained length, but at most 4096.
-        cache_type: how the cache is stored: by default f16 in llama.cpp; the reference has only f32.
-        n_threads: by default llama.cpp takes the physical big cores; NumPy's threads are its BLAS's affair.
-        abort_flag: two bytes whose first ends a llama.cpp call in progress; see LlamaCppBackend.
+        cache_type: how the cache is stored: by default f16 in llama.cpp; the reference has only f32, an ONNX
+            folder only what it was exported with.
+        n_threads: by default the physical big cores; the reference's threads are its BLAS's affair.
+        abort_flag: two bytes whose first ends a call in progress; see LlamaCppBackend and OnnxBackend.
 
     Raises:
         InputError: an option is impossible, or the file is malformed or unsupported.
@@ -40,6 +41,15 @@ def open_backend(
     """
     from edgekv.errors import InputError
 
+    kind = kind or default_kind(path)
+    if kind == "onnx":
+        from edgekv.backends.onnx import OnnxBackend
+
+        return OnnxBackend(
+            path, n_ctx=n_ctx, cache_type=cache_type, n_threads=n_threads, abort_flag=abort_flag
+        )
+    if default_kind(path) == "onnx":
+        raise InputError(f"{path} is an ONNX folder, which {kind} cannot open; leave out --backend {kind}")
     if kind == "llama.cpp":
         from edgekv.backends.llamacpp import LlamaCppBackend
 
@@ -57,3 +67,10 @@ def open_backend(
 
     source = open_source(path)
     return ReferenceBackend(source, n_ctx or min(source.spec.context_length, REFERENCE_N_CTX))
+
+
+def default_kind(path: Path) -> Kind:
+    """The engine that a model is made for."""
+    from edgekv.onnx_folder import is_onnx_folder
+
+    return "onnx" if is_onnx_folder(path) else "llama.cpp"

@@ -38,7 +38,7 @@ class IsolatedBackend:
     def __init__(
         self,
         path: Path,
-        kind: Kind = "llama.cpp",
+        kind: Kind | None = None,
         *,
         n_ctx: int | None = None,
         cache_type: str | None = None,

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     "--cache-type", type=click.Choice(list(CACHE_BLOCKS)), help="How they are stored [default: f16]."
 )
 @click.option("-t", "--threads", type=click.IntRange(1), help="[default: the big cores]")
-@click.option("--backend", type=click.Choice(KINDS), default=KINDS[0], show_default=True, help="Engine.")
+@click.option("--backend", type=click.Choice(KINDS), help="Engine.  [default: what MODEL is made for]")
 @click.option("--stats", is_flag=True, help="Tell times, tokens/s and memory after each answer.")
 @click.option("--json", "as_json", is_flag=True, help="One-shot: the answer and its figures as JSON.")
 def command(
@@ -59,12 +59,12 @@ def command(
     ctx_size: int | None,
     cache_type: str | None,
     threads: int | None,
-    backend: Kind,
+    backend: Kind | None,
     stats: bool,
     as_json: bool,
     **sampling: Any,
 ) -> None:
-    """Talk to MODEL, a GGUF file.
+    """Talk to MODEL: a GGUF file, or a folder that `edgekv export onnx` wrote.
 
     \b
     edgekv chat model.gguf                                  a conversation; /help inside
@@ -115,9 +115,10 @@ def read_language(model: Path, use_template: bool) -> tuple[Tokenizer, PromptFor
     from edgekv.chat import PromptFormat
     from edgekv.errors import ModelFileError
     from edgekv.gguf_check import read_header
+    from edgekv.onnx_folder import language_file
     from edgekv.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.from_metadata(read_header(model).metadata)
+    tokenizer = Tokenizer.from_metadata(read_header(language_file(model)).metadata)
     if not use_template:
         return tokenizer, PromptFormat(tokenizer, None)
     try:

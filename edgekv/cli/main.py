@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 
 import click
 
 from edgekv import __version__
+from edgekv.cli.lazy import LazyGroup
 from edgekv.errors import EdgeKVError
 
 COMMANDS = {  # name: one line for `edgekv --help`; the command lives in edgekv/cli/<name>.py as `command`
     "inspect": "What a model is, what its cache costs, what it could become.",
     "convert": "Turn a GQA model into an MLA GGUF with a small cache.",
     "heal": "Distil the original into the converted model until the loss is gone.",
+    "export": "Write a model in another format.",
     "verify": "Run the same tokens through two models or two engines and compare.",
     "chat": "Talk to a model.",
     "eval": "Perplexity, KL and task accuracy of a model and its cache.",
@@ -24,26 +25,12 @@ COMMANDS = {  # name: one line for `edgekv --help`; the command lives in edgekv/
 }
 
 
-class LazyGroup(click.Group):
-    """A group that imports edgekv.cli.<name> when <name> is asked for."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        command = importlib.import_module(f"edgekv.cli.{cmd_name}").command
-        assert isinstance(command, click.Command)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the commands from the table above, without importing them."""
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
-
-
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup,
+    modules="edgekv.cli.",
+    lines=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__, prog_name="edgekv")
 def cli() -> None:
     """Language models with a small KV cache, for small machines.

@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgekv.backends import KINDS
 from edgekv.cli.progress import progress
 
 if TYPE_CHECKING:
     from edgekv.export.verify import Comparison
 
 PATH = click.Path(path_type=Path)
-BACKENDS = click.Choice(["llama.cpp", "onnx", "reference"])
+BACKENDS = click.Choice(KINDS)
 
 
 @click.command("verify")
 @click.argument("a", type=PATH)
 @click.argument("b", type=PATH, required=False)
 @click.option("--backend-a", default="reference", show_default=True, type=BACKENDS, help="Engine of A.")
-@click.option("--backend-b", default="llama.cpp", show_default=True, type=BACKENDS, help="Engine of B.")
+@click.option("--backend-b", type=BACKENDS, help="Engine of B.  [default: what B is made for]")
 @click.option("--cache-type", default="f32", show_default=True, help="llama.cpp's cache type.")
 @click.option("--text", type=PATH, help="Text to compare on.  [default: text that A samples itself]")
 @click.option("--tokens", default=256, show_default=True, help="Tokens to compare on.")
@@ -31,7 +32,7 @@ def command(
     a: Path,
     b: Path | None,
     backend_a: str,
-    backend_b: str,
+    backend_b: str | None,
     cache_type: str,
     text: Path | None,
     tokens: int,
@@ -43,6 +44,7 @@ def command(
     \b
     edgekv verify small.gguf                           llama.cpp against the NumPy reference
     edgekv verify model.gguf small.gguf --backend-a llama.cpp --tolerance 0.1
+    edgekv verify model.gguf model-onnx --tolerance 1e-6
     """
     from dataclasses import asdict
 
@@ -74,14 +76,16 @@ def command(
 
 
 def _open(path: Path, backend: Any, n_ctx: int, cache_type: str) -> Any:
-    from edgekv.backends import open_backend
+    from edgekv.backends import default_kind, open_backend
 
+    backend = backend or default_kind(path)
     return open_backend(path, backend, n_ctx=n_ctx, cache_type=cache_type if backend == "llama.cpp" else None)
 
 
 def _read(text: Path, model: Path, tokens: int) -> list[int]:
     from edgekv.errors import InputError
-    from edgekv.source import open_source
+    from edgekv.gguf_check import read_header
+    from edgekv.onnx_folder import language_file
     from edgekv.tokenizer import Tokenizer
 
     try:
@@ -90,7 +94,7 @@ def _read(text: Path, model: Path, tokens: int) -> list[int]:
         raise InputError(
             f"--text {text} cannot be read as UTF-8 text: {error}; give a plain text file"
         ) from error
-    ids = Tokenizer.from_metadata(open_source(model).metadata).encode(content)[:tokens]
+    ids = Tokenizer.from_metadata(read_header(language_file(model)).metadata).encode(content)[:tokens]
     if len(ids) < 2:
         raise InputError(f"--text {text} holds {len(ids)} tokens, at least 2 are needed; give a longer text")
     return ids

@@ -1,0 +1,25 @@
+"""`edgekv export`: the one door to all formats."""
+
+from __future__ import annotations
+
+import click
+
+from edgekv.cli.lazy import LazyGroup
+
+FORMATS = {  # name: one line for `edgekv export --help`; its command lives in edgekv/cli/export_<name>.py
+    "onnx": "A folder that onnxruntime runs, no compiler needed.",
+}
+
+
+@click.group(
+    cls=LazyGroup,
+    modules="edgekv.cli.export_",
+    lines=FORMATS,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+def command() -> None:
+    """Write a model in another format.
+
+    \b
+    edgekv export onnx model.gguf -o model-onnx
+    """
