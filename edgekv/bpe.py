@@ -29,7 +29,7 @@ SPACE = "\u2581"  # SentencePiece's visible space
 
 
 class ByteLevel:
-    """GPT-2's byte-level BPE on Hugging Face's `tokenizers`."""
+    """GPT-2's byte-level BPE on Hugging Face's `tokenizers`; `tokenizer` is the one that runs."""
 
     def __init__(self, vocab: Vocab, metadata: Mapping[str, MetaValue], kind: PreType) -> None:
         lines = metadata.get("tokenizer.ggml.merges")
@@ -51,12 +51,12 @@ class ByteLevel:
         if missing := "".join(letter for letter in BYTE_OF_LETTER if letter not in vocab.ids):
             codes = "".join(rf"\x{{{ord(letter):x}}}" for letter in missing)
             steps.append(pre_tokenizers.Split(Regex(f"[{codes}]"), "isolated"))
-        self._tokenizer = HFTokenizer(model)
-        self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+        self.tokenizer = HFTokenizer(model)
+        self.tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
 
     def encode(self, text: str, after_special: bool) -> list[int]:
         """Tokens of a text; what stands before it does not matter here."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def piece(self, text: str) -> bytes:
         """The bytes that a token's text spells."""

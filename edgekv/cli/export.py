@@ -8,6 +8,7 @@ from edgekv.cli.lazy import LazyGroup
 
 FORMATS = {  # name: one line for `edgekv export --help`; its command lives in edgekv/cli/export_<name>.py
     "onnx": "A folder that onnxruntime runs, no compiler needed.",
+    "safetensors": "A DeepseekV3 folder that unmodified transformers loads and runs.",
 }
 
 
@@ -22,4 +23,5 @@ def command() -> None:
 
     \b
     edgekv export onnx model.gguf -o model-onnx
+    edgekv export safetensors small.gguf -o small-hf
     """

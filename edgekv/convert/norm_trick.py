@@ -16,6 +16,7 @@ import numpy as np
 from edgekv.source import Array
 
 SMALLNESS = 1e-4  # s^2 * mean(c^2) / eps: the norm's departure from linear is half of this
+FOLDED_BELOW = 2.0**-10  # folded weights end far below this, trained ones far above
 
 
 def fold_norm(encoder: Array, mean_square: float, eps: float) -> tuple[Array, Array]:
@@ -31,3 +32,8 @@ def fold_norm(encoder: Array, mean_square: float, eps: float) -> tuple[Array, Ar
 def unfold_norm(rows: Array, norm_weight: Array, eps: float) -> Array:
     """The linear encoder (R, D) that a folded pair stands for; inverse of `fold_norm`."""
     return (rows * (norm_weight / np.float32(np.sqrt(eps)))[:, None]).astype(np.float32)
+
+
+def is_folded(rows: Array) -> bool:
+    """Whether latent rows (R, D) are those of `fold_norm`, so small that formats with f16 scales lose them."""
+    return bool(0 < np.abs(rows).max() < FOLDED_BELOW)
