@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from edgekv.devices.footprint import RUNTIME_NBYTES
+
 from edgekv.errors import InputError
 from edgekv.report import Machine
 
@@ -30,7 +32,7 @@ class Board:
     `ram_mib` lists the sizes it is sold with; `read_gb_s` is the read bandwidth by number of threads (of
     the whole card for a GPU, where `cores` and `clock_ghz` play no part); `os_mib` is the memory that the
     system takes before any program starts; `prefill_gflops` is what a GPU's prefill reaches; `decode_w` is
-    the power while decoding.
+    the power while decoding; `runtime_nbytes` is what a process holds there before any model.
     """
 
     key: str
@@ -49,6 +51,7 @@ class Board:
     prefill_gflops: float | None
     decode_w: float | None
     sources: Mapping[str, str]
+    runtime_nbytes: int = RUNTIME_NBYTES
 
     @property
     def is_gpu(self) -> bool:

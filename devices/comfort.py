@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edgekv.devices.check import Check
-from edgekv.devices.footprint import CELLS, RUNTIME_NBYTES, VOCAB_NBYTES
+from edgekv.devices.footprint import CELLS, ENGINE_NBYTES, VOCAB_NBYTES
 from edgekv.devices.plan import MIB, this_board
 from edgekv.devices.speed import Workload, decode_s, load_coefficients
 
@@ -52,7 +52,8 @@ def check_comfort() -> Check:
     c = load_coefficients()[board.kind]
     best: tuple[KnownModel, float, int] | None = None
     for model in LADDER:
-        fixed = model.weights_nbytes + RUNTIME_NBYTES + VOCAB_NBYTES * model.vocab + BUFFERS_NBYTES
+        runtime = board.runtime_nbytes + ENGINE_NBYTES + VOCAB_NBYTES * model.vocab
+        fixed = model.weights_nbytes + runtime + BUFFERS_NBYTES
         room = int((free * 0.9 - fixed) // (model.cache_values * F16_NBYTES)) // CELLS * CELLS
         context = min(room, model.context_length)
         work = Workload(

@@ -15,7 +15,8 @@ from edgekv.devices.modelinfo import SizedSource
 from edgekv.spec import GQA, LayerSpec, ModelSpec
 
 CELLS = 256  # llama.cpp rounds a context up to whole blocks of cells
-RUNTIME_NBYTES = 51 * 2**20  # Python, numpy, libllama, before any model
+RUNTIME_NBYTES = 41 * 2**20  # Python, numpy and libllama before any model; `this_board` measures its own
+ENGINE_NBYTES = 10 * 2**20  # what loading any model adds to that
 VOCAB_NBYTES = 246  # a token in llama.cpp's vocabulary and merge tables
 LAYER_NBYTES = 50_000  # graph nodes of one layer
 MASK_NBYTES = 2  # a cell of the attention mask, for each token of the micro-batch
@@ -56,8 +57,11 @@ def footprint(
     n_ubatch: int,
     repacked_nbytes: int = 0,
     depth: int | None = None,
+    runtime_nbytes: int = RUNTIME_NBYTES,
 ) -> Footprint:
     """Memory of one process with one sequence; `depth` is how far the cache is filled, by default to n_ctx.
+
+    `runtime_nbytes` is what the process holds before any model. It differs from one installation to the next.
 
     Raises:
         ValueError: the cache type does not fit the model's dims.
@@ -69,7 +73,7 @@ def footprint(
         repacked_nbytes=repacked_nbytes,
         cache_nbytes=spec.kv_bytes_per_token(cache_type) * cells,
         compute_nbytes=compute_nbytes(spec, min(n_ubatch, filled), filled),
-        runtime_nbytes=RUNTIME_NBYTES + VOCAB_NBYTES * spec.vocab,
+        runtime_nbytes=runtime_nbytes + ENGINE_NBYTES + VOCAB_NBYTES * spec.vocab,
     )
 
 

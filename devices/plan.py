@@ -9,7 +9,7 @@ from pathlib import Path
 from edgekv.devices.bandwidth import working_set_nbytes
 from edgekv.devices.boards import Board, match_board
 from edgekv.devices.cores import allowed_cpus, cpuinfo_blocks
-from edgekv.devices.footprint import CELLS, Footprint, default_ubatch, footprint
+from edgekv.devices.footprint import CELLS, RUNTIME_NBYTES, Footprint, default_ubatch, footprint
 from edgekv.devices.options import Option
 from edgekv.devices.probe import probe
 from edgekv.devices.speed import Coefficients, decode_s, load_coefficients, prefill_s, weight_family
@@ -67,7 +67,7 @@ def make_plan(board: Board, option: Option, context: int, ram_nbytes: int, threa
     threads = threads or board.cores
     c = load_coefficients()[board.kind]
     ubatch = default_ubatch(ram_nbytes)
-    parts = footprint(option.spec, option.weights_nbytes, option.cache_type, context, ubatch)
+    parts = footprint_on(board, option, context, ubatch)
     plan = Plan(
         board=board,
         option=option,
@@ -90,6 +90,18 @@ def make_plan(board: Board, option: Option, context: int, ram_nbytes: int, threa
         max_context=_max_context(plan, ubatch),
         sessions=max(0, room // parts.cache_nbytes),
         tokens_per_joule=joule,
+    )
+
+
+def footprint_on(board: Board, option: Option, context: int, ubatch: int) -> Footprint:
+    """Memory of one session with a full context."""
+    return footprint(
+        option.spec,
+        option.weights_nbytes,
+        option.cache_type,
+        context,
+        ubatch,
+        runtime_nbytes=board.runtime_nbytes,
     )
 
 
@@ -119,7 +131,7 @@ def _max_context(plan: Plan, ubatch: int) -> int:
     )
     while high - low > 1:  # the need grows with the context, so halving finds the edge
         middle = (low + high) // 2
-        parts = footprint(option.spec, option.weights_nbytes, option.cache_type, middle * CELLS, ubatch)
+        parts = footprint_on(plan.board, option, middle * CELLS, ubatch)
         if replace(plan, footprint=parts).fits:
             low = middle
         else:
@@ -167,6 +179,7 @@ def this_board(read_nbytes: int) -> tuple[Board, Machine]:
     nbytes = working_set_nbytes(read_nbytes, machine.available_nbytes)
     with WorkerProcess("this machine") as worker:
         gb_s = worker.ask("bandwidth", nbytes=nbytes, threads=threads, cpus=cpus)
+    runtime_nbytes = measured_runtime_nbytes()
     if machine.ram_nbytes is None or machine.available_nbytes is None:
         raise BackendError(f"this machine does not tell its memory: {'; '.join(notes)}")
     known = match_board(machine)
@@ -197,8 +210,18 @@ def this_board(read_nbytes: int) -> tuple[Board, Machine]:
         prefill_gflops=None,
         decode_w=known.decode_w if known else None,
         sources=sources,
+        runtime_nbytes=runtime_nbytes,
     )
     return board, machine
+
+
+def measured_runtime_nbytes() -> int:
+    """What a process holds on this machine before any model; the usual figure where llama.cpp is missing."""
+    with WorkerProcess("this machine") as worker:
+        try:
+            return int(worker.ask("runtime"))
+        except BackendError:
+            return RUNTIME_NBYTES
 
 
 def machine_kind(machine: Machine) -> str:

