@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 @click.option("--min-p", type=float, default=0.05, show_default=True, help="0 turns it off.")
 @click.option("--repeat-penalty", type=float, default=1.0, show_default=True, help="1 turns it off.")
 @click.option("--repeat-last-n", type=int, default=64, show_default=True, help="Tokens the penalty sees.")
-@click.option("--seed", type=int, help="Makes the same question give the same answer.")
+@click.option("--seed", type=click.IntRange(min=0), help="Makes the same question give the same answer.")
 @click.option("-c", "--ctx-size", type=click.IntRange(1), help="Tokens remembered [default: up to 4096].")
 @click.option(
     "--cache-type", type=click.Choice(list(CACHE_BLOCKS)), help="How they are stored [default: f16]."
