@@ -5,7 +5,7 @@ The only file that imports the `onnx` library.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
@@ -55,7 +55,7 @@ class GraphWriter:
         self._outputs: list[Any] = []
         self._initializers: list[Any] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
-        self._shared: dict[str, AnyArray] = {}
+        self._branched: set[str] = set()
         self._count = 0
 
     def input(self, name: str, dtype: type[np.generic], shape: Shape) -> str:
@@ -89,6 +89,18 @@ class GraphWriter:
     def named(self, kind: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> None:
         """Add an onnxruntime operator whose outputs are all given names; "" leaves one out."""
         self._add(kind, inputs, outputs, MICROSOFT, attributes)
+
+    def either(self, condition: str, then: Callable[[], str], otherwise: Callable[[], str]) -> str:
+        """A float32 value that one of two branches gives at run time; both may use any value made before."""
+        branches = {}
+        for key, build in (("then_branch", then), ("else_branch", otherwise)):
+            outer, self._nodes = self._nodes, []
+            value = build()
+            result = self._onnx.helper.make_tensor_value_info(value, FLOAT, None)
+            branches[key] = self._onnx.helper.make_graph(self._nodes, self._fresh(key), [], [result])
+            self._branched.update(node.op_type for node in self._nodes if node.domain == MICROSOFT)
+            self._nodes = outer
+        return self.op("If", condition, **branches)
 
     def constant(self, array: AnyArray) -> str:
         """A small tensor in the graph's own file; equal ones are stored once."""
@@ -142,7 +154,7 @@ class GraphWriter:
 
     def contrib_kinds(self) -> tuple[str, ...]:
         """Names of the operators in use that only onnxruntime has."""
-        return tuple(sorted({node.op_type for node in self._nodes if node.domain == MICROSOFT}))
+        return tuple(sorted(self._branched.union(n.op_type for n in self._nodes if n.domain == MICROSOFT)))
 
     def _add(
         self,
@@ -152,7 +164,7 @@ class GraphWriter:
         domain: str,
         attributes: dict[str, Any],
     ) -> None:
-        name = f"{kind}_{len(self._nodes)}"
+        name = self._fresh(kind)
         self._nodes.append(
             self._onnx.helper.make_node(kind, inputs, outputs, name=name, domain=domain, **attributes)
         )

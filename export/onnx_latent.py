@@ -105,10 +105,11 @@ class LatentAttention:
 class Int8LatentAttention(LatentAttention):
     """The same over a cache of 8-bit rows, each with its own scale: a quarter of the memory and the reading.
 
-    Products are u8 by s8 or u8 by u8, which integer dot-product instructions do four or more at a time. To
-    leave the loss to the cache alone, the other operand has two digits: queries 7 + 6 bits, which also
-    keeps AVX2's 16-bit sums from overflowing, and attention weights 8 + 8 bits, for one digit would drop
-    the thousands of small ones beside a strong attention sink.
+    Many tokens at once read rows that are expanded to float32, a layer at a time. A single one would spend
+    most of its time on that: its products are u8 by s8 or u8 by u8, which integer dot-product instructions do
+    four or more at a time. To leave the loss to the cache alone, the other operand has two digits: queries
+    7 + 6 bits, which also keeps AVX2's 16-bit sums from overflowing, and attention weights 8 + 8 bits, for
+    one digit would drop the thousands of small ones beside a strong attention sink.
     """
 
     def __init__(self, g: GraphWriter, spec: MLA, eps: float, mask: str, position_ids: str) -> None:
@@ -116,6 +117,10 @@ class Int8LatentAttention(LatentAttention):
         self._zero_point = g.constant(np.array(128, np.uint8))
         self._one = g.scalar(1.0)
         self._score_shape = g.op("Shape", self._mask)
+        n_slots = g.op("Slice", self._score_shape, g.ints(1), g.ints(2))
+        self._zero_points = g.op("Expand", self._zero_point, n_slots)
+        n_tokens = g.op("Size", position_ids)
+        self._is_one_token = g.op("Equal", n_tokens, g.constant(np.array(1, np.int64)))
 
     def _attend(self, queries: str, row: str, layer: int) -> str:
         g, width = self._g, self._spec.cache_values
@@ -124,9 +129,28 @@ class Int8LatentAttention(LatentAttention):
         rows = self._store(f"{layer}.key", codes, np.uint8, width)
         scales = self._store(f"{layer}.key_scale", scale, np.float32, 1)
         scales = g.op("Reshape", scales, g.ints(1, -1))  # (1, S)
-        scores = g.op("Add", g.op("Mul", self._scores(queries, rows), scales), self._mask)
-        mixed = self._mix(g.op("Softmax", scores, axis=-1), rows, scales)
+        mixed = g.either(
+            self._is_one_token,
+            lambda: self._attend_in_integers(queries, rows, scales),
+            lambda: self._attend_in_floats(queries, rows, scales),
+        )
         return g.op("Reshape", mixed, g.ints(self._spec.n_heads, -1, width))
+
+    def _attend_in_floats(self, queries: str, rows: str, scales: str) -> str:
+        """Attend to rows of codes (1, 1, S, W) with scales (1, S) that are expanded first: (H*T, W)."""
+        g, width = self._g, self._spec.cache_values
+        codes = g.op("Reshape", rows, g.ints(-1, width))
+        exact = g.op(
+            "DequantizeLinear", codes, g.op("Reshape", scales, g.ints(-1)), self._zero_points, axis=0
+        )
+        scores = g.op("Gemm", g.op("Reshape", queries, g.ints(-1, width)), exact, self._mask, transB=1)
+        return g.op("MatMul", g.op("Softmax", scores, axis=-1), exact)
+
+    def _attend_in_integers(self, queries: str, rows: str, scales: str) -> str:
+        """The same by products of integers: (1, H*T*W)."""
+        g = self._g
+        scores = g.op("Add", g.op("Mul", self._scores(queries, rows), scales), self._mask)
+        return self._mix(g.op("Softmax", scores, axis=-1), rows, scales)
 
     def _scale(self, x: str, levels: int) -> str:
         """max |x| / levels over the last axis, which stays with length 1."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from edgekv.backends.base import Interrupted, require_room
 from edgekv.backends.threads import default_threads
 from edgekv.errors import BackendError, InputError
-from edgekv.onnx_folder import GRAPH, check_folder
+from edgekv.onnx_folder import DATA, GRAPH, check_folder
 from edgekv.source import Array
 
 DEFAULT_N_CTX = 4096
@@ -26,7 +26,8 @@ DEFAULT_N_CTX = 4096
 # binding all layers anew costs a millisecond.
 SLOT_STEP = 128
 MAX_PIECE = 128  # tokens of a prefill at once
-MAX_SCORES = 2**20  # attention scores of a layer at once: they bound the memory of a prefill at depth
+MAX_SCORES = 3 * 2**18  # attention scores of a layer at once: they bound the memory of a prefill at depth
+MADV_DONTNEED = 4  # madvise(2)
 _ELEMENT_TYPES = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}
 _PAST, _PRESENT = "past_key_values.", "present."
 
@@ -192,13 +193,31 @@ def _open_session(graph: Path, n_threads: int) -> Any:
     options.intra_op_num_threads = n_threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors only
-    # Shapes differ from call to call, so that plans and arenas made for one only hold memory for the next.
+    # Shapes differ from call to call: a memory plan made for one only holds memory back from the next.
     options.enable_mem_pattern = False
-    options.enable_cpu_mem_arena = False
     try:
-        return engine.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        session = engine.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base of their own
         raise BackendError(f"onnxruntime could not load {graph}: {error}") from error
+    _release_pages(graph.parent / DATA)
+    return session
+
+
+def _release_pages(data: Path) -> None:
+    """Give back the data file's resident pages.
+
+    The engine has read all weights to pack them its own way. Of the token table, which it also keeps mapped,
+    only the rows of tokens in use are needed from here on: they come from the file again.
+    """
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        advise = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):  # not Linux
+        return
+    for line in lines:
+        if line.endswith(f" {data.resolve()}"):
+            start, end = (int(number, 16) for number in line.split()[0].split("-"))
+            advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
 
 
 def _onnxruntime() -> ModuleType:
