@@ -42,7 +42,7 @@ HOMES = {
     "llama_cpp": ("edgekv/backends/",),
     "onnxruntime": ("edgekv/backends/",),
     "onnx": ("export/",),
-    "matplotlib": ("devices/",),
+    "matplotlib": ("edgekv/evaluate/",),
     "torch": ("edgekv/convert/",),
     "transformers": (),
 }

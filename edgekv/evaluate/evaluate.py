@@ -41,13 +41,12 @@ from edgekv.evaluate.windows import WindowsResult, measure_windows
 from edgekv.gguf_check import read_header
 
 T = TypeVar("T")
-DEFAULT_SEQUENCES = 8  # of the full context, for perplexity by position
-DEFAULT_TRIALS = 4  # of each length, for retrieval
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure. `limit` caps windows, questions a task, sequences and trials."""
+    """What to measure. `limit` caps windows and questions a task; `sequences` of the full context are for
+    perplexity by position, `trials` of each length for retrieval."""
 
     text: Path | None = None
     window: int = 1024
@@ -56,6 +55,8 @@ class Request:
     retrieval: Path | None = None
     context: int | None = None
     limit: int | None = None
+    sequences: int = 8
+    trials: int = 4
 
 
 class Evaluation:
@@ -94,12 +95,12 @@ class Evaluation:
         text = cut_windows(request.text, tokenizer, request.window, limit) if request.text else None
         tasks = [read_task(name, file, limit) for name, file in request.tasks]
         long = (
-            cut_windows(request.positions, tokenizer, context, limit or DEFAULT_SEQUENCES)
+            cut_windows(request.positions, tokenizer, context, request.sequences, "--context")
             if request.positions
             else None
         )
         haystack = (
-            make_haystack(request.retrieval, tokenizer, context, limit or DEFAULT_TRIALS)
+            make_haystack(request.retrieval, tokenizer, context, request.trials)
             if request.retrieval
             else None
         )

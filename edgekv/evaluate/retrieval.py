@@ -8,6 +8,7 @@ whole number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from edgekv.tokenizer import Tokenizer
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # share of the prose that stands before the line
 SHARES = (0.125, 0.25, 0.5, 1.0)  # of the context: the prompts' lengths
 THINGS = ("red door", "old safe", "north gate", "blue locker", "second vault", "iron chest")
-MIN_PROMPT = 64
+GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, spread evenly however many there are
 
 # By depth: log-probability of the number, and whether greedy decoding writes it.
 Answers = list[tuple[float, bool]]
@@ -73,7 +74,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Haystack:
-    """All prompts: the trials of the first length, then those of the next."""
+    """All prompts: the first trial of each length, then the second, so that more trials go on from fewer."""
 
     name: str
     sha256: str
@@ -94,12 +95,10 @@ def make_haystack(path: Path, tokenizer: Tokenizer, context: int, trials: int) -
         raise InputError(
             f"{path} has {len(tokens)} tokens, not {context}; shorten --context, or give more text"
         )
-    if context * SHARES[0] < MIN_PROMPT:
-        raise InputError(f"retrieval wants a context of {MIN_PROMPT / SHARES[0]:.0f} or more, not {context}")
     prompts = []
-    for length in (int(context * share) for share in SHARES):
-        for trial in range(trials):
-            start = (len(tokens) - context) * trial // trials
+    for trial in range(trials):
+        start = int(trial * GOLDEN % 1 * (len(tokens) - context))
+        for length in (int(context * share) for share in SHARES):
             prompts.append(_prompt(tokenizer, tokens[start : start + length], length, trial))
     return Haystack(path.name, sha256, context, trials, tuple(prompts))
 
@@ -110,15 +109,29 @@ def _prompt(tokenizer: Tokenizer, prose: list[int], length: int, trial: int) -> 
     number = f" {rng.integers(10_000, 100_000)}"
     line = tokenizer.encode(f"\n{fact}{number}.\n")
     question = continuation_tokens(tokenizer, f"\n{fact}", number)
-    return Prompt(length, prose[: length - len(line) - len(question.ids)], line, question)
+    needed = len(line) + len(question.ids)
+    if length < 2 * needed:
+        raise InputError(
+            f"the shortest prompt has {length} tokens, of which line and question are {needed}; retrieval wants "
+            f"a --context of {round(2 * needed / SHARES[0])} or more"
+        )
+    return Prompt(length, prose[: length - needed], line, question)
 
 
 def measure_retrieval(haystack: Haystack, subject: Subject, run: Run) -> list[Answers]:
     """The answers to each prompt at each depth; raises as measure.measure does."""
-    identity: Identity = {"text": haystack.sha256, "context": haystack.context, "trials": haystack.trials}
+    identity: Identity = {"text": haystack.sha256, "context": haystack.context}
     prompts = haystack.prompts
     return measure(
-        subject, run, "retrieval", identity, haystack.context, ask, prompts.__getitem__, len(prompts)
+        subject,
+        run,
+        "retrieval",
+        identity,
+        haystack.context,
+        ask,
+        prompts.__getitem__,
+        len(prompts),
+        lambda done: f"found {np.mean([found for answers in done.values() for _, found in answers]):.0%}",
     )
 
 
@@ -127,12 +140,12 @@ def retrieval_result(
 ) -> RetrievalResult:
     """What the answers of a model, and of its reference, amount to."""
     cells = []
-    for first in range(0, len(answers), haystack.trials):
-        trials = slice(first, first + haystack.trials)
+    for i in range(len(SHARES)):
+        trials = slice(i, None, len(SHARES))
         for j, depth in enumerate(DEPTHS):
             found, ppl = _mean([answer[j] for answer in answers[trials]])
             base = _mean([answer[j] for answer in reference[trials]]) if reference else (None, None)
-            length = haystack.prompts[first].length
+            length = haystack.prompts[i].length
             cells.append(RetrievalCell(length, depth, haystack.trials, found, ppl, *base))
     return RetrievalResult(haystack.name, haystack.sha256, haystack.context, tuple(cells))
 

@@ -66,8 +66,10 @@ def read_text(path: Path) -> tuple[str, str]:
         raise InputError(f"{path} is not UTF-8 text ({error}); convert it, e.g. with iconv") from error
 
 
-def cut_windows(path: Path, tokenizer: Tokenizer, length: int, limit: int | None) -> Text:
-    """A text file in windows, the first `limit` of them.
+def cut_windows(
+    path: Path, tokenizer: Tokenizer, length: int, limit: int | None, option: str = "--window"
+) -> Text:
+    """A text file in windows, the first `limit` of them; `option` is what a user shortens them by.
 
     Raises:
         InputError: the file cannot be read, or is shorter than one window.
@@ -79,7 +81,7 @@ def cut_windows(path: Path, tokenizer: Tokenizer, length: int, limit: int | None
     count = len(tokens) // length
     if not count:
         raise InputError(
-            f"{path} has {len(tokens)} tokens, less than one window of {length}; shorten --window"
+            f"{path} has {len(tokens)} tokens, less than one window of {length}; shorten {option}"
         )
     windows = tokens[: count * length].reshape(count, length)[:limit]
     return Text(path.name, sha256, len(tokens), windows)

@@ -1,0 +1,204 @@
+"""Sweeps: many conversions and cache types against one reference, and which of them are worth having.
+
+The reference is the model itself in llama.cpp with a float32 cache, run once. The line to beat is what a user has
+for nothing: the model's own caches in smaller types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from edgekv import __version__
+from edgekv.evaluate.pool import Run
+from edgekv.evaluate.progress import Progress
+from edgekv.evaluate.reference import Reference, open_reference
+from edgekv.evaluate.report import Measured
+from edgekv.evaluate.subject import Subject, cache_nbytes_per_token, read_tokenizer, require_same_tokens
+from edgekv.evaluate.sweep_spec import ORIGINAL, SweepSpec
+from edgekv.evaluate.text import Text, cut_windows
+from edgekv.evaluate.windows import WindowsResult, measure_windows
+
+FORMAT: Literal["edgekv.sweep"] = "edgekv.sweep"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One model with one cache type. `dominated_by` names a point with no more bytes and no more KL, one of them
+    less; None if there is none."""
+
+    name: str
+    own_cache: bool  # of the original: part of the line to beat
+    cache_type: str
+    cache_nbytes_per_token: float
+    kl: float
+    kl_se: float
+    ppl: float
+    ppl_ratio: float
+    ppl_ratio_se: float
+    argmax_agreement: float
+    dominated_by: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Name and cache type."""
+        return f"{self.name} {self.cache_type}"
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """All points of a sweep, the largest cache first."""
+
+    format: Literal["edgekv.sweep"]
+    version: int
+    edgekv: str
+    command: str
+    text: str
+    text_sha256: str
+    window: int
+    windows: int
+    tokens_scored: int
+    reference: Measured
+    reference_ppl: float
+    points: tuple[SweepPoint, ...]
+
+
+class Sweep:
+    """Runs a sweep's points, one after the other.
+
+    Args:
+        spec: what to measure; paths in it are relative to `folder`.
+        files: the GGUF of each conversion, by name.
+        progress: makes a progress line for a stage of this name.
+        say: is given a line for people about each point as soon as it is known.
+
+    Raises:
+        InputError: a model cannot be read, has other tokens, or cannot have one of its cache types.
+        BackendError: the engine failed.
+    """
+
+    def __init__(
+        self,
+        spec: SweepSpec,
+        folder: Path,
+        files: Mapping[str, Path],
+        run: Run,
+        progress: Callable[[str], Progress],
+        say: Callable[[str], None],
+    ) -> None:
+        self._spec, self._run, self._progress, self._say = spec, run, progress, say
+        self._model = folder / spec.model
+        self._text = folder / spec.text
+        self._subjects = [
+            (ORIGINAL, Subject(self._model, "llama.cpp", t, spec.weights)) for t in spec.cache_types
+        ]
+        for name, kind in spec.points():
+            require_same_tokens(files[name], self._model)
+            self._subjects.append((name, Subject(files[name], "llama.cpp", kind, spec.weights)))
+
+    def run(self, limit: int | None, command: str) -> SweepReport:
+        """Measure every point on the first `limit` windows."""
+        tokenizer = read_tokenizer(self._model)
+        text = cut_windows(self._text, tokenizer, self._spec.window, limit)
+        subject = Subject(self._model, "llama.cpp", "f32", self._spec.weights)
+        cache = self._run.folder
+        nbytes = [cache_nbytes_per_token(candidate, cache) for _, candidate in self._subjects]
+        with open_reference(subject, text, len(tokenizer), cache, self._run.fresh) as reference:
+            reference.fill(self._stage("reference"))
+            points = [
+                self._point(name, candidate, size, text, reference)
+                for (name, candidate), size in zip(self._subjects, nbytes, strict=True)
+            ]
+        results = [result for _, result in points]
+        base = results[0].reference_ppl
+        assert base is not None
+        return SweepReport(
+            FORMAT,
+            VERSION,
+            __version__,
+            command,
+            text.name,
+            text.sha256,
+            text.length,
+            len(text.windows),
+            results[0].tokens_scored,
+            Measured.of(subject, cache),
+            base,
+            mark_dominated([point for point, _ in points]),
+        )
+
+    def _point(
+        self, name: str, subject: Subject, nbytes: float, text: Text, reference: Reference
+    ) -> tuple[SweepPoint, WindowsResult]:
+        found = measure_windows(subject, text, reference, self._stage(f"{name} {subject.cache}"))
+        assert found.kl is not None
+        assert found.kl_se is not None
+        assert found.ppl_ratio is not None
+        assert found.ppl_ratio_se is not None
+        assert found.argmax_agreement is not None
+        point = SweepPoint(
+            name=name,
+            own_cache=name == ORIGINAL,
+            cache_type=subject.cache,
+            cache_nbytes_per_token=nbytes,
+            kl=found.kl,
+            kl_se=found.kl_se,
+            ppl=found.ppl,
+            ppl_ratio=found.ppl_ratio,
+            ppl_ratio_se=found.ppl_ratio_se,
+            argmax_agreement=found.argmax_agreement,
+        )
+        self._say(
+            f"{point.label}: {nbytes:,.0f} bytes a token, KL {point.kl:.6f} ± {point.kl_se:.6f}, "
+            f"perplexity x{point.ppl_ratio:.4f}, argmax {point.argmax_agreement:.2%}"
+        )
+        return point, found
+
+    def _stage(self, name: str) -> Run:
+        return replace(self._run, progress=self._progress(name))
+
+
+def mark_dominated(points: Sequence[SweepPoint]) -> tuple[SweepPoint, ...]:
+    """The points, the largest cache first, each with the best of those that dominate it."""
+    marked = []
+    for point in points:
+        here = point.cache_nbytes_per_token, point.kl
+        better = [
+            other
+            for other in points
+            if (there := (other.cache_nbytes_per_token, other.kl)) != here
+            and there[0] <= here[0]
+            and there[1] <= here[1]
+        ]
+        best = min(better, key=lambda other: other.kl, default=None)
+        marked.append(replace(point, dominated_by=best.label if best else None))
+    return tuple(sorted(marked, key=lambda point: (-point.cache_nbytes_per_token, point.kl)))
+
+
+def markdown_table(report: SweepReport) -> str:
+    """The points as a table, with the protocol above it."""
+    reference = report.reference
+    lines = [
+        f"KL(original || candidate) in nats a token and perplexity on {report.text}: {report.windows} windows of "
+        f"{report.window} tokens, {report.tokens_scored:,} tokens scored; the original is {reference.file} in "
+        f"{reference.backend} {reference.engine} with an f32 cache, weights {reference.weights}, perplexity "
+        f"{report.reference_ppl:.3f}.",
+        "",
+        "| model | cache | bytes a token | KL | perplexity | same next token | dominated by |",
+        "|---|---|---:|---:|---:|---:|---|",
+    ]
+    for point in report.points:
+        cells = (
+            point.name.replace("|", "\\|"),
+            point.cache_type,
+            f"{point.cache_nbytes_per_token:,.0f}",
+            f"{point.kl:.5f} ± {point.kl_se:.5f}",
+            f"x{point.ppl_ratio:.4f} ± {point.ppl_ratio_se:.4f}",
+            f"{point.argmax_agreement:.1%}",
+            (point.dominated_by or "").replace("|", "\\|"),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"    {report.command}", ""])
