@@ -22,13 +22,14 @@ from edgekv.devices.cores import allowed_cpus
 from edgekv.devices.energy import EnergyMeter, find_sources
 from edgekv.devices.health import read_health
 from edgekv.devices.memory import split_memory
-from edgekv.devices.modelinfo import SizedSource, describe_cache, describe_model
+from edgekv.devices.modelinfo import SizedSource, describe_cache, describe_model, describe_onnx
 from edgekv.devices.probe import probe, software
 from edgekv.devices.workers import WorkerProcess
 
 from edgekv.backends.threads import big_cores, default_threads
 from edgekv.errors import BackendError, InputError
-from edgekv.report import FORMAT, VERSION, Point, Report, Run, Settings, Stat
+from edgekv.onnx_folder import check_folder
+from edgekv.report import FORMAT, VERSION, CacheInfo, ModelInfo, Point, Report, Run, Settings, Stat
 
 __all__ = ["BenchSettings", "Candidate", "Progress", "run"]
 
@@ -108,21 +109,14 @@ class _Bench:
 
     def _describe(self) -> list[Run]:
         """Runs without results yet; every model file is read and checked before anything is measured."""
-        from edgekv.gguf_source import GGUFSource
-
         runs = []
+        s = self._settings
         for candidate, label in zip(self._candidates, labels(self._candidates), strict=True):
-            source: SizedSource = GGUFSource(candidate.path)
-            try:
-                cache = describe_cache(source.spec, candidate.cache_type, self._settings.n_ctx)
-            except ValueError as error:
-                raise InputError(f"{candidate.path}: cache type {candidate.cache_type}: {error}") from error
-            trained = source.spec.context_length
-            if self._settings.n_ctx > trained:
+            model, cache = (_describe_onnx if candidate.engine == "onnx" else _describe_gguf)(candidate, s)
+            if s.n_ctx > (model.context_length or s.n_ctx):
                 self._notes += (
-                    f"{label}: measured up to {self._settings.n_ctx} tokens, trained for {trained}",
+                    f"{label}: measured up to {s.n_ctx} tokens, trained for {model.context_length}",
                 )
-            model = describe_model(source, candidate.path, self._settings.with_hash)
             runs.append(empty_run(label, candidate.engine, model, cache))
         return runs
 
@@ -178,6 +172,8 @@ class _Bench:
             cpus=s.cpus,
         )
         lane.loaded = lane.worker.ask("memory")
+        if lane.candidate.engine != "llama.cpp":  # NumPy's zeros become resident when they are written
+            lane.loaded["rss"] += opened["cache_nbytes"]
         first_ttft_s = lane.worker.ask("prefill", n=s.n_prompt)
         lane.worker.ask("decode", n=min(8, s.n_gen))  # warms the decode path; not counted
         if lane.candidate.engine == "llama.cpp":
@@ -241,3 +237,24 @@ class _Bench:
     def _tell(self, text: str) -> None:
         self._step += 1
         self._progress(Progress(self._step, self._steps, text))
+
+
+def _describe_gguf(candidate: Candidate, s: BenchSettings) -> tuple[ModelInfo, CacheInfo]:
+    from edgekv.gguf_source import GGUFSource
+
+    source: SizedSource = GGUFSource(candidate.path)
+    try:
+        cache = describe_cache(source.spec, candidate.cache_type, s.n_ctx)
+    except ValueError as error:
+        raise InputError(f"{candidate.path}: cache type {candidate.cache_type}: {error}") from error
+    return describe_model(source, candidate.path, s.with_hash), cache
+
+
+def _describe_onnx(candidate: Candidate, s: BenchSettings) -> tuple[ModelInfo, CacheInfo]:
+    manifest = check_folder(candidate.path)
+    if candidate.cache_type != manifest.model.cache_type:
+        raise InputError(
+            f"{candidate.path} was exported with a cache in {manifest.model.cache_type}, not "
+            f"{candidate.cache_type}; leave out the cache type, or export it again"
+        )
+    return describe_onnx(manifest, candidate.path, s.n_ctx)

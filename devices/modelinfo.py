@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Protocol
 
+from edgekv.onnx_folder import MANIFEST, Manifest
 from edgekv.report import CacheInfo, ModelInfo
 from edgekv.source import TensorSource
 from edgekv.spec import ModelSpec
@@ -43,6 +44,27 @@ def describe_model(source: SizedSource, path: Path, with_hash: bool = True) -> M
         flops_per_cached_token=sum(layer.attention.flops_per_cached_token for layer in spec.layers),
         context_length=spec.context_length,
     )
+
+
+def describe_onnx(manifest: Manifest, folder: Path, n_ctx: int) -> tuple[ModelInfo, CacheInfo]:
+    """The same of a folder that `edgekv export onnx` wrote; the hash is its manifest's, which lists the others."""
+    about = manifest.model
+    model = ModelInfo(
+        file=folder.name,
+        sha256=file_sha256(folder / MANIFEST),
+        name=about.name,
+        arch=about.arch,
+        attention=about.attention,
+        n_layers=about.n_layers,
+        n_params=about.n_params,
+        quantization=about.weights,
+        weights_nbytes=about.weights_nbytes,
+        read_nbytes=about.read_nbytes,
+        flops=about.flops,
+        flops_per_cached_token=about.flops_per_cached_token,
+        context_length=about.context_length,
+    )
+    return model, CacheInfo(about.cache_type, about.cache_values, about.cache_nbytes, n_ctx)
 
 
 def describe_cache(spec: ModelSpec, cache_type: str, n_ctx: int | None) -> CacheInfo:

@@ -138,9 +138,10 @@ def provenance_table(rows: Sequence[Entry]) -> Table:
 
 
 def engine_name(run: Run, report: Report) -> str:
-    """The engine and, for llama.cpp, its version."""
-    known = run.engine == "llama.cpp" and report.software.llama_cpp
-    return f"{run.engine} {report.software.llama_cpp}" if known else run.engine
+    """The engine and, where it is known, its version."""
+    versions = {"llama.cpp": report.software.llama_cpp, "onnx": report.software.onnxruntime}
+    known = versions.get(run.engine)
+    return f"{run.engine} {known}" if known else run.engine
 
 
 def warnings(sources: Sequence[Source]) -> tuple[str, ...]:

@@ -48,14 +48,14 @@ class Worker:
             engine,
             n_ctx=n_ctx,
             cache_type=cache_type,
-            n_threads=threads if engine == "llama.cpp" else None,
+            n_threads=None if engine == "reference" else threads,
         )
         load_s = time.perf_counter() - start
         self._tokens = _tokens(n_ctx, self._backend.n_vocab)
         return {
             "load_s": load_s,
             "cache_nbytes": self._backend.cache_nbytes(),
-            "repacked_nbytes": repacked_nbytes(engine_log()) if engine == "llama.cpp" else 0,
+            "repacked_nbytes": self._repacked_nbytes(engine),
         }
 
     def engine_features(self) -> list[str]:
@@ -103,8 +103,18 @@ class Worker:
         """Resident set of this process and the model file's part of it, in bytes."""
         from edgekv.devices.memory import ResidentSet
 
-        seen = ResidentSet.of_self(self._path)
+        from edgekv.onnx_folder import DATA, is_onnx_folder
+
+        seen = ResidentSet.of_self(self._path / DATA if is_onnx_folder(self._path) else self._path)
         return {"rss": seen.rss_nbytes, "peak": seen.peak_rss_nbytes, "file": seen.file_nbytes}
+
+    def _repacked_nbytes(self, engine: Kind) -> int:
+        """Weights held beside the mapped file: onnxruntime packs all of them its own way."""
+        from edgekv.onnx_folder import read_manifest
+
+        if engine == "onnx":
+            return read_manifest(self._path).model.weights_nbytes
+        return repacked_nbytes(engine_log()) if engine == "llama.cpp" else 0
 
 
 def engine_log() -> str:

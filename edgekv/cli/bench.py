@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgekv.backends import KINDS, Kind
+from edgekv.backends import KINDS, Kind, default_kind
 
 if TYPE_CHECKING:
     from edgekv.devices.bench import Progress
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 @click.command("bench")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...", type=click.Path(path_type=Path))
-@click.option("-c", "--cache", "caches", help="Cache types, with commas: f16,q8_0.  [default: f16]")
+@click.option("-c", "--cache", "caches",
+              help="Cache types, with commas: f16,q8_0; an ONNX folder has its own.  [default: f16]")  # fmt: skip
 @click.option("-d", "--depth", "depths", default="0,512", show_default=True, help="Depths, with commas.")
 @click.option("-p", "--n-prompt", default=128, show_default=True, help="Tokens of each timed prefill.")
 @click.option("-n", "--n-gen", default=32, show_default=True, help="Tokens of each timed decode.")
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--context", default=0, help="Context to open.  [default: as the deepest point needs]")
 @click.option("-t", "--threads", default=0, help="Engine threads.  [default: one a CPU in use]")
 @click.option("--cpus", default="", help="CPUs to run on, as 0-3,6.  [default: the fast physical cores]")
-@click.option("--backend", type=click.Choice(KINDS), default=KINDS[0], show_default=True, help="Engine.")
+@click.option("--backend", type=click.Choice(KINDS), help="Engine.  [default: what each model is made for]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the JSON report here.")
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON report instead of tables.")
@@ -39,7 +40,7 @@ def command(
     context: int,
     threads: int,
     cpus: str,
-    backend: Kind,
+    backend: Kind | None,
     output: Path | None,
     force: bool,
     as_json: bool,
@@ -53,6 +54,7 @@ def command(
     edgekv bench model.gguf
     edgekv bench model.gguf small.gguf -d 0,2048 -o run.json
     edgekv bench model.gguf -c f16,q8_0,q4_0 -d 0,512,2048,7600
+    edgekv bench small.gguf small-onnx -d 0,2048,7600
     edgekv compare run.json --html run.html
     """
     from edgekv.devices import bench
@@ -61,8 +63,12 @@ def command(
     from edgekv.files import atomic_path
     from edgekv.report import dumps
 
-    types = (caches or ("f16" if backend == "llama.cpp" else "f32")).split(",")
-    candidates = [bench.Candidate(model, cache.strip(), backend) for model in models for cache in types]
+    candidates = [
+        bench.Candidate(model, cache, kind)
+        for model in models
+        for kind in [backend or default_kind(model)]
+        for cache in cache_types(model, kind, caches)
+    ]
     settings = bench.BenchSettings(
         depths=parse_depths(depths),
         n_prompt=n_prompt,
@@ -85,6 +91,15 @@ def command(
     click.echo(as_terminal((Source("this run", report),)))
     if output is not None:
         click.echo(f"report: {output}  (edgekv compare {output} --html page.html)")
+
+
+def cache_types(model: Path, kind: Kind, wanted: str | None) -> list[str]:
+    """Cache types to measure a model with: those asked for, where its engine has a choice."""
+    from edgekv.onnx_folder import read_manifest
+
+    if kind == "onnx":
+        return [read_manifest(model).model.cache_type]
+    return [part.strip() for part in (wanted or ("f16" if kind == "llama.cpp" else "f32")).split(",")]
 
 
 def show_progress(step: Progress) -> None:

@@ -163,3 +163,24 @@ def test_engine_log_and_features() -> None:
     )
     assert repacked_nbytes(log) == round(95.34 * 2**20)
     assert system_features("CPU : SSE3 = 1 | AVX = 0 | REPACK = 1 | ") == ["SSE3", "REPACK"]
+
+
+def test_an_onnx_folder_takes_turns_with_a_gguf(tiny_mla: Path, tmp_path: Path) -> None:
+    folder, output = tmp_path / "tiny-onnx", tmp_path / "run.json"
+    exported = CliRunner().invoke(
+        cli, ["export", "onnx", str(tiny_mla), "-o", str(folder), "--cache", "int8"]
+    )
+    assert exported.exit_code == 0, exported.output
+    options = ["-d", "0,32", "-p", "8", "-n", "4", "-r", "1", "-t", "1", "-o", str(output)]
+    result = CliRunner().invoke(cli, ["bench", str(tiny_mla), str(folder), *options])
+    assert result.exit_code == 0, result.output
+    theirs, ours = json.loads(output.read_text())["runs"]
+    assert (theirs["engine"], ours["engine"]) == ("llama.cpp", "onnx")
+    assert (theirs["cache"]["type"], ours["cache"]["type"]) == ("f16", "int8")
+    assert theirs["model"]["flops"] == ours["model"]["flops"]
+    assert ours["cache"]["nbytes_per_token"] == 3 * (64 + 4)
+    assert ours["memory"]["cache_nbytes"] == 40 * 3 * (64 + 4)
+    assert [point["depth"] for point in ours["points"]] == [0, 32]
+    wrong = bench.Candidate(folder, "f16", "onnx")
+    with pytest.raises(InputError, match="exported with a cache in int8"):
+        bench.run([wrong], QUICK)
