@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgekv.backends import KINDS, Kind
+from edgekv.backends import KINDS, Kind, default_kind
 
 if TYPE_CHECKING:
     from edgekv.evaluate.subject import Subject, Weights
@@ -40,7 +40,7 @@ WEIGHTS = ("stored", "f16", "f32")
 @click.option("--trials", default=4, show_default=True, type=click.IntRange(1),
               help="For --retrieval, at each length and depth.")  # fmt: skip
 @click.option("--cache-type", help="How the model's cache is stored.  [default: f16]")
-@click.option("--backend", type=click.Choice(KINDS), default=KINDS[0], show_default=True, help="Engine.")
+@click.option("--backend", type=click.Choice(KINDS), help="Engine.  [default: what MODEL is made for]")
 @click.option("--against-backend", type=click.Choice(KINDS), default="reference", show_default=True,
               help="Engine of --against; llama.cpp runs it with an f32 cache and the same --weights.")  # fmt: skip
 @click.option("--weights", type=click.Choice(WEIGHTS), default=WEIGHTS[0], show_default=True,
@@ -59,7 +59,7 @@ def command(
     against: Path | None,
     tasks: tuple[str, ...],
     cache_type: str | None,
-    backend: Kind,
+    backend: Kind | None,
     against_backend: Kind,
     weights: Weights,
     threads: int | None,
@@ -101,7 +101,7 @@ def command(
         run_sweep(sweep, output, wanted["limit"], force, as_json, run)
         return
     assert model is not None
-    subject = Subject(model, backend, cache_type, weights)
+    subject = Subject(model, backend or default_kind(model), cache_type, weights)
     reference = reference_subject(against, against_backend, weights) if against else None
     evaluation = Evaluation(subject, reference, run, ProgressLine, lambda line: click.echo(line, err=as_json))
     request = Request(tasks=parse_tasks(tasks), **wanted)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from edgekv import __version__
-from edgekv.errors import InputError, ModelFileError
+from edgekv.errors import InputError
 from edgekv.evaluate.pool import Run
 from edgekv.evaluate.positions import PositionsResult, measure_positions, positions_result
 from edgekv.evaluate.progress import Progress
@@ -33,12 +33,11 @@ from edgekv.evaluate.retrieval import (
     measure_retrieval,
     retrieval_result,
 )
-from edgekv.evaluate.subject import Subject, read_tokenizer, require_same_tokens
+from edgekv.evaluate.subject import Subject, read_tokenizer, require_same_tokens, trained_context
 from edgekv.evaluate.task_formats import Task, read_task
 from edgekv.evaluate.tasks import TaskResult, measure_task, task_result
 from edgekv.evaluate.text import Text, cut_windows
 from edgekv.evaluate.windows import WindowsResult, measure_windows
-from edgekv.gguf_check import read_header
 
 T = TypeVar("T")
 
@@ -157,16 +156,3 @@ class Evaluation:
 
     def _stage(self, name: str) -> Run:
         return replace(self._run, progress=self._progress(name))
-
-
-def trained_context(path: Path) -> int:
-    """Tokens that the model was trained for.
-
-    Raises:
-        ModelFileError: the file is malformed or does not tell.
-    """
-    metadata = read_header(path).metadata
-    length = metadata.get(f"{metadata.get('general.architecture')}.context_length")
-    if not isinstance(length, int) or length < 1:
-        raise ModelFileError(f"{path} does not tell its context length; give one with --context")
-    return length

@@ -9,7 +9,7 @@ from typing import Literal
 
 from edgekv.evaluate.positions import PositionsResult
 from edgekv.evaluate.retrieval import DEPTHS, RetrievalResult
-from edgekv.evaluate.subject import Subject, cache_nbytes_per_token, engine_version, file_sha256
+from edgekv.evaluate.subject import Subject, cache_nbytes_per_token, engine_version, model_sha256
 from edgekv.evaluate.tasks import TaskResult, mean_relative_change
 from edgekv.evaluate.windows import WindowsResult
 
@@ -34,7 +34,7 @@ class Measured:
         """Describe a subject; opens it once."""
         return cls(
             file=subject.path.name,
-            sha256=file_sha256(subject.path),
+            sha256=model_sha256(subject.path),
             backend=subject.backend,
             engine=engine_version(subject.backend),
             weights=subject.weights,

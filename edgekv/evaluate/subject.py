@@ -15,8 +15,9 @@ from typing import Literal
 from edgekv import __version__
 from edgekv.backends import Kind, open_backend
 from edgekv.backends.base import Backend
-from edgekv.errors import InputError
+from edgekv.errors import InputError, ModelFileError
 from edgekv.gguf_check import read_header
+from edgekv.onnx_folder import MANIFEST, is_onnx_folder, language_file, read_manifest
 from edgekv.tokenizer import Tokenizer
 
 Weights = Literal["stored", "f16", "f32"]
@@ -40,12 +41,16 @@ class Subject:
     @property
     def cache(self) -> str:
         """The cache type, the engine's default spelt out."""
-        return self.cache_type or ("f16" if self.backend == "llama.cpp" else "f32")
+        if self.cache_type is not None:
+            return self.cache_type
+        if self.backend == "onnx":
+            return read_manifest(self.path).model.cache_type
+        return "f16" if self.backend == "llama.cpp" else "f32"
 
     def identity(self) -> dict[str, str | int | None]:
         """Everything that decides its figures."""
         return {
-            "model": file_sha256(self.path),
+            "model": model_sha256(self.path),
             "backend": self.backend,
             "cache": self.cache,
             "weights": self.weights,
@@ -63,7 +68,7 @@ def open_subject(subject: Subject, n_ctx: int, folder: Path, n_threads: int) -> 
     """
     path = engine_path(subject, folder)
     # NumPy's threads are its BLAS's affair; edgekv.evaluate.pool sees to them.
-    threads = n_threads if subject.backend == "llama.cpp" else None
+    threads = n_threads if subject.backend != "reference" else None
     backend = open_backend(
         path, subject.backend, n_ctx=n_ctx, cache_type=subject.cache_type, n_threads=threads
     )
@@ -90,6 +95,15 @@ def engine_version(kind: Kind) -> str:
         return "not installed"
 
 
+def model_sha256(path: Path) -> str:
+    """SHA-256 of a model: of its file, or of an ONNX folder's manifest, which has those of all files.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    return file_sha256(path / MANIFEST if is_onnx_folder(path) else path)
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, hexadecimal, read once as long as the file does not change.
 
@@ -110,13 +124,30 @@ def _file_sha256(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The model file's tokenizer."""
-    return Tokenizer.from_metadata(read_header(path).metadata)
+    """The model's tokenizer."""
+    return Tokenizer.from_metadata(read_header(language_file(path)).metadata)
+
+
+def trained_context(path: Path) -> int:
+    """Tokens that the model was trained for.
+
+    Raises:
+        ModelFileError: the file is malformed or does not tell.
+    """
+    if is_onnx_folder(path):
+        return read_manifest(path).model.context_length
+    metadata = read_header(path).metadata
+    length = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+    if not isinstance(length, int) or length < 1:
+        raise ModelFileError(f"{path} does not tell its context length; give one with --context")
+    return length
 
 
 def require_same_tokens(path: Path, reference: Path) -> None:
     """Raise InputError unless both models have the same tokens; KL between them means nothing otherwise."""
-    tokens, others = (read_header(p).metadata.get("tokenizer.ggml.tokens") for p in (path, reference))
+    tokens, others = (
+        read_header(language_file(p)).metadata.get("tokenizer.ggml.tokens") for p in (path, reference)
+    )
     if tokens != others:
         raise InputError(
             f"{path} and {reference} have different vocabularies; --against takes the model that the other was "
@@ -128,6 +159,10 @@ def engine_path(subject: Subject, folder: Path) -> Path:
     """The file that the engine opens: the model, or its copy with f16 or f32 weights, made here if need be."""
     if subject.weights == "stored":
         return subject.path
+    if is_onnx_folder(subject.path):
+        raise InputError(
+            f"{subject.path} runs with the weights it was exported with; leave out --weights {subject.weights}"
+        )
     from edgekv.export.gguf import write_gguf
     from edgekv.source import open_source
 
@@ -140,6 +175,8 @@ def engine_path(subject: Subject, folder: Path) -> Path:
 
 def weights_nbytes(subject: Subject) -> int:
     """About how much memory the weights take in the engine."""
+    if is_onnx_folder(subject.path):
+        return read_manifest(subject.path).model.weights_nbytes
     tensors = read_header(subject.path).tensors
     if subject.backend == "reference" or subject.weights == "f32":
         return sum(4 * math.prod(tensor.dims) for tensor in tensors)

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from edgekv.export.onnx import OnnxOptions, write_onnx
 
 from edgekv.backends import open_backend
 from edgekv.backends.base import Backend
@@ -19,10 +21,11 @@ from edgekv.errors import BackendError, InputError
 from edgekv.evaluate.journal import open_journal
 from edgekv.evaluate.pool import Run, run_units
 from edgekv.evaluate.reference import open_reference
-from edgekv.evaluate.subject import Subject, cache_nbytes_per_token, read_tokenizer
+from edgekv.evaluate.subject import Subject, cache_nbytes_per_token, read_tokenizer, trained_context
 from edgekv.evaluate.text import cut_windows
 from edgekv.evaluate.windows import WindowsResult, measure_windows
 from edgekv.ops import log_softmax
+from edgekv.source import open_source
 
 WINDOW = 64
 
@@ -261,3 +264,26 @@ def test_wrong_input(tiny_llama: Path, smollm2: Path, letters: Path, tmp_path: P
         )
     with pytest.raises(InputError, match="say what to measure"):
         CliRunner().invoke(command, [str(tiny_llama)], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("cache_type", ["f32", "int8"])
+def test_an_onnx_folder_is_measured_like_any_model(
+    cache_type: Literal["f32", "int8"], tiny_llama: Path, tiny_mla: Path, letters: Path, tmp_path: Path
+) -> None:
+    """In float32 it loses what its GGUF loses in llama.cpp; an 8-bit cache shows in bytes and loss."""
+    write_onnx(
+        open_source(tiny_mla), tmp_path / "onnx", OnnxOptions("fp32", cache_type), False, lambda *_: None
+    )
+    call = [str(tmp_path / "onnx"), "--text", str(letters), "--against", str(tiny_llama), "--window", "64",
+            "--limit", "3", "-j", "1", "-t", "1", "--cache-dir", str(tmp_path), "--json"]  # fmt: skip
+    report = json.loads(CliRunner().invoke(command, call, catch_exceptions=False).stdout)
+    model = report["model"]
+    assert (model["backend"], model["cache_type"]) == ("onnx", cache_type)
+    assert (model["cache_nbytes_per_token"] < 3 * 64 * 2) == (cache_type == "int8")
+    gguf = measure(
+        Subject(tiny_mla, cache_type="f32"), Subject(tiny_llama, "reference"), letters, tmp_path, 3
+    )
+    assert report["windows"]["kl"] == pytest.approx(gguf.kl, rel=1e-2 if cache_type == "f32" else 0.2)
+    assert trained_context(tmp_path / "onnx") == trained_context(tiny_llama) == 512
+    with pytest.raises(InputError, match="leave out --weights f16"):
+        CliRunner().invoke(command, [*call, "--weights", "f16"], catch_exceptions=False)
