@@ -145,8 +145,10 @@ def _factors(
     shrinking the norm before them, and the latent is lifted as far as its norm stays linear to 0.1 %.
     """
     factors = dict.fromkeys(("attn_q_a", "attn_output", "ffn_down", "latent"), scale)
-    rows = source.load(f"blk.{layer}.attn_kv_a_mqa.weight")[: attention.kv_lora_rank]
-    if dtype != "float16" or not is_folded(rows):
+    if dtype != "float16":
+        return factors
+    rows = source.load(f"blk.{layer}.attn_kv_a_mqa.weight")
+    if not is_folded(rows[: attention.kv_lora_rank]):
         return factors
     queries = "attn_q_a" if attention.q_lora_rank else "attn_q"
     return factors | {

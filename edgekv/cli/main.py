@@ -14,6 +14,7 @@ COMMANDS = {  # name: one line for `edgekv --help`; the command lives in edgekv/
     "inspect": "What a model is, what its cache costs, what it could become.",
     "convert": "Turn a GQA model into an MLA GGUF with a small cache.",
     "heal": "Distil the original into the converted model until the loss is gone.",
+    "quantize": "Shrink a GGUF's weights, and show the error of every tensor.",
     "export": "Write a model in another format.",
     "verify": "Run the same tokens through two models or two engines and compare.",
     "chat": "Talk to a model.",

@@ -1,0 +1,126 @@
+"""Native quantization jobs in a process of their own, so that a crash there is an error message here."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekv import errors
+from edgekv.backends.threads import default_threads
+from edgekv.errors import BackendError
+from edgekv.source import Array
+
+Progress = Callable[[int, int], None]
+
+
+class Quantizer:
+    """llama.cpp's quantization, importance matrix and sampling for one model file, each in a child process.
+
+    The file must have passed edgekv.gguf_check: what is unsound may abort the child.
+
+    Raises:
+        BackendError: the engine is not installed, failed, or its process died.
+    """
+
+    def __init__(self, model: Path, n_threads: int | None = None) -> None:
+        self._model = model
+        self._n_threads = n_threads or default_threads()
+
+    def sample(
+        self, prompts: NDArray[np.int64], length: int, seed: int, progress: Progress
+    ) -> NDArray[np.int64]:
+        """Token windows (n, length) that the model writes after prompts (n, P)."""
+        with tempfile.TemporaryDirectory(prefix="edgekv-quantize-") as folder:
+            given, windows = Path(folder, "prompts.npy"), Path(folder, "windows.npy")
+            np.save(given, prompts)
+            paths = {"prompts": str(given), "windows": str(windows)}
+            self._run("sample", {**paths, "length": length, "seed": seed}, progress)
+            return np.asarray(np.load(windows), np.int64)
+
+    def measure(self, windows: NDArray[np.int64], progress: Progress) -> dict[str, Array]:
+        """E[x^2] of every weight's inputs over token windows (n, T), by tensor name."""
+        with tempfile.TemporaryDirectory(prefix="edgekv-quantize-") as folder:
+            given, found = Path(folder, "windows.npy"), Path(folder, "importance.npz")
+            np.save(given, windows)
+            self._run("measure", {"windows": str(given), "importance": str(found)}, progress)
+            with np.load(found) as stored:
+                return {name: np.asarray(stored[name], np.float32) for name in stored.files}
+
+    def quantize(
+        self,
+        output: Path,
+        file_type: int,
+        importance: Mapping[str, Array],
+        keep: Mapping[str, int],
+        progress: Progress,
+    ) -> None:
+        """Write `output`, quantized; see edgekv.backends.quantize_native.quantize_file.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        with tempfile.TemporaryDirectory(prefix="edgekv-quantize-") as folder:
+            stored = Path(folder, "importance.npz")
+            if importance:
+                np.savez(stored, **importance)  # type: ignore[arg-type]
+            job = {"output": str(output), "file_type": file_type, "keep": dict(keep)}
+            self._run("quantize", {**job, "importance": str(stored) if importance else ""}, progress)
+
+    def _run(self, action: str, job: dict[str, Any], progress: Progress) -> None:
+        job |= {"action": action, "model": os.fspath(self._model), "n_threads": self._n_threads}
+        with tempfile.TemporaryFile() as output:
+            process = subprocess.Popen(
+                # -P: a folder named edgekv in the current directory must not shadow the installed one.
+                [sys.executable, "-P", "-m", "edgekv.backends.quantize_worker", json.dumps(job)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                start_new_session=True,  # the terminal's Ctrl-C is for the parent, which ends the child
+                env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # ggml's abort would run gdb on it for seconds
+            )
+            try:
+                _follow(process, output, progress)
+            finally:
+                process.kill()
+                process.wait()
+                assert process.stdout is not None
+                process.stdout.close()
+
+
+def _follow(process: subprocess.Popen[bytes], output: IO[bytes], progress: Progress) -> None:
+    """Read lines until the job ends; raise what it tells."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        message = json.loads(line)
+        if "error" in message:
+            kind, text = message["error"]
+            raise getattr(errors, kind)(text)
+        if "ok" in message:
+            return
+        progress(message["done"], message["total"])
+    code = process.wait()
+    output.seek(0)
+    lines = [line.strip() for line in output.read().decode("utf-8", "replace").splitlines()]
+    last = "; ".join([line for line in lines if line][-2:])
+    raise BackendError(f"llama.cpp's process died: {_meaning(code)}" + (f" [{last}]" if last else ""))
+
+
+def _meaning(code: int) -> str:
+    if code >= 0:
+        return f"it left with exit code {code}"
+    name = signal.Signals(-code).name
+    advice = {
+        "SIGKILL": "; if memory ran out, close other programs",
+        "SIGILL": ": llama-cpp-python was compiled for another CPU; reinstall it on this one",
+    }
+    return f"killed by {name}{advice.get(name, '; please report the model')}"

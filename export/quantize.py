@@ -1,0 +1,182 @@
+"""A GGUF with smaller weights: llama.cpp quantizes, EdgeKV chooses what errors count and shows them.
+
+Everything native runs in a child process (edgekv.backends.quantizer), on a file whose header was checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+from edgekv.quant.presets import PRESETS, Preset, fell_back
+from edgekv.quant.tensor_error import RelativeError, StoredTensor, relative_error
+from numpy.typing import NDArray
+
+from edgekv.backends.quantizer import Quantizer
+from edgekv.convert.calibration import WINDOW, windows_from_files
+from edgekv.convert.norm_trick import is_folded
+from edgekv.errors import InputError, ModelFileError, UnsupportedError
+from edgekv.files import atomic_path
+from edgekv.gguf_check import read_header
+from edgekv.gguf_layout import GGUFHeader, TensorInfo
+from edgekv.source import Array
+from edgekv.tokenizer import Tokenizer
+
+Progress = Callable[[int, int], None]
+MAX_SEQUENCES = 16  # sampled side by side: more need more memory for caches
+NORMAL_TOKEN = 1  # gguf.TokenType.NORMAL
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """One quantized tensor. error: None where gguf-py cannot read the type. fell_back: see quant.presets."""
+
+    name: str
+    shape: tuple[int, ...]
+    before: str
+    after: str
+    nbytes_before: int
+    nbytes_after: int
+    fell_back: bool
+    error: RelativeError | None
+
+
+def quantizable_header(path: Path) -> GGUFHeader:
+    """The header of a file that may be handed to llama.cpp.
+
+    Raises:
+        ModelFileError: it is malformed.
+        UnsupportedError: it is one part of a model.
+    """
+    header = read_header(path)
+    if "general.architecture" not in header.metadata:
+        raise ModelFileError(f"{path}: key general.architecture is missing; export the file again")
+    splits = header.metadata.get("split.count", 1)
+    if isinstance(splits, int) and splits > 1:
+        raise UnsupportedError(
+            f"{path}: is one of {splits} parts of a model; join them with `llama-gguf-split --merge`"
+        )
+    return header
+
+
+def calibration_windows(
+    path: Path, texts: list[Path], n_tokens: int, seed: int, quantizer: Quantizer, progress: Progress
+) -> NDArray[np.int64]:
+    """Token windows (n, WINDOW) from text files, or sampled from the model where there are none.
+
+    Raises:
+        InputError: a text cannot be read, is too short, or n_tokens is not positive.
+        UnsupportedError: the tokenizer is of a kind that EdgeKV does not read.
+    """
+    if n_tokens < 1:
+        raise InputError("--calib-tokens takes a positive number; 8192 is the default")
+    header = read_header(path)
+    tokenizer = Tokenizer.from_metadata(header.metadata)
+    opening = tokenizer.encode("", add_special=True)[:1]  # models trained with it are lost without
+    if texts:
+        windows = windows_from_files(texts, tokenizer, n_tokens, seed)
+        windows[:, : len(opening)] = opening
+        return windows
+    trained = header.metadata.get(f"{header.metadata['general.architecture']}.context_length", WINDOW)
+    length = min(WINDOW, trained if isinstance(trained, int) else WINDOW)
+    n = max(1, n_tokens // length)
+    kinds = header.metadata.get("tokenizer.ggml.token_type")
+    plain = np.flatnonzero(np.asarray(kinds) == NORMAL_TOKEN) if isinstance(kinds, list) else len(tokenizer)
+    first = np.random.default_rng(seed).choice(plain, (n, 1))
+    prompts = np.concatenate([np.tile(np.asarray(opening, np.int64), (n, 1)), first], axis=1)
+    parts = []
+    for start in range(0, n, MAX_SEQUENCES):
+
+        def advance(done: int, total: int, start: int = start) -> None:
+            progress(start * total + done * len(prompts[start : start + MAX_SEQUENCES]), n * total)
+
+        parts.append(quantizer.sample(prompts[start : start + MAX_SEQUENCES], length, seed + start, advance))
+    return np.concatenate(parts)
+
+
+def quantize_gguf(
+    source: Path,
+    output: Path,
+    preset_name: str,
+    importance: Mapping[str, Array],
+    quantizer: Quantizer,
+    force: bool,
+    progress: Progress,
+) -> list[TensorReport]:
+    """Write `output` and compare it with `source`, tensor by tensor.
+
+    Raises:
+        InputError: the preset needs an importance matrix.
+        OutputError: the output cannot be written.
+        BackendError: llama.cpp refused the model or failed.
+    """
+    preset, header = PRESETS[preset_name], quantizable_header(source)
+    if preset.importance == "needed" and not importance:
+        raise InputError(f"{preset_name} is useless without an importance matrix; leave out --no-importance")
+    with atomic_path(output, force) as partial:
+        quantizer.quantize(
+            partial,
+            preset.file_type,
+            importance,
+            _kept(source, header),
+            lambda done, total: progress(done, 2 * total),  # then they are compared
+        )
+        return _compare(source, header, partial, preset, importance, progress)
+
+
+def _kept(source: Path, header: GGUFHeader) -> dict[str, int]:
+    """Tensors that keep their type: latent encoders folded for their norm, lost under f16 scales."""
+    folded = {}
+    for tensor in header.tensors:
+        if tensor.name.endswith("attn_kv_a_mqa.weight") and tensor.ggml_type in ("F32", "BF16"):
+            norm = next(t for t in header.tensors if t.name == tensor.name.replace("_mqa", "_norm"))
+            stored = _stored(np.memmap(source, np.uint8, "r"), tensor)
+            if is_folded(stored.rows(0, norm.dims[0])):
+                folded[tensor.name] = int(gguf.GGMLQuantizationType[tensor.ggml_type])
+    return folded
+
+
+def _compare(
+    source: Path,
+    header: GGUFHeader,
+    output: Path,
+    preset: Preset,
+    importance: Mapping[str, Array],
+    progress: Progress,
+) -> list[TensorReport]:
+    quantized = {tensor.name: tensor for tensor in read_header(output).tensors}
+    data_before, data_after = (np.memmap(path, np.uint8, "r") for path in (source, output))
+    reports = []
+    n = len(header.tensors)
+    for i, before in enumerate(header.tensors):
+        progress(n + i + 1, 2 * n)
+        if before.ggml_type == quantized[before.name].ggml_type:
+            continue
+        after = quantized[before.name]
+        try:
+            error = relative_error(
+                _stored(data_before, before), _stored(data_after, after), importance.get(before.name)
+            )
+        except NotImplementedError:
+            error = None
+        reports.append(
+            TensorReport(
+                name=before.name,
+                shape=before.dims[::-1],
+                before=before.ggml_type,
+                after=after.ggml_type,
+                nbytes_before=before.nbytes,
+                nbytes_after=after.nbytes,
+                fell_back=fell_back(preset, before.dims[0], after.ggml_type),
+                error=error,
+            )
+        )
+    return reports
+
+
+def _stored(data: NDArray[np.uint8], tensor: TensorInfo) -> StoredTensor:
+    rows = data[tensor.offset : tensor.offset + tensor.nbytes].reshape(int(np.prod(tensor.dims[1:])), -1)
+    return StoredTensor(rows, tensor.ggml_type, tensor.dims[0])
