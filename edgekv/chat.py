@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 from edgekv.errors import InputError
 from edgekv.generate import AnswerText, Finish, Generator, Step, Timings
+from edgekv.language import Language
 from edgekv.sampling import Sampler
 from edgekv.templates import ChatTemplate
-from edgekv.tokenizer import Tokenizer
 
 PRIVATE_USE = 0xF0000  # supplementary private use area A: stands for control tokens' names in rendered text
 
@@ -33,14 +33,14 @@ class Dropped:
 class PromptFormat:
     """Turns a conversation into tokens, by the model's chat template or, without one, end to end."""
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
+    def __init__(self, tokenizer: Language, template: ChatTemplate | None) -> None:
         self._tokenizer = tokenizer
         self._template = template
         first = tokenizer.encode("", add_special=True)[:1]
         self._bos = [token for token in first if token == tokenizer.bos_id]
 
     @classmethod
-    def of_model(cls, tokenizer: Tokenizer) -> PromptFormat:
+    def of_model(cls, tokenizer: Language) -> PromptFormat:
         """The format of the model's own chat template, if it has one.
 
         Raises:
@@ -217,5 +217,5 @@ def _sum(first: Timings, then: Timings) -> Timings:
     )
 
 
-def _name(tokenizer: Tokenizer, token: int | None) -> str:
+def _name(tokenizer: Language, token: int | None) -> str:
     return "" if token is None else tokenizer.token_bytes(token).decode("utf-8", "replace")

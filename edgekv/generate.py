@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from edgekv.backends.base import Backend, Interrupted
+from edgekv.language import Language, TokenStream
 from edgekv.sampling import Sampler
-from edgekv.tokenizer import Tokenizer
 
 # stop: a stop token or string; length: max_tokens; context: the cache is full; interrupted: by interrupt().
 Finish = Literal["stop", "length", "context", "interrupted"]
@@ -50,8 +50,8 @@ class Step:
 class AnswerText:
     """Text of a stream of tokens up to a stop string, which never shows even in part."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Collection[str] = ()) -> None:
-        self._stream = tokenizer.stream()
+    def __init__(self, tokenizer: Language, stop: Collection[str] = ()) -> None:
+        self._stream = TokenStream(tokenizer)
         self._stop = [text for text in stop if text]
         self._held = ""
         self.stopped = False
@@ -88,7 +88,7 @@ class Generator:
     """
 
     def __init__(
-        self, backend: Backend, tokenizer: Tokenizer, interrupt_backend: Callable[[], None] | None = None
+        self, backend: Backend, tokenizer: Language, interrupt_backend: Callable[[], None] | None = None
     ) -> None:
         self.backend = backend
         self.tokenizer = tokenizer

@@ -7,20 +7,19 @@ than merging by rank. Both give llama.cpp's tokens, every one: src/llama-vocab.c
 
 from __future__ import annotations
 
-import codecs
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from edgekv.bpe import ByteLevel, SentencePiece
 from edgekv.errors import ModelFileError, UnsupportedError
+from edgekv.language import TokenStream, without_surrogates
 from edgekv.pre_tokenize import PRE_TYPES
 from edgekv.vocab import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Vocab, read_vocab
 
 if TYPE_CHECKING:
     from edgekv.source import MetaValue
 
-_SURROGATES = re.compile("[\ud800-\udfff]")  # what is left of undecodable input
 _WHITESPACE = tuple(" \t\n\v\f\r")
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 
@@ -93,7 +92,7 @@ class Tokenizer:
             parse_special: read control tokens such as <|im_start|> in the text as such. Leave it off for
                 text that is not your own.
         """
-        text = _SURROGATES.sub("\ufffd", text)
+        text = without_surrogates(text)
         ids = [self.bos_id] if add_special and self._add_bos and self.bos_id is not None else []
         after_special = True
         for part in self._partition(text, parse_special):
@@ -167,25 +166,3 @@ def eats_space(vocab: Vocab, special: list[int], model_name: str) -> frozenset[i
         return frozenset()
     plain = ("<unk>", "<s>", "<|endoftext|>")
     return frozenset(i for i in special if vocab.texts[i] not in plain)
-
-
-class TokenStream:
-    """Gives text as soon as its bytes are complete UTF-8; together it is what `Tokenizer.decode` gives.
-
-    Only SentencePiece's leading space is kept: an answer continues a prompt.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, special: bool = False) -> None:
-        self._tokenizer = tokenizer
-        self._special = special
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token: int) -> str:
-        """The text that this token completes, often empty in the middle of an emoji."""
-        if self._tokenizer.is_control(token) and not self._special:
-            return ""
-        return self._decoder.decode(self._tokenizer.token_bytes(token))
-
-    def finish(self) -> str:
-        """What an incomplete last character leaves: U+FFFD or nothing."""
-        return self._decoder.decode(b"", final=True)

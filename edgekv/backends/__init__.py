@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgekv.backends.base import Backend
+    from edgekv.language import Language
 
 Kind = Literal["llama.cpp", "onnx", "reference"]
 KINDS: tuple[Kind, ...] = ("llama.cpp", "onnx", "reference")
@@ -67,6 +68,25 @@ def open_backend(
 
     source = open_source(path)
     return ReferenceBackend(source, n_ctx or min(source.spec.context_length, REFERENCE_N_CTX))
+
+
+def open_language(backend: Backend, path: Path) -> Language:
+    """The vocabulary of an opened model: llama.cpp's own, so that there is one copy, or else read from the file.
+
+    Raises:
+        ModelFileError: the file's vocabulary is unusable.
+        UnsupportedError: its kind is.
+    """
+    if backend.name == "llama.cpp":
+        from edgekv.backends.llamacpp import LlamaCppBackend
+
+        assert isinstance(backend, LlamaCppBackend)
+        return backend.language()
+    from edgekv.gguf_check import read_header
+    from edgekv.onnx_folder import language_file
+    from edgekv.tokenizer import Tokenizer
+
+    return Tokenizer.from_metadata(read_header(language_file(path)).metadata)
 
 
 def default_kind(path: Path) -> Kind:

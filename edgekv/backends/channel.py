@@ -31,6 +31,9 @@ class Op(enum.IntEnum):
     PREFILL = 1  # logits of the last token
     PREFILL_ALL = 2  # logits of every token, at most MAX_ROWS of them
     TRIM = 3  # the one "token" is the new n_past
+    LANGUAGE = 4  # what edgekv.language.Language tells of the model as a whole; answered in JSON
+    ENCODE = 5  # add_special, parse_special, then the text's UTF-8 bytes; answered in JSON
+    TOKEN = 6  # what one token stands for; answered in JSON
 
 
 class Status(enum.IntEnum):

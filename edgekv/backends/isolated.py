@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from edgekv.backends import Kind
 from edgekv.backends.base import Interrupted, require_room
 from edgekv.backends.channel import MAX_ROWS, ChannelClosed, Op, Pipe, SharedLogits, Status
 from edgekv.errors import BackendError
+from edgekv.language import without_surrogates
 from edgekv.source import Array
 
 CLOSE_TIMEOUT_S = 5.0
@@ -103,6 +105,23 @@ class IsolatedBackend:
     def cache_nbytes(self) -> int:
         return self._cache_nbytes
 
+    def language(self) -> EngineLanguage:
+        """The model's vocabulary, held by the child alone; it outlives a `restart`.
+
+        Raises:
+            ModelFileError: the file's vocabulary is unusable.
+            UnsupportedError: its kind is.
+        """
+        return EngineLanguage(self)
+
+    def ask(self, op: Op, numbers: Sequence[int]) -> Any:
+        """The child's JSON answer to an operation on texts.
+
+        Raises:
+            BackendError: the engine failed, or its process died.
+        """
+        return json.loads(self._call(op, numbers))
+
     def peak_rss_nbytes(self) -> int | None:
         """The child's largest resident memory so far; None where the system does not tell."""
         return peak_rss_nbytes(self.pid)
@@ -158,13 +177,13 @@ class IsolatedBackend:
         self._cache_nbytes: int = about["cache_nbytes"]
         self._shared.map_rows(self.n_vocab)
 
-    def _call(self, op: Op, numbers: Sequence[int]) -> None:
+    def _call(self, op: Op, numbers: Sequence[int]) -> str:
         if self._process is None:
             raise BackendError("the engine is closed")
         self._calling = True
         try:
             self._pipe.send_request(op, numbers)
-            self._receive()
+            return self._receive()
         except ChannelClosed:
             raise BackendError(self._cause_of_death()) from None
         finally:
@@ -195,6 +214,40 @@ class IsolatedBackend:
         lines = [line.strip() for line in self._output.read().decode("utf-8", "replace").splitlines()]
         last = "; ".join([line for line in lines if line][-2:])
         return f"the engine's process died: {_meaning(code)}" + (f" [{last}]" if last else "")
+
+
+class EngineLanguage:
+    """edgekv.language.Language of the model that an isolated engine runs."""
+
+    def __init__(self, engine: IsolatedBackend) -> None:
+        self._engine = engine
+        about = engine.ask(Op.LANGUAGE, ())
+        self.chat_template: str | None = about["chat_template"]
+        self.bos_id: int | None = about["bos_id"]
+        self.eos_id: int | None = about["eos_id"]
+        self.stop_ids: frozenset[int] = frozenset(about["stop_ids"])
+        self._seen: dict[int, tuple[bytes, bool]] = {}
+
+    def encode(self, text: str, add_special: bool = False, parse_special: bool = False) -> list[int]:
+        """Tokens of a text; raises BackendError if the engine's process died."""
+        numbers = [int(add_special), int(parse_special), *without_surrogates(text).encode()]
+        return [int(token) for token in self._engine.ask(Op.ENCODE, numbers)]
+
+    def token_bytes(self, token: int) -> bytes:
+        """Bytes that a token stands for."""
+        return self._token(token)[0]
+
+    def is_control(self, token: int) -> bool:
+        """Whether the token steers the model and is not part of the text."""
+        return self._token(token)[1]
+
+    def _token(self, token: int) -> tuple[bytes, bool]:
+        if token not in self._seen:
+            if not 0 <= token < self._engine.n_vocab:
+                raise IndexError(f"token {token} is outside the vocabulary of {self._engine.n_vocab}")
+            text, control = self._engine.ask(Op.TOKEN, [token])
+            self._seen[token] = text.encode("latin-1"), bool(control)
+        return self._seen[token]
 
 
 def peak_rss_nbytes(pid: int) -> int | None:

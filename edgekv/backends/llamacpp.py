@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from edgekv.backends.base import Interrupted, require_room
+from edgekv.backends.llama_language import LlamaLanguage
 from edgekv.backends.llama_native import (
     LOG,
     abort_callback,
@@ -173,6 +174,10 @@ class LlamaCppBackend:
 
     def cache_nbytes(self) -> int:
         return self._cache_nbytes
+
+    def language(self) -> LlamaLanguage:
+        """The model's vocabulary, as the engine holds it; closed with this."""
+        return LlamaLanguage(self._api, self._model)
 
     def perf(self) -> EnginePerf:
         """Times and token counts since opening (llama_perf_context)."""

@@ -6,14 +6,16 @@ open_backend's arguments.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
 
-from edgekv.backends import open_backend
+from edgekv.backends import open_backend, open_language
 from edgekv.backends.base import Backend, Interrupted
 from edgekv.backends.channel import ChannelClosed, Op, Pipe, SharedLogits, Status
 from edgekv.errors import BackendError, EdgeKVError
+from edgekv.language import Language
 
 PIECE = 512  # tokens between two looks at the abort flag, for engines that cannot look themselves
 
@@ -21,8 +23,10 @@ PIECE = 512  # tokens between two looks at the abort flag, for engines that cann
 def main(read_fd: int, write_fd: int, memory_fd: int, config: str) -> None:
     """Open the engine, tell what it is, serve requests."""
     pipe, shared = Pipe(read_fd, write_fd), SharedLogits(memory_fd)
+    options = json.loads(config)
+    path = Path(options.pop("path"))
     try:
-        backend = _open(json.loads(config), shared)
+        backend = open_backend(path, abort_flag=shared.abort_flag, **options)
     except Exception as error:
         pipe.send_reply(Status.ERROR, 0, _describe(error))
         return
@@ -34,20 +38,46 @@ def main(read_fd: int, write_fd: int, memory_fd: int, config: str) -> None:
         "cache_nbytes": backend.cache_nbytes(),
     }
     pipe.send_reply(Status.OK, 0, json.dumps(about))
+    server = _Server(path, pipe, backend, shared)
     try:
         while True:
-            _serve(*pipe.receive_request(), pipe, backend, shared)
+            server.serve(*pipe.receive_request())
     except ChannelClosed:
         backend.close()
 
 
-def _open(config: dict[str, object], shared: SharedLogits) -> Backend:
-    path = Path(str(config.pop("path")))
-    return open_backend(path, abort_flag=shared.abort_flag, **config)  # type: ignore[arg-type]
+class _Server:
+    """Answers one request after the other."""
 
+    def __init__(self, path: Path, pipe: Pipe, backend: Backend, shared: SharedLogits) -> None:
+        self._path = path
+        self._pipe = pipe
+        self._backend = backend
+        self._shared = shared
 
-def _serve(op: Op, numbers: list[int], pipe: Pipe, backend: Backend, shared: SharedLogits) -> None:
-    try:
+    def serve(self, op: Op, numbers: list[int]) -> None:
+        """Do it and reply.
+
+        Raises:
+            ChannelClosed: nobody waits for the reply.
+        """
+        try:
+            text = (
+                self._text(op, numbers)
+                if op in (Op.LANGUAGE, Op.ENCODE, Op.TOKEN)
+                else self._run(op, numbers)
+            )
+            self._pipe.send_reply(Status.OK, self._backend.n_past, text)
+        except Interrupted:
+            self._shared.set_abort(False)
+            self._pipe.send_reply(Status.INTERRUPTED, self._backend.n_past)
+        except ChannelClosed:
+            raise
+        except Exception as error:
+            self._pipe.send_reply(Status.ERROR, self._backend.n_past, _describe(error))
+
+    def _run(self, op: Op, numbers: list[int]) -> str:
+        backend, shared = self._backend, self._shared
         if op is Op.TRIM:
             backend.trim(numbers[0])
         elif op is Op.PREFILL_ALL:
@@ -60,14 +90,30 @@ def _serve(op: Op, numbers: list[int], pipe: Pipe, backend: Backend, shared: Sha
                     raise Interrupted
                 logits = backend.prefill(numbers[start : start + PIECE])
             shared.write(logits)
-        pipe.send_reply(Status.OK, backend.n_past)
-    except Interrupted:
-        shared.set_abort(False)
-        pipe.send_reply(Status.INTERRUPTED, backend.n_past)
-    except ChannelClosed:
-        raise
-    except Exception as error:
-        pipe.send_reply(Status.ERROR, backend.n_past, _describe(error))
+        return ""
+
+    @functools.cached_property
+    def _language(self) -> Language:
+        return open_language(self._backend, self._path)
+
+    def _text(self, op: Op, numbers: list[int]) -> str:
+        language = self._language
+        if op is Op.ENCODE:
+            text = bytes(numbers[2:]).decode()
+            return json.dumps(
+                language.encode(text, add_special=bool(numbers[0]), parse_special=bool(numbers[1]))
+            )
+        if op is Op.TOKEN:
+            shown = language.token_bytes(numbers[0]).decode("latin-1")
+            return json.dumps([shown, language.is_control(numbers[0])])
+        return json.dumps(
+            {
+                "chat_template": language.chat_template,
+                "bos_id": language.bos_id,
+                "eos_id": language.eos_id,
+                "stop_ids": sorted(language.stop_ids),
+            }
+        )
 
 
 def _describe(error: Exception) -> str:

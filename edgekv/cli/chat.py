@@ -16,7 +16,7 @@ from edgekv.spec import CACHE_BLOCKS
 if TYPE_CHECKING:
     from edgekv.backends.isolated import IsolatedBackend
     from edgekv.chat import ChatSession, PromptFormat
-    from edgekv.tokenizer import Tokenizer
+    from edgekv.language import Language
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -89,11 +89,12 @@ def command(
     from edgekv.sampling import Sampler, SamplingParams
 
     sampler = Sampler(SamplingParams(**sampling))
-    tokenizer, prompt_format = read_language(model, use_template=not no_template)
     engine = IsolatedBackend(model, backend, n_ctx=ctx_size, cache_type=cache_type, n_threads=threads)
     with contextlib.closing(engine):
+        language = engine.language()
+        prompt_format = read_format(model, language, use_template=not no_template)
         session = ChatSession(
-            Generator(engine, tokenizer, engine.interrupt),
+            Generator(engine, language, engine.interrupt),
             prompt_format,
             sampler,
             system=system,
@@ -110,19 +111,15 @@ def command(
         Repl(session, engine, model.name, always_stats=stats).run()
 
 
-def read_language(model: Path, use_template: bool) -> tuple[Tokenizer, PromptFormat]:
-    """The model file's tokenizer and prompt format."""
+def read_format(model: Path, language: Language, use_template: bool) -> PromptFormat:
+    """The model's prompt format."""
     from edgekv.chat import PromptFormat
     from edgekv.errors import ModelFileError
-    from edgekv.gguf_check import read_header
-    from edgekv.onnx_folder import language_file
-    from edgekv.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.from_metadata(read_header(language_file(model)).metadata)
     if not use_template:
-        return tokenizer, PromptFormat(tokenizer, None)
+        return PromptFormat(language, None)
     try:
-        return tokenizer, PromptFormat.of_model(tokenizer)
+        return PromptFormat.of_model(language)
     except ModelFileError as error:
         raise ModelFileError(f"{model}: {error}; go on without it with --no-template") from error
 

@@ -15,6 +15,8 @@ from edgekv.backends.base import Interrupted
 from edgekv.backends.channel import MAX_ROWS
 from edgekv.backends.isolated import IsolatedBackend
 from edgekv.errors import BackendError, InputError, ModelFileError
+from edgekv.gguf_check import read_header
+from edgekv.tokenizer import Tokenizer
 
 TEXT = [1, 4093, 198, 504, 2120, 282, 253, 1165, 2391, 3542, 314, 1343, 28, 284, 357, 314, 6104, 30]
 
@@ -105,3 +107,24 @@ def test_close_ends_the_child(smollm2: Path) -> None:
         os.kill(pid, 0)
     with pytest.raises(BackendError, match="closed"):
         backend.decode(1)
+
+
+def test_the_childs_vocabulary_is_the_files(smollm2: Path, backend: IsolatedBackend) -> None:
+    ours, theirs = Tokenizer.from_metadata(read_header(smollm2).metadata), backend.language()
+    for name in ("chat_template", "bos_id", "eos_id", "stop_ids"):
+        assert getattr(theirs, name) == getattr(ours, name)
+    some = [*range(0, len(ours), 97), *ours.stop_ids]
+    assert [theirs.token_bytes(i) for i in some] == [ours.token_bytes(i) for i in some]
+    assert [theirs.is_control(i) for i in some] == [ours.is_control(i) for i in some]
+    for text in ("", "A <|im_end|> b\n", "naïve 🙂\ud800\0", "word " * 3000):
+        for parse in (False, True):
+            assert theirs.encode(text, True, parse) == ours.encode(text, True, parse)
+    with pytest.raises(IndexError):
+        theirs.token_bytes(len(ours))
+
+
+def test_an_engine_without_a_vocabulary_of_its_own_reads_the_files(smollm2: Path) -> None:
+    tokenizer = Tokenizer.from_metadata(read_header(smollm2).metadata)
+    engine = IsolatedBackend(smollm2, "reference", n_ctx=8)
+    assert engine.language().encode("one two", parse_special=True) == tokenizer.encode("one two")
+    engine.close()
