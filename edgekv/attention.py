@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from edgekv.cache.store import KVCache
-from edgekv.ops import apply_rope, per_head, rms_norm
+from edgekv.ops import apply_rope, per_head, rms_norm, softcap
 from edgekv.source import Array
 from edgekv.spec import GQA, MLA
 
@@ -20,10 +20,11 @@ MLAForm = Literal["absorbed", "naive"]
 QUERY_CHUNK = 64  # query rows at once: their scores stay in L2, and most of the masked triangle is skipped
 
 
-def attend(q: Array, k: Array, v: Array, scale: float) -> Array:
+def attend(q: Array, k: Array, v: Array, scale: float, window: int = 0, cap: float = 0.0) -> Array:
     """Causal attention. q (T, H, K), k (G, S, K), v (G, S, V) -> (T, H, V).
 
     The T queries are the last T of the S cached tokens. Query heads share KV heads in blocks of H/G.
+    With a `window` each sees only so many tokens, itself included; `cap` softcaps the scores.
     """
     n_tokens, n_heads, head_dim = q.shape
     n_groups, n_cached, _ = k.shape
@@ -36,9 +37,14 @@ def attend(q: Array, k: Array, v: Array, scale: float) -> Array:
         stop = min(start + QUERY_CHUNK, n_tokens)
         rows, visible = stop - start, first + stop
         chunk = queries[:, :, start:stop].reshape(n_groups, group * rows, head_dim)
-        scores = chunk @ keys[:, :, :visible]  # (G, H/G * rows, visible)
+        scores = np.asarray(chunk @ keys[:, :, :visible], dtype=np.float32)  # (G, H/G * rows, visible)
+        if cap:
+            scores = softcap(scores, cap)
         future = np.triu(np.full((rows, rows), -np.inf, np.float32), 1)
         scores.reshape(n_groups, group, rows, visible)[..., visible - rows :] += future
+        if window:
+            age = np.arange(first + start, visible)[:, None] - np.arange(visible)
+            scores.reshape(n_groups, group, rows, visible)[..., age >= window] = -np.inf
         scores -= scores.max(axis=-1, keepdims=True)
         np.exp(scores, out=scores)
         mixed = scores @ v[:, :visible]
@@ -49,16 +55,22 @@ def attend(q: Array, k: Array, v: Array, scale: float) -> Array:
     return out
 
 
-def gqa_attention(x: Array, w: Weights, spec: GQA, cache: KVCache, layer: int) -> Array:
-    """Grouped-query attention (arXiv 2305.13245)."""
+def gqa_attention(x: Array, w: Weights, spec: GQA, cache: KVCache, layer: int, eps: float = 1e-6) -> Array:
+    """Grouped-query attention (arXiv 2305.13245); `eps` is that of QK-norm."""
     n_tokens = x.shape[0]
     positions = np.arange(cache.n_past, cache.n_past + n_tokens)
-    q = (x @ w["attn_q.weight"].T).reshape(n_tokens, spec.n_heads, spec.head_dim)
-    k = (x @ w["attn_k.weight"].T).reshape(n_tokens, spec.n_kv_heads, spec.head_dim)
-    v = (x @ w["attn_v.weight"].T).reshape(n_tokens, spec.n_kv_heads, spec.head_dim)
-    q = apply_rope(q, positions, spec.rope)
-    keys, values = cache.append(layer, apply_rope(k, positions, spec.rope), v)
-    mixed = attend(q, keys, values, spec.head_dim**-0.5)
+
+    def heads(kind: str, n_heads: int) -> Array:
+        flat = x @ w[f"attn_{kind}.weight"].T
+        if spec.bias:
+            flat += w[f"attn_{kind}.bias"]
+        split: Array = flat.reshape(n_tokens, n_heads, spec.head_dim)
+        return rms_norm(split, w[f"attn_{kind}_norm.weight"], eps) if spec.qk_norm and kind != "v" else split
+
+    q = apply_rope(heads("q", spec.n_heads), positions, spec.rope)
+    k = apply_rope(heads("k", spec.n_kv_heads), positions, spec.rope)
+    keys, values = cache.append(layer, k, heads("v", spec.n_kv_heads))
+    mixed = attend(q, keys, values, spec.score_scale, spec.window, spec.softcap)
     return mixed.reshape(n_tokens, -1) @ w["attn_output.weight"].T
 
 
@@ -83,7 +95,7 @@ def mla_attention(
     rows, latents = cache.append(layer, row, None)  # (1, S, R + P), (1, S, R)
 
     k_b, v_b = w["attn_k_b.weight"], w["attn_v_b.weight"]  # (H, R, N), (H, V, R)
-    scale = spec.head_dim**-0.5
+    scale = spec.score_scale
     if form == "absorbed":
         q_latent = per_head(q_nope, k_b)
         mixed = attend(np.concatenate([q_latent, q_rope], axis=-1), rows, latents, scale)  # (T, H, R)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from edgekv.errors import ModelFileError, UnsupportedError
 from edgekv.gguf_check import read_header
 from edgekv.gguf_layout import TensorInfo
-from edgekv.gguf_spec import ROPE_FACTORS, spec_from_gguf, with_rope_factors
+from edgekv.gguf_spec import ROPE_FACTORS, ROPE_FREQS, spec_from_gguf, with_rope_factors
 from edgekv.source import Array, Metadata
 from edgekv.spec import ModelSpec
 
@@ -19,7 +19,7 @@ from edgekv.spec import ModelSpec
 class GGUFSource:
     """A mapped GGUF file of one of edgekv.gguf_spec.ARCHITECTURES, its tensors under the file's own names.
 
-    For minicpm3 and plm, edgekv.source.open_source gives the canonical ones.
+    Where those are not the canonical ones, edgekv.source.open_source gives these.
 
     The header is read by edgekv.gguf_check: gguf-py's own reader makes an array of every token and merge,
     which takes seconds and 100 MB and more.
@@ -36,8 +36,9 @@ class GGUFSource:
         self._tensors = {tensor.name: tensor for tensor in header.tensors}
         self._spec = spec_from_gguf(self._metadata, {n: self.shape(n) for n in self._tensors}, path)
         self._data: NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r")
-        if ROPE_FACTORS[0] in self._tensors:
-            self._spec = with_rope_factors(self._spec, self.load(ROPE_FACTORS[0]).tolist())
+        for name in (ROPE_FREQS, ROPE_FACTORS[0]):
+            if name in self._tensors:
+                self._spec = with_rope_factors(self._spec, self.load(name).tolist())
 
     @property
     def spec(self) -> ModelSpec:

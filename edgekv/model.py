@@ -8,7 +8,8 @@ import numpy as np
 
 from edgekv.attention import MLAForm, gqa_attention, mla_attention
 from edgekv.cache.store import KVCache
-from edgekv.ops import relu_squared, rms_norm, swiglu
+from edgekv.experts import expert_feed_forward
+from edgekv.ops import geglu, relu_squared, rms_norm, softcap, swiglu
 from edgekv.source import Array, TensorSource
 from edgekv.spec import MLA, FFNKind, ModelSpec
 
@@ -27,26 +28,33 @@ def block_forward(
     x: Array, w: BlockWeights, spec: ModelSpec, layer: int, cache: KVCache, form: MLAForm = "absorbed"
 ) -> Array:
     """One pre-norm transformer block on hidden states x (T, D)."""
-    attention, scale = spec.layers[layer].attention, np.float32(spec.residual_scale)
-    normed = rms_norm(x, w["attn_norm.weight"], spec.norm_eps)
-    if isinstance(attention, MLA):
-        x = x + scale * mla_attention(normed, w, attention, spec.norm_eps, cache, layer, form)
+    here, scale, eps = spec.layers[layer], np.float32(spec.residual_scale), spec.norm_eps
+    normed = rms_norm(x, w["attn_norm.weight"], eps)
+    if isinstance(here.attention, MLA):
+        mixed = mla_attention(normed, w, here.attention, eps, cache, layer, form)
     else:
-        x = x + scale * gqa_attention(normed, w, attention, cache, layer)
-    return x + scale * feed_forward(
-        rms_norm(x, w["ffn_norm.weight"], spec.norm_eps), w, spec.layers[layer].ffn
-    )
+        mixed = gqa_attention(normed, w, here.attention, cache, layer, eps)
+    if here.post_norms:
+        mixed = rms_norm(mixed, w["post_attention_norm.weight"], eps)
+    x = x + scale * mixed
+    normed = rms_norm(x, w["ffn_norm.weight"], eps)
+    fed = expert_feed_forward(normed, w, here.experts) if here.experts else feed_forward(normed, w, here.ffn)
+    if here.post_norms:
+        fed = rms_norm(fed, w["post_ffw_norm.weight"], eps)
+    return x + scale * fed
 
 
 def feed_forward(x: Array, w: BlockWeights, kind: FFNKind) -> Array:
     """The block's feed-forward on normed x (T, D)."""
     if kind == "relu_squared":
         return relu_squared(x, w["ffn_up.weight"], w["ffn_down.weight"])
+    if kind == "geglu":
+        return geglu(x, w["ffn_gate.weight"], w["ffn_up.weight"], w["ffn_down.weight"])
     return swiglu(x, w["ffn_gate.weight"], w["ffn_up.weight"], w["ffn_down.weight"])
 
 
 class ReferenceModel:
-    """A dense decoder (GQA or MLA), all weights in float32 memory.
+    """A decoder (GQA or MLA), all weights in float32 memory.
 
     `form` picks how MLA is computed; see edgekv.attention.mla_attention.
     """
@@ -72,4 +80,5 @@ class ReferenceModel:
 
     def logits(self, hidden: Array) -> Array:
         """Hidden states (..., D) to logits (..., vocab)."""
-        return np.asarray((hidden * np.float32(self.spec.logit_scale)) @ self._head.T, dtype=np.float32)
+        logits = (hidden * np.float32(self.spec.logit_scale)) @ self._head.T
+        return softcap(np.asarray(logits, dtype=np.float32), self.spec.logit_softcap)

@@ -6,11 +6,13 @@ G KV heads, K head dim, R latent rank, P rope dims, N no-rope dims, V value dims
 
 from __future__ import annotations
 
+from math import ceil, floor, log, pi
+
 import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.source import Array
-from edgekv.spec import RopeSpec
+from edgekv.spec import RopeSpec, Yarn
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
@@ -28,25 +30,56 @@ def swiglu(x: Array, gate: Array, up: Array, down: Array) -> Array:
     return np.asarray(g @ down.T, dtype=np.float32)
 
 
+def geglu(x: Array, gate: Array, up: Array, down: Array) -> Array:
+    """GeGLU feed-forward (arXiv 2002.05202) with the tanh form of GELU. Shapes as in `swiglu`."""
+    g = x @ gate.T
+    inner = np.float32(np.sqrt(2 / np.pi)) * (g + np.float32(0.044715) * g**3)
+    g *= 0.5 * (1.0 + np.tanh(inner))
+    g *= x @ up.T
+    return np.asarray(g @ down.T, dtype=np.float32)
+
+
+def softcap(x: Array, cap: float) -> Array:
+    """cap * tanh(x / cap): values stay within +-cap (arXiv 2408.00118, section 2); 0 leaves x alone."""
+    return np.asarray(np.tanh(x / np.float32(cap)) * np.float32(cap), dtype=np.float32) if cap else x
+
+
 def relu_squared(x: Array, up: Array, down: Array) -> Array:
     """Squared-ReLU feed-forward (arXiv 2109.08668). x (T, D); up (F, D); down (D, F)."""
     return np.asarray(np.square(np.maximum(x @ up.T, 0.0)) @ down.T, dtype=np.float32)
 
 
 def inverse_frequencies(rope: RopeSpec) -> NDArray[np.float64]:
-    """theta^(-2j/P) / factor_j of each pair, (P/2,)."""
+    """theta^(-2j/P) / factor_j of each pair, (P/2,); with YaRN the ramp of arXiv 2309.00071, eq. 21-23."""
     inv_freq = rope.theta ** (-np.arange(0, rope.dim, 2, dtype=np.float64) / rope.dim)
-    return inv_freq / np.asarray(rope.factors) if rope.factors else inv_freq
+    if rope.factors:
+        inv_freq = inv_freq / np.asarray(rope.factors)
+    return _yarn(inv_freq, rope, rope.yarn) if rope.yarn else inv_freq
+
+
+def _yarn(inv_freq: NDArray[np.float64], rope: RopeSpec, yarn: Yarn) -> NDArray[np.float64]:
+    """Ramp bounds are rounded outwards, as transformers and ggml_rope_yarn_corr_dims have them."""
+
+    def pair_that_turns(times: float) -> float:
+        return rope.dim * log(yarn.original_context / (times * 2 * pi)) / (2 * log(rope.theta))
+
+    low = max(floor(pair_that_turns(yarn.beta_fast)), 0)
+    high = min(ceil(pair_that_turns(yarn.beta_slow)), rope.dim - 1)
+    ramp = np.clip((np.arange(rope.dim // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
+    return np.asarray(inv_freq * (1 - ramp) + inv_freq / yarn.factor * ramp)
 
 
 def rope_tables(positions: NDArray[np.int64], rope: RopeSpec) -> tuple[Array, Array]:
-    """cos and sin of position * inverse frequency, each (T, P/2)."""
+    """cos and sin of position * inverse frequency, times the magnitude, each (T, P/2)."""
     angle = positions[:, None] * inverse_frequencies(rope)[None, :]
-    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    cos, sin = np.cos(angle) * rope.magnitude, np.sin(angle) * rope.magnitude
+    return cos.astype(np.float32), sin.astype(np.float32)
 
 
 def apply_rope(x: Array, positions: NDArray[np.int64], rope: RopeSpec) -> Array:
     """Rotate the first rope.dim dims of x (T, heads, dims) by position (arXiv 2104.09864, eq. 34)."""
+    if not rope.dim:
+        return x
     cos, sin = (table[:, None, :] for table in rope_tables(positions, rope))
     out = x.copy()
     if rope.layout == "interleaved":

@@ -110,15 +110,17 @@ class LazySource:
 
 
 def open_source(path: Path) -> TensorSource:
-    """Open a model: today a GGUF file.
+    """Open a model: a GGUF file, or a Hugging Face folder of config.json, safetensors and tokenizer.json.
 
     Raises:
-        ModelFileError: the file is malformed.
+        ModelFileError: a file is missing or malformed.
         UnsupportedError: its architecture is not handled.
     """
-    from edgekv.gguf_source import GGUFSource
-    from edgekv.gguf_spec import JOINT_KV_B
-    from edgekv.joint_kv import split_joint_kv
+    if path.is_dir():
+        from edgekv.hf.source import HFSource
 
-    source = GGUFSource(path)
-    return split_joint_kv(source) if source.spec.arch in JOINT_KV_B else source
+        return HFSource(path)
+    from edgekv.gguf_source import GGUFSource
+    from edgekv.joint_kv import canonical
+
+    return canonical(GGUFSource(path))

@@ -47,28 +47,63 @@ RopeLayout = Literal["interleaved", "half"]
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """YaRN (arXiv 2309.00071): slow frequencies are divided by `factor`, fast ones kept, with a ramp between.
+
+    The ramp lies between the pairs that turn `beta_fast` and `beta_slow` times in `original_context` tokens.
+    """
+
+    factor: float
+    original_context: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+
+@dataclass(frozen=True)
 class RopeSpec:
-    """Rotary embedding of one attention (arXiv 2104.09864).
+    """Rotary embedding of one attention (arXiv 2104.09864); `dim` 0 for an attention without positions.
 
     `layout` says which two dims form a pair: "interleaved" (2j, 2j+1; llama.cpp's NORM) or
     "half" (j, j + dim/2; llama.cpp's NEOX). `factors` divide each pair's frequency (LongRoPE,
-    arXiv 2402.13753); empty for none.
+    arXiv 2402.13753; Llama 3's scaling); empty for none. `magnitude` multiplies what is rotated.
     """
 
     theta: float
     dim: int
     layout: RopeLayout = "interleaved"
     factors: tuple[float, ...] = ()
+    yarn: Yarn | None = None
+    magnitude: float = 1.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether theta alone sets the frequencies."""
+        return not self.factors and self.yarn is None and self.magnitude == 1.0
 
 
 @dataclass(frozen=True)
 class GQA:
-    """Grouped-query attention (arXiv 2305.13245); MHA when n_kv_heads == n_heads."""
+    """Grouped-query attention (arXiv 2305.13245); MHA when n_kv_heads == n_heads.
+
+    bias: queries, keys and values have one. qk_norm: each head's query and key pass RMSNorm before RoPE.
+    window: tokens each query sees, itself included; 0 for all. scale: of the scores, 0 for 1/sqrt(head_dim).
+    softcap: c of c * tanh(score / c), 0 for none (arXiv 2408.00118, section 2).
+    """
 
     n_heads: int
     n_kv_heads: int
     head_dim: int
     rope: RopeSpec
+    bias: bool = False
+    qk_norm: bool = False
+    window: int = 0
+    scale: float = 0.0
+    softcap: float = 0.0
+
+    @property
+    def score_scale(self) -> float:
+        """What every score is multiplied by."""
+        return self.scale or self.head_dim**-0.5
 
     @property
     def kind(self) -> str:
@@ -93,7 +128,8 @@ class GQA:
 class MLA:
     """Multi-head latent attention (arXiv 2405.04434, section 2.1); V is a view of the latent.
 
-    With a `q_lora_rank` the queries come through a normed bottleneck of that width.
+    With a `q_lora_rank` the queries come through a normed bottleneck of that width. scale: of the scores,
+    0 for 1/sqrt(head_dim).
     """
 
     n_heads: int
@@ -102,6 +138,12 @@ class MLA:
     value_dim: int
     rope: RopeSpec
     q_lora_rank: int = 0
+    scale: float = 0.0
+
+    @property
+    def score_scale(self) -> float:
+        """What every score is multiplied by."""
+        return self.scale or self.head_dim**-0.5
 
     @property
     def kind(self) -> str:
@@ -128,19 +170,46 @@ class MLA:
 
 
 AttentionSpec = GQA | MLA
-FFNKind = Literal["swiglu", "relu_squared"]
+FFNKind = Literal["swiglu", "geglu", "relu_squared"]
+Gating = Literal["softmax", "sigmoid"]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of SwiGLU experts beside shared ones that see every token (arXiv 2401.06066, 2412.19437).
+
+    count: routed experts, of which each token gets `used`, drawn from the best `used_groups` of `groups`.
+    dim: width of an expert; the shared ones are one of `shared * dim`. gating: from router scores to weights.
+    norm_weights: the chosen weights sum to 1, before `scale`. bias: added to weights for the choice alone.
+    """
+
+    count: int
+    used: int
+    dim: int
+    shared: int
+    gating: Gating = "softmax"
+    norm_weights: bool = False
+    scale: float = 1.0
+    bias: bool = False
+    groups: int = 1
+    used_groups: int = 1
+    group_score_of: int = 2  # a group counts for the sum of so many of its best
 
 
 @dataclass(frozen=True)
 class LayerSpec:
     """One transformer block: its attention, and the width and kind of its feed-forward.
 
-    "swiglu" is arXiv 2002.05202; "relu_squared" has no gate (arXiv 2109.08668).
+    "swiglu" and "geglu" are arXiv 2002.05202; "relu_squared" has no gate (arXiv 2109.08668). With `experts`
+    the feed-forward is theirs and ffn_dim means nothing. post_norms: what attention and feed-forward give is
+    normed before it is added (arXiv 2408.00118).
     """
 
     attention: AttentionSpec
     ffn_dim: int
     ffn: FFNKind = "swiglu"
+    post_norms: bool = False
+    experts: Experts | None = None
 
 
 @dataclass(frozen=True)
@@ -148,7 +217,7 @@ class ModelSpec:
     """A decoder-only transformer.
 
     The scales multiply token embeddings, what each attention and feed-forward adds to the residual stream,
-    and the logits (as MiniCPM has it, arXiv 2404.06395, appendix A).
+    and the logits (as MiniCPM has it, arXiv 2404.06395, appendix A). logit_softcap: c of c * tanh(logit / c).
     """
 
     arch: str
@@ -162,6 +231,7 @@ class ModelSpec:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    logit_softcap: float = 0.0
 
     @property
     def n_layers(self) -> int:
@@ -175,3 +245,32 @@ class ModelSpec:
     def cache_values(self) -> int:
         """Values that all layers together cache for one token."""
         return sum(layer.attention.cache_values for layer in self.layers)
+
+    @property
+    def peculiarities(self) -> tuple[str, ...]:
+        """What sets the model apart from a plain Llama (or a plain dense MLA), in words.
+
+        Code that knows only the plain block has to refuse a model with any of these.
+        """
+        layers = set(self.layers)
+        attentions = [layer.attention for layer in layers]
+        gqa = [attention for attention in attentions if isinstance(attention, GQA)]
+        ropes = [attention.rope for attention in attentions]
+        scales = (self.embedding_scale, self.residual_scale, self.logit_scale)
+        found = {
+            "biases on queries, keys and values": any(a.bias for a in gqa),
+            "QK-norm": any(a.qk_norm for a in gqa),
+            "a sliding window": any(a.window for a in gqa),
+            "attention softcapping": any(a.softcap for a in gqa),
+            "a score scale of its own": any(a.scale for a in attentions),
+            "layers without RoPE": any(not rope.dim for rope in ropes),
+            "scaled RoPE frequencies": any(not rope.is_plain for rope in ropes),
+            "layers that differ": len(layers) > 1,
+            "low-rank queries": any(isinstance(a, MLA) and a.q_lora_rank for a in attentions),
+            "another feed-forward than SwiGLU": any(layer.ffn != "swiglu" for layer in layers),
+            "norms after attention and feed-forward": any(layer.post_norms for layer in layers),
+            "experts": any(layer.experts for layer in layers),
+            "scaled embeddings, residuals or logits": any(scale != 1.0 for scale in scales),
+            "logit softcapping": bool(self.logit_softcap),
+        }
+        return tuple(name for name, there in found.items() if there)

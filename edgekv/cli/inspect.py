@@ -62,7 +62,9 @@ def describe(source: TensorSource) -> dict[str, Any]:
         "quantization": {kind: count for kind, count in mix.most_common()},
         "shape": _attention_shape(spec),
         "cache": _cache(spec),
+        "peculiarities": list(spec.peculiarities),
         "could_become": _targets(spec),
+        "obstacle": _obstacle(spec),
         "made_by": {key: value for key, value in source.metadata.items() if key.startswith("edgekv.")},
     }
 
@@ -97,14 +99,22 @@ def _cache(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+def _obstacle(spec: ModelSpec) -> str | None:
+    from edgekv.convert.obstacles import obstacle
+    from edgekv.spec import GQA
+
+    return obstacle(spec) if isinstance(spec.layers[0].attention, GQA) else None
+
+
 def _targets(spec: ModelSpec) -> list[dict[str, Any]]:
-    """The latents that `convert --target` would choose; none for a model that has one."""
+    """The latents that `convert --target` would choose; none for a model that cannot be converted."""
+    from edgekv.convert.obstacles import obstacle
     from edgekv.convert.target import choose_rank
     from edgekv.errors import InputError
     from edgekv.spec import GQA
 
     attention = spec.layers[0].attention
-    if not isinstance(attention, GQA):
+    if not isinstance(attention, GQA) or obstacle(spec):
         return []
     found = []
     for target in TARGETS:
@@ -155,5 +165,7 @@ def _show(found: dict[str, Any]) -> None:
                 f"{row['kept']:.0%}",
             )
         console.print(table)
+    if found["obstacle"]:
+        console.print(found["obstacle"], highlight=False)
     for key, value in found["made_by"].items():
         console.print(f"{key}: {value}", highlight=False)

@@ -9,28 +9,40 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekv.attention import attend
 from edgekv.convert.layer import LayerMaps, LayerStats, Method, complex_joint
-from edgekv.convert.linalg import factor, sqrt_and_inverse
+from edgekv.convert.linalg import Matrix
 from edgekv.convert.norm_trick import fold_norm
-from edgekv.convert.output_fit import fit_outputs
-from edgekv.convert.query_fit import Probe, fit_queries, rotate_rope_part
+from edgekv.convert.obstacles import obstacle
+from edgekv.convert.output_fit import HELD_OUT, Moments, fit_outputs
+from edgekv.convert.query_fit import fit_queries
+from edgekv.convert.streams import (
+    QueryRows,
+    Streams,
+    View,
+    attention_view,
+    feed_forward,
+    gqa_output,
+    mixed_latents,
+    probe,
+    query_rows,
+)
 from edgekv.convert.transmla import transmla
+from edgekv.convert.workers import Workers, workers
 from edgekv.errors import ModelFileError, OutputError, UnsupportedError
 from edgekv.gguf_spec import layer_tensor_shapes
 from edgekv.model import BlockWeights, load_block
-from edgekv.ops import apply_rope, per_head, rms_norm, swiglu
+from edgekv.ops import per_head, rms_norm
 from edgekv.source import Array, LazySource, TensorSource
 from edgekv.spec import GQA, MLA, ModelSpec
 
-PROBE_TOKENS = 512  # of a calibration window, for statistics that need its attention matrix
-MAX_PROBES = 8
+MAX_PROBES = 16  # windows whose attention matrices are looked at
 
 
 @dataclass(frozen=True)
@@ -75,12 +87,29 @@ METHODS = {
 }
 
 
-@dataclass
-class _Stream:
-    """Hidden states of all windows, (T, D) each, for the original and for the converted model."""
+@dataclass(frozen=True)
+class _Job:
+    """What stays the same from layer to layer."""
 
-    original: list[Array]
-    converted: list[Array]
+    spec: ModelSpec
+    gqa: GQA
+    target: MLA
+    recipe: Recipe
+    streams: Streams
+    workers: Workers
+
+    @property
+    def n_windows(self) -> int:
+        return len(self.streams.original)
+
+    @property
+    def n_fitted(self) -> int:
+        """Windows before the held-out ones."""
+        return self.n_windows - round(self.n_windows * HELD_OUT)
+
+    def inputs(self, w: BlockWeights, window: int) -> Array:
+        """The converted layer's normed inputs, (T, D)."""
+        return rms_norm(self.streams.converted[window], w["attn_norm.weight"], self.spec.norm_eps)
 
 
 def convert(
@@ -102,16 +131,17 @@ def convert(
     """
     gqa = convertible_attention(source.spec)
     assert recipe.refit_output or target.value_dim == gqa.head_dim
-    embed = source.load("token_embd.weight")
-    states = [embed[window] for window in windows]
-    stream = _Stream(states, [state.copy() for state in states])
-    for i in range(source.spec.n_layers):
-        weights = load_block(source, i)
-        require_finite(weights, i)
-        fitted, loss = _convert_layer(weights, stream, source.spec, gqa, target, i, recipe)
-        for name, array in fitted.items():
-            _save(spill / f"blk.{i}.{name}.npy", array)
-        progress(loss)
+    states = source.load("token_embd.weight")[windows]
+    streams = Streams(states, states.copy() if recipe.sequential else states)
+    with workers() as crew:
+        job = _Job(source.spec, gqa, target, recipe, streams, crew)
+        for i in range(source.spec.n_layers):
+            weights = load_block(source, i)
+            require_finite(weights, i)
+            fitted, loss = _convert_layer(weights, job, i)
+            for name, array in fitted.items():
+                _save(spill / f"blk.{i}.{name}.npy", array)
+            progress(loss)
     return converted_source(source, target, lambda name: np.load(spill / f"{name}.npy"))
 
 
@@ -131,9 +161,10 @@ def convertible_attention(spec: ModelSpec) -> GQA:
     Raises:
         UnsupportedError: it cannot; the message says why.
     """
+    if (problem := obstacle(spec)) is not None:
+        raise UnsupportedError(problem)
     attention = spec.layers[0].attention
-    if not isinstance(attention, GQA):
-        raise UnsupportedError(f"{spec.name} already has MLA; convert takes a GQA or MHA model")
+    assert isinstance(attention, GQA)
     if attention.rope.dim != attention.head_dim or attention.rope.layout != "interleaved":
         raise UnsupportedError(
             f"{spec.name} rotates {attention.rope.dim} of {attention.head_dim} dims a head; convert needs all"
@@ -170,167 +201,133 @@ def converted_source(source: TensorSource, target: MLA, load: Callable[[str], Ar
     return out
 
 
-def _convert_layer(
-    w: BlockWeights, stream: _Stream, spec: ModelSpec, gqa: GQA, target: MLA, layer: int, recipe: Recipe
-) -> tuple[dict[str, Array], LayerLoss]:
+def _convert_layer(w: BlockWeights, job: _Job, layer: int) -> tuple[dict[str, Array], LayerLoss]:
     """Fit one layer and advance both streams through it."""
-    original = [rms_norm(x, w["attn_norm.weight"], spec.norm_eps) for x in stream.original]
-    converted = [rms_norm(x, w["attn_norm.weight"], spec.norm_eps) for x in stream.converted]
-    outputs = [_gqa_output(x, w, gqa) for x in original]  # (T, D) each: what the layer has to give
-    views = [_attention_view(x, w, gqa) for x in original[:MAX_PROBES]]
-    maps = recipe.method(w, _statistics(converted, views, outputs, gqa), gqa, target)
-    w_q = w["attn_q.weight"].reshape(gqa.n_heads, gqa.head_dim, -1)
-    reading = maps.reading
-    if recipe.query_iterations:
-        probes = [_probe(x, w_q, maps, view, target) for x, view in zip(converted, views, strict=False)]
-        reading = fit_queries(reading, probes, target, recipe.query_iterations)
+    outputs = np.empty_like(job.streams.original)  # what the layer has to give
+    stats, views = _observe(w, job, outputs)
+    maps = job.recipe.method(w, stats, job.gqa, job.target)
+    q = _fit_reading(w, job, maps, views, stats.covariance)
     del views
-    q_rows = _query_rows(reading, w_q, converted, target)
-    mixed = [_mixed_latents(x, q_rows, maps, target) for x in converted]  # (T, H, R) each
-    v_b, w_o = _output_maps(maps, w, mixed, outputs, gqa, target, recipe)
-    error = energy = 0.0
-    for i, (mix, output) in enumerate(zip(mixed, outputs, strict=True)):
-        given = per_head(mix, v_b).reshape(len(mix), -1) @ w_o.T
-        error += float(np.square(given - output).sum())
-        energy += float(np.square(output).sum())
-        stream.original[i] = _feed_forward(stream.original[i] + output, w, spec.norm_eps)
-        if recipe.sequential:
-            stream.converted[i] = _feed_forward(stream.converted[i] + given, w, spec.norm_eps)
-        else:
-            stream.converted[i] = stream.original[i]
-    tensors = _tensors(q_rows, maps, v_b, w_o, converted, spec, target)
-    return tensors, LayerLoss(layer, maps.rope_kept, maps.latent_kept, error / energy)
+    mixed, seen, held_out = _mix(w, job, maps, q, outputs)
+    v_b, w_o = maps.value, w["attn_output.weight"]
+    if job.recipe.refit_output:
+        heads = w_o.reshape(len(w_o), job.gqa.n_heads, job.gqa.head_dim)
+        start = per_head(heads, maps.value.swapaxes(1, 2)).astype(np.float64)
+        v_b, refitted = fit_outputs(seen, held_out, start, job.target.value_dim)
+        w_o = refitted.reshape(len(w_o), -1)
+    error = _advance(w, job, outputs, mixed, v_b, w_o, last=layer == job.spec.n_layers - 1)
+    tensors = _tensors(q, maps, v_b, w_o, stats.covariance, job)
+    return tensors, LayerLoss(layer, maps.rope_kept, maps.latent_kept, error)
 
 
-def _statistics(converted: list[Array], views: list[_View], outputs: list[Array], gqa: GQA) -> LayerStats:
-    n_tokens = sum(len(x) for x in converted)
-    covariance = np.zeros((converted[0].shape[1],) * 2)
-    for x in converted:
-        covariance += x.T @ x
-    covariance /= n_tokens
-    mixed = np.zeros_like(covariance)
-    for x, view in zip(converted, views, strict=False):
-        seen = (view.attention @ x[None, : view.attention.shape[-1]]).reshape(-1, x.shape[1])
-        mixed += seen.T @ seen
-    rows = sum(view.attention.shape[0] * view.attention.shape[1] for view in views)
-    power = sum(float(np.square(y).sum()) for y in outputs) / n_tokens
-    return LayerStats(covariance, mixed / rows, float(np.sqrt(power / gqa.n_heads)))
+def _probed(job: _Job) -> list[int]:
+    """Windows whose attention is looked at, those of the fit before the held-out ones."""
+    n_held = min(round(MAX_PROBES * HELD_OUT), job.n_windows - job.n_fitted)
+    fitted = range(min(MAX_PROBES - n_held, job.n_fitted))
+    return [*fitted, *range(job.n_fitted, job.n_fitted + n_held)]
 
 
-@dataclass(frozen=True)
-class _View:
-    """The original's scores and attention (H, T, T) on the first tokens of a window."""
+def _observe(w: BlockWeights, job: _Job, outputs: Array) -> tuple[LayerStats, dict[int, View]]:
+    """The original's attention outputs, into `outputs` (n, T, D), and the statistics of both streams."""
+    probed, d = set(_probed(job)), job.spec.dim
 
-    scores: Array
-    attention: Array
+    def share(windows: range) -> tuple[Matrix, Matrix, dict[int, View]]:
+        covariance, mixed, views = np.zeros((d, d)), np.zeros((d, d)), {}
+        for i in windows:
+            x = rms_norm(job.streams.original[i], w["attn_norm.weight"], job.spec.norm_eps)
+            outputs[i] = gqa_output(x, w, job.gqa)
+            inputs = job.inputs(w, i)
+            covariance += inputs.T @ inputs
+            if i in probed:
+                views[i] = attention_view(x, w, job.gqa)
+                attention = views[i].attention
+                pairs = (attention.swapaxes(1, 2) @ attention).mean(axis=0)  # E_h[p_h^T p_h], (S, S)
+                probed_inputs = inputs[: len(pairs)]
+                mixed += probed_inputs.T @ pairs @ probed_inputs / np.float32(len(pairs))
+        return covariance, mixed, views
 
-
-def _project(x: Array, weight: Array, heads: int) -> Array:
-    return (x @ weight.T).reshape(len(x), heads, -1)
-
-
-def _gqa_mix(x: Array, w: BlockWeights, gqa: GQA) -> tuple[Array, Array, Array]:
-    """Rotated queries (T, H, K), rotated keys (G, T, K) and values (G, T, K) of normed inputs x (T, D)."""
-    positions = np.arange(len(x))
-    q = apply_rope(_project(x, w["attn_q.weight"], gqa.n_heads), positions, gqa.rope)
-    k = apply_rope(_project(x, w["attn_k.weight"], gqa.n_kv_heads), positions, gqa.rope)
-    return q, k.swapaxes(0, 1), _project(x, w["attn_v.weight"], gqa.n_kv_heads).swapaxes(0, 1)
-
-
-def _gqa_output(x: Array, w: BlockWeights, gqa: GQA) -> Array:
-    mixed = attend(*_gqa_mix(x, w, gqa), gqa.head_dim**-0.5)
-    return mixed.reshape(len(x), -1) @ w["attn_output.weight"].T
-
-
-def _attention_view(x: Array, w: BlockWeights, gqa: GQA) -> _View:
-    q, k, _ = _gqa_mix(x[:PROBE_TOKENS], w, gqa)
-    keys = np.repeat(k, gqa.n_heads // gqa.n_kv_heads, axis=0)  # (H, T, K)
-    scores = (q.swapaxes(0, 1) * np.float32(gqa.head_dim**-0.5)) @ keys.swapaxes(1, 2)
-    future = np.triu(np.full(scores.shape[1:], -np.inf, np.float32), 1)
-    masked = np.asarray(scores + future, dtype=np.float32)
-    attention = np.exp(masked - masked.max(axis=-1, keepdims=True))
-    attention /= attention.sum(axis=-1, keepdims=True)
-    return _View(np.asarray(scores, dtype=np.float32), attention.astype(np.float32, copy=False))
+    found = job.workers.each(share, job.n_windows)
+    covariance = np.asarray(sum(part[0] for part in found)) / outputs[..., 0].size
+    mixed = np.asarray(sum(part[1] for part in found)) / len(probed)
+    views = {i: view for part in found for i, view in part[2].items()}
+    power = float(np.vdot(outputs, outputs)) / outputs[..., 0].size
+    return LayerStats(covariance, mixed, float(np.sqrt(power / job.gqa.n_heads))), views
 
 
-def _cached_rows(x: Array, maps: LayerMaps, target: MLA) -> Array:
-    """What the converted layer caches for normed inputs x: (T, R + P), the rope key rotated."""
-    rows = np.concatenate([x @ maps.latent.T, x @ maps.rope_key.T], axis=-1)
-    return rotate_rope_part(rows[:, None], target, +1)[:, 0]
+def _fit_reading(
+    w: BlockWeights, job: _Job, maps: LayerMaps, views: dict[int, View], covariance: Matrix
+) -> QueryRows:
+    """Each head's query rows, refitted on the probed windows."""
+    w_q = w["attn_q.weight"].reshape(job.gqa.n_heads, job.gqa.head_dim, -1)
+    reading = maps.reading
+    if job.recipe.query_iterations:
+        probes = {i: probe(job.inputs(w, i), w_q, maps, view, job.target) for i, view in views.items()}
+        fitted = [probes[i] for i in sorted(probes) if i < job.n_fitted]
+        held_out = [probes[i] for i in sorted(probes) if i >= job.n_fitted]
+        iterations = job.recipe.query_iterations
+        reading = fit_queries(reading, fitted, held_out, job.target, iterations, job.workers)
+    return query_rows(reading, w_q, covariance, job.target)
 
 
-def _probe(x: Array, w_q: Array, maps: LayerMaps, view: _View, target: MLA) -> Probe:
-    seen = x[: view.scores.shape[-1]]
-    queries = (seen @ w_q.reshape(-1, seen.shape[1]).T).reshape(len(seen), *w_q.shape[:2])
-    return Probe(queries, _cached_rows(seen, maps, target), view.scores, view.attention)
+def _mix(
+    w: BlockWeights, job: _Job, maps: LayerMaps, q: QueryRows, outputs: Array
+) -> tuple[Array, Moments, Moments]:
+    """Mixed latents (n, T, H * R) of the converted stream, and their moments on fitted and held-out windows."""
+    n, length, d = outputs.shape
+    width = job.gqa.n_heads * job.target.kv_lora_rank
+    mixed = np.empty((n, length, width), np.float32)
+
+    def share(windows: range) -> Moments:
+        gram, cross = np.zeros((width, width), np.float32), np.zeros((width, d), np.float32)
+        for i in windows:
+            mixed[i] = mixed_latents(job.inputs(w, i), q, maps, job.target).reshape(length, -1)
+            if job.recipe.refit_output:
+                gram += mixed[i].T @ mixed[i]
+                cross += mixed[i].T @ outputs[i]
+        return Moments(gram.astype(np.float64), cross.astype(np.float64), len(windows) * length)
+
+    nothing = Moments(np.zeros((width, width)), np.zeros((width, d)), 0)
+    seen = reduce(add, job.workers.each(share, job.n_fitted), nothing)
+    return mixed, seen, reduce(add, job.workers.each(share, n, start=job.n_fitted), nothing)
 
 
-@dataclass(frozen=True)
-class _QueryRows:
-    """attn_q (H, N + P, D) without the 1/sqrt(N + P) that the engine applies, and attn_k_b (H, R, N)."""
+def _advance(
+    w: BlockWeights, job: _Job, outputs: Array, mixed: Array, v_b: Array, w_o: Array, last: bool
+) -> float:
+    """Take both streams through the layer, and give the share of the output's energy that is lost."""
+    h, v, r = v_b.shape
+    heads = w_o.reshape(-1, h, v)
+    decode = np.ascontiguousarray(
+        per_head(heads, v_b.swapaxes(1, 2)).reshape(len(w_o), h * r).T
+    )  # (H * R, D)
+    streams, eps = job.streams, job.spec.norm_eps
 
-    rows: Array
-    k_b: Array
+    def share(windows: range) -> float:
+        error = 0.0
+        for i in windows:
+            given = mixed[i] @ decode
+            difference = given - outputs[i]
+            error += float(np.vdot(difference, difference))
+            if last:
+                continue
+            streams.original[i] = feed_forward(streams.original[i] + outputs[i], w, eps)
+            if job.recipe.sequential:
+                streams.converted[i] = feed_forward(streams.converted[i] + given, w, eps)
+        return error
 
-
-def _query_rows(reading: Array, w_q: Array, inputs: list[Array], target: MLA) -> _QueryRows:
-    """Split each head's reading (R + P, K) of its query into attn_q rows and attn_k_b of rank N."""
-    r, n = target.kv_lora_rank, target.nope_dim
-    h, _, d = w_q.shape
-    k_b = np.zeros((h, r, n), np.float32)
-    rows = np.zeros((h, n + target.rope.dim, d), np.float32)
-    for i in range(h):
-        queries = np.concatenate([x @ w_q[i].T for x in inputs[:MAX_PROBES]]).astype(np.float64)
-        root, inverse_root = sqrt_and_inverse(queries.T @ queries / len(queries))
-        left, right = factor(reading[i, :r].astype(np.float64), root, inverse_root, n)
-        k_b[i] = left
-        rows[i] = np.concatenate([right, reading[i, r:]]) @ w_q[i]
-    return _QueryRows(rows, k_b)
-
-
-def _mixed_latents(x: Array, q: _QueryRows, maps: LayerMaps, target: MLA) -> Array:
-    """Attention over the cached rows: each head's weighted sum of latents, (T, H, R)."""
-    n, r = target.nope_dim, target.kv_lora_rank
-    queries = (x @ q.rows.reshape(-1, x.shape[1]).T).reshape(len(x), *q.rows.shape[:2])
-    latent_part = per_head(queries[..., :n], q.k_b)
-    full = rotate_rope_part(np.concatenate([latent_part, queries[..., n:]], axis=-1), target, +1)
-    rows = _cached_rows(x, maps, target)[None]
-    return attend(full, rows, rows[..., :r], 1.0)
-
-
-def _output_maps(
-    maps: LayerMaps,
-    w: BlockWeights,
-    mixed: list[Array],
-    outputs: list[Array],
-    gqa: GQA,
-    target: MLA,
-    recipe: Recipe,
-) -> tuple[Array, Array]:
-    """attn_v_b (H, V, R) and attn_output (D, H * V)."""
-    w_o = w["attn_output.weight"]
-    if not recipe.refit_output:
-        return maps.value, w_o
-    heads = w_o.reshape(len(w_o), gqa.n_heads, gqa.head_dim)
-    start = per_head(heads, maps.value.swapaxes(1, 2)).astype(np.float64)
-    v_b, fitted = fit_outputs(np.concatenate(mixed), np.concatenate(outputs), start, target.value_dim)
-    return v_b, fitted.reshape(len(fitted), -1)
-
-
-def _feed_forward(x: Array, w: BlockWeights, eps: float) -> Array:
-    normed = rms_norm(x, w["ffn_norm.weight"], eps)
-    return x + swiglu(normed, w["ffn_gate.weight"], w["ffn_up.weight"], w["ffn_down.weight"])
+    error = sum(job.workers.each(share, job.n_windows))
+    return error / float(np.vdot(outputs, outputs))
 
 
 def _tensors(
-    q: _QueryRows, maps: LayerMaps, v_b: Array, w_o: Array, inputs: list[Array], spec: ModelSpec, target: MLA
+    q: QueryRows, maps: LayerMaps, v_b: Array, w_o: Array, covariance: Matrix, job: _Job
 ) -> dict[str, Array]:
     """The layer in the deepseek2 layout: scores scaled for the engine, the latent folded for its norm."""
-    mean_square = float(np.mean([np.square(x @ maps.latent.T).mean() for x in inputs]))
-    folded, norm = fold_norm(maps.latent, mean_square, spec.norm_eps)
-    scale = np.float32(np.sqrt(target.head_dim))
+    mean_square = float(np.einsum("rd,re,de->", maps.latent, maps.latent, covariance, optimize=True))
+    folded, norm = fold_norm(maps.latent, mean_square / len(maps.latent), job.spec.norm_eps)
+    scale = np.float32(np.sqrt(job.target.head_dim))
     return {
-        "attn_q.weight": (q.rows * scale).reshape(-1, spec.dim),
+        "attn_q.weight": (q.rows * scale).reshape(-1, job.spec.dim),
         "attn_kv_a_mqa.weight": np.concatenate([folded, maps.rope_key]),
         "attn_kv_a_norm.weight": norm,
         "attn_k_b.weight": q.k_b,

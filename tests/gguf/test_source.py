@@ -122,8 +122,12 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], type[InputError], str]] = {
     "theta infinite": ({"rope.freq_base": float("inf")}, ModelFileError, "positive"),
     "heads by layer": ({"attention.head_count": [2]}, UnsupportedError, "in each layer"),
     "experts": ({"expert_count": 8}, UnsupportedError, "expert_count is 8"),
-    "rope scaling": ({"rope.scaling.type": "yarn"}, UnsupportedError, "yarn"),
-    "rope factor": ({"rope.scaling.factor": 4.0}, UnsupportedError, "scaling.factor is 4.0"),
+    "rope scaling": (
+        {"rope.scaling.type": "dynamic", "rope.scaling.factor": 4.0},
+        UnsupportedError,
+        "dynamic",
+    ),
+    "rope factor": ({"rope.scaling.factor": -4.0}, ModelFileError, "scaling.factor is -4.0"),
     "unknown key": ({"attention.softcap": 30.0}, UnsupportedError, "softcap"),
     "split model": ({"split.count": 3}, UnsupportedError, "llama-gguf-split --merge"),
 }
@@ -156,8 +160,8 @@ def test_missing_tensor_is_named(tmp_path: Path, missing: str) -> None:
 
 def test_other_tensors_and_vocabularies(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
-    write_tiny(path, tiny_keys(), TINY_SHAPES | {"blk.0.attn_q.bias": (8,)})
-    with pytest.raises(UnsupportedError, match=r"blk.0.attn_q.bias has no place"):
+    write_tiny(path, tiny_keys(), TINY_SHAPES | {"blk.0.attn_output.bias": (8,)})
+    with pytest.raises(UnsupportedError, match=r"blk.0.attn_output.bias has no place"):
         GGUFSource(path)
     write_tiny(path, tiny_keys(), TINY_SHAPES | {"token_embd.weight": (7, 8)})
     with pytest.raises(ModelFileError, match=r"6 tokens, token_embd.weight has 7 rows"):
@@ -226,8 +230,8 @@ def test_dense_deepseek2_opens(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "kind", "phrase"),
     [
-        ({"leading_dense_block_count": 0}, UnsupportedError, "mixture-of-experts"),
-        ({"attention.q_lora_rank": 4}, UnsupportedError, "low-rank queries"),
+        ({"leading_dense_block_count": 0}, ModelFileError, "expert_count"),
+        ({"attention.q_lora_rank": 4}, ModelFileError, "attn_q_a.weight is missing"),
         ({"rope.dimension_count": 3}, ModelFileError, "even"),
         ({"rope.dimension_count": 6}, ModelFileError, "below the head's 5"),
         ({"attention.head_count_kv": 2}, ModelFileError, "head_count_kv is 2"),
@@ -235,7 +239,7 @@ def test_dense_deepseek2_opens(tmp_path: Path) -> None:
         ({"attention.value_length": 8}, ModelFileError, "value_length is 8"),
         ({"attention.kv_lora_rank": 0}, ModelFileError, "kv_lora_rank"),
         ({"attention.value_length_mla": 3}, ModelFileError, "attn_v_b.weight has shape"),
-        ({"rope.scaling.yarn_log_multiplier": 0.1}, UnsupportedError, "yarn_log_multiplier"),
+        ({"rope.scaling.factor": 4.0}, UnsupportedError, "without YaRN"),
     ],
 )
 def test_deepseek2_keys_that_contradict_the_tensors(

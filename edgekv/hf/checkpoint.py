@@ -1,0 +1,169 @@
+"""The tensors of a Hugging Face folder: safetensors in one file or in shards, read one tensor at a time.
+
+Reads with plain file reads, not through a map: what passes through leaves no pages behind, so that a
+checkpoint larger than RAM can be converted in little memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from edgekv.errors import ModelFileError, UnsupportedError
+from edgekv.source import Array
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+DTYPES: Mapping[str, type[np.generic]] = MappingProxyType(  # as stored; BF16 has no numpy type of its own
+    {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: `offset` in bytes from its start; dtype as safetensors names it."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+class Checkpoint:
+    """All tensors of a folder, by the names that the checkpoint has for them.
+
+    Raises:
+        ModelFileError: a shard is missing or malformed, or the index contradicts the shards.
+        UnsupportedError: there are only pickles.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._tensors: dict[str, StoredTensor] = {}
+        index = folder / INDEX
+        if index.is_file():
+            self._read_index(index)
+        elif (folder / SINGLE).is_file():
+            self._tensors = read_header(folder / SINGLE)
+        else:
+            raise _no_weights(folder)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._tensors)
+
+    def tensor(self, name: str) -> StoredTensor:
+        """Raises ModelFileError if there is no such tensor."""
+        if name not in self._tensors:
+            raise ModelFileError(
+                f"{self.folder}: tensor {name} is missing; download the model again, all of its files"
+            )
+        return self._tensors[name]
+
+    def read(self, name: str) -> NDArray[Any]:
+        """The tensor as stored, in its shape; BF16 as uint16.
+
+        Raises:
+            UnsupportedError: it is stored in something else than F32, F16 or BF16.
+        """
+        tensor = self.tensor(name)
+        if tensor.dtype not in DTYPES:
+            raise UnsupportedError(
+                f"{tensor.path}: tensor {name} is stored as {tensor.dtype}, EdgeKV reads F32, F16 and BF16; "
+                "choose a checkpoint in bfloat16, or convert this one with the script its authors give"
+            )
+        count = prod(tensor.shape)
+        values = np.fromfile(tensor.path, DTYPES[tensor.dtype], count, offset=tensor.offset)
+        if values.size != count:
+            raise ModelFileError(f"{tensor.path}: was cut short inside {name}; download it again")
+        return values.reshape(tensor.shape)
+
+    def _read_index(self, index: Path) -> None:
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not files:
+            raise ModelFileError(f"{index}: has no weight_map; download it again")
+        shards: dict[str, dict[str, StoredTensor]] = {}
+        for name, file in files.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise ModelFileError(f"{index}: places {name} in {file!r}, which is no file of this folder")
+            if file not in shards:
+                if not (self.folder / file).is_file():
+                    raise ModelFileError(
+                        f"{self.folder}: the shard {file} is missing; download it into the folder"
+                    )
+                shards[file] = read_header(self.folder / file)
+            if name not in shards[file]:
+                raise ModelFileError(
+                    f"{index}: says that {file} holds {name}, and it does not; download both again"
+                )
+            self._tensors[name] = shards[file][name]
+
+
+def widen(values: NDArray[Any], dtype: str) -> Array:
+    """Stored values of a dtype in float32."""
+    if dtype == "BF16":
+        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return values.astype(np.float32, copy=False)
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Where each tensor of a safetensors file lies; the `safetensors` library checks the file first.
+
+    Raises:
+        ModelFileError: it is not a sound safetensors file.
+    """
+    try:
+        with safe_open(path, framework="np"), path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelFileError(f"{path}: is not a sound safetensors file: {error}; download it again") from None
+    header.pop("__metadata__", None)
+    return {
+        name: StoredTensor(path, info["dtype"], tuple(info["shape"]), 8 + length + info["data_offsets"][0])
+        for name, info in header.items()
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a model folder.
+
+    Raises:
+        ModelFileError: it is missing or not a JSON object.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelFileError(
+            f"{path.parent}: there is no {path.name}; name a Hugging Face model folder or a .gguf file"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ModelFileError(f"{path}: cannot be read as JSON: {error}; download it again") from None
+    if not isinstance(found, dict):
+        raise ModelFileError(f"{path}: is not a JSON object; download it again")
+    return found
+
+
+def _no_weights(folder: Path) -> ModelFileError | UnsupportedError:
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        return UnsupportedError(
+            f"{folder}: the weights are a Python pickle ({pickles[0]}), which can run any code when it is read; "
+            "take the safetensors of the same model, or convert it where you trust it: "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+        )
+    stray = sorted(path.name for path in folder.glob("*.safetensors"))
+    if stray:
+        return ModelFileError(
+            f"{folder}: has {stray[0]} but neither {SINGLE} nor {INDEX}; download the index into the folder"
+        )
+    return ModelFileError(f"{folder}: holds no weights; download {SINGLE} into the folder")

@@ -1,0 +1,207 @@
+"""From tokenizer.json to the key-value pairs that a GGUF keeps a tokenizer in.
+
+Special tokens, merges and chat template are read by gguf-py (gguf.SpecialVocab). Which of llama.cpp's
+pre-tokenizers a tokenizer has is found by what it does to a text that tells them apart, and the outcome is
+proved: EdgeKV's tokenizer, which gives llama.cpp's tokens, has to give those of tokenizer.json.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import gguf
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import pre_tokenizers
+
+from edgekv.bpe import SPACE
+from edgekv.errors import EdgeKVError, ModelFileError, UnsupportedError
+from edgekv.hf.checkpoint import read_json
+from edgekv.pre_tokenize import PRE_TYPES, splitters
+from edgekv.source import MetaValue
+from edgekv.tokenizer import Tokenizer
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
+PROBE = (
+    "Hello world, it's 3 apples or 1234567 PEARS: don't, DON'T, we'LL! \n\n  \n\t two\ttabs   three spaces \r\n"
+    "café naïve Übermut, да, Ελλάδα 東京都に行く。你好世界 안녕하세요 สวัสดี हिन्दी 🙂👍🏽 $5.00+7% #tag @you "
+    "snake_case camelCase HTTPServer /path/to/file.py <html> {json: [1, 22, 333, 4444]} ...!!! x^2 != y ~ `z`\n"
+)
+_PREFERRED = ("llama-bpe", "qwen2", "smollm", "gpt-2", "deepseek-v3", "deepseek-llm", "tekken", "gpt-4o")
+
+
+def read_tokenizer(folder: Path, n_vocab: int) -> dict[str, MetaValue]:
+    """The tokenizer of a model folder as GGUF key-value pairs; none for a folder without any tokenizer.
+
+    Args:
+        folder: holds tokenizer.json, tokenizer_config.json and whatever the chat template is in.
+        n_vocab: rows of the embedding; ids without a token are filled up.
+
+    Raises:
+        ModelFileError: a file is malformed, or has more tokens than the model.
+        UnsupportedError: llama.cpp would not tokenize as the tokenizer does.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        if (folder / "tokenizer.model").is_file():
+            raise UnsupportedError(
+                f"{folder}: has a tokenizer.model and no tokenizer.json; write one with transformers: "
+                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            )
+        return {}
+    document = read_json(path)
+    try:
+        tokenizer = HFTokenizer.from_file(str(path))
+    except Exception as error:  # the extension raises nothing narrower
+        raise ModelFileError(f"{path}: is not a sound tokenizer: {error}; download it again") from None
+    model = document.get("model") or {}
+    if model.get("type") != "BPE":
+        raise UnsupportedError(
+            f"{path}: a {model.get('type')} tokenizer is not supported; EdgeKV reads byte-pair encodings"
+        )
+    texts = _texts(tokenizer, n_vocab, path)
+    pairs = (
+        _sentencepiece(texts, document) if model.get("byte_fallback") else _byte_level(tokenizer, model, path)
+    )
+    pairs |= {
+        "tokenizer.ggml.tokens": texts,
+        "tokenizer.ggml.token_type": _types(texts, tokenizer, document),
+    }
+    pairs |= _special(folder, n_vocab, tokenizer, bool(model.get("byte_fallback")))
+    _prove(pairs, tokenizer, path)
+    return pairs
+
+
+def _texts(tokenizer: HFTokenizer, n_vocab: int, path: Path) -> list[str]:
+    """The text of every id; [PAD<id>] where there is no token, as llama.cpp's converter has it."""
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    if ids and max(ids.values()) >= n_vocab:
+        raise ModelFileError(
+            f"{path}: has {max(ids.values()) + 1} tokens and the model {n_vocab}; tokenizer and weights are not "
+            "of one model: download both again"
+        )
+    texts = [f"[PAD{i}]" for i in range(n_vocab)]
+    for text, i in ids.items():
+        texts[i] = text
+    return texts
+
+
+def _types(texts: list[str], tokenizer: HFTokenizer, document: dict[str, Any]) -> list[int]:
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    kinds = [UNUSED] * len(texts)
+    fallback = bool(document["model"].get("byte_fallback"))
+    for text, i in ids.items():
+        is_byte = fallback and len(text) == 6 and text.startswith("<0x") and text.endswith(">")
+        kinds[i] = BYTE if is_byte else NORMAL
+    for i, token in tokenizer.get_added_tokens_decoder().items():
+        kinds[i] = CONTROL if token.special or _looks_special(token.content) else USER_DEFINED
+    unknown = document["model"].get("unk_token")
+    if fallback and unknown in ids:
+        kinds[ids[unknown]] = UNKNOWN
+    return kinds
+
+
+def _looks_special(text: str) -> bool:
+    """Control tokens that some models do not mark; the same rule as in llama.cpp's converter."""
+    ends = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
+    named = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
+    return text in named or any(text.startswith(a) and text.endswith(b) for a, b in ends)
+
+
+def _byte_level(tokenizer: HFTokenizer, model: dict[str, Any], path: Path) -> dict[str, MetaValue]:
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": _pre_type(tokenizer, bool(model.get("ignore_merges")), path),
+    }
+
+
+def _sentencepiece(texts: list[str], document: dict[str, Any]) -> dict[str, MetaValue]:
+    """Scores that merge as the list of merges does: earlier ones first, tokens that no merge gives last."""
+    ranks: dict[str, int] = {}
+    merges = document["model"].get("merges", [])
+    for rank, merge in enumerate(merges):
+        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+        ranks.setdefault(left + right, rank)
+    scores = [-float(ranks.get(text, len(merges))) for text in texts]
+    return {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default", "tokenizer.ggml.scores": scores}
+
+
+@cache
+def _known_splits() -> dict[str, tuple[str, ...]]:
+    """What each of llama.cpp's pre-tokenizers makes of PROBE."""
+    found = {}
+    for name in (*_PREFERRED, *PRE_TYPES):
+        steps = [
+            *splitters(PRE_TYPES[name]),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+        words = pre_tokenizers.Sequence(steps).pre_tokenize_str(PROBE)
+        found[name] = tuple(word for word, _ in words)
+    return found
+
+
+def _pre_type(tokenizer: HFTokenizer, ignore_merges: bool, path: Path) -> str:
+    """Which of llama.cpp's pre-tokenizers splits as this one does."""
+    if tokenizer.pre_tokenizer is None:
+        raise UnsupportedError(f"{path}: a tokenizer without a pre-tokenizer is not supported")
+    words = tuple(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(PROBE))
+    for name, split in _known_splits().items():
+        if split == words and PRE_TYPES[name].ignore_merges == ignore_merges:
+            return name
+    raise UnsupportedError(
+        f"{path}: splits text as none of llama.cpp's pre-tokenizers does, its tokens would differ there; "
+        "choose a model that llama.cpp knows"
+    )
+
+
+def _special(folder: Path, n_vocab: int, tokenizer: HFTokenizer, is_spm: bool) -> dict[str, MetaValue]:
+    """Special token ids, whether text begins and ends with one, merges and chat templates."""
+    try:
+        special = gguf.SpecialVocab(folder, load_merges=not is_spm, n_vocab=n_vocab)
+    except (ValueError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ModelFileError(
+            f"{folder}: tokenizer.json or tokenizer_config.json cannot be read: {error!r}; download them again"
+        ) from None
+    pairs: dict[str, MetaValue] = {} if is_spm else {"tokenizer.ggml.merges": special.merges}
+    for role, token in special.special_token_ids.items():
+        if key := getattr(gguf.Keys.Tokenizer, f"{role.upper()}_ID", None):
+            pairs[key] = token
+    plain = tokenizer.encode("a", add_special_tokens=False).ids
+    framed = tokenizer.encode("a").ids
+    adds = {"bos": framed[:1] != plain[:1], "eos": framed[-1:] != plain[-1:]} | special.add_special_token
+    for role in ("bos", "eos"):
+        pairs[f"tokenizer.ggml.add_{role}_token"] = bool(adds[role]) and role in special.special_token_ids
+    if is_spm:
+        pairs["tokenizer.ggml.add_space_prefix"] = (
+            tokenizer.encode("a", add_special_tokens=False).tokens[0].startswith(SPACE)
+        )
+    return pairs | _templates(special.chat_template)
+
+
+def _templates(template: Any) -> dict[str, MetaValue]:
+    if not isinstance(template, list):
+        return {gguf.Keys.Tokenizer.CHAT_TEMPLATE: template} if isinstance(template, str) else {}
+    named = {str(entry["name"]): str(entry["template"]) for entry in template}
+    pairs: dict[str, MetaValue] = {
+        gguf.Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name): text for name, text in named.items()
+    }
+    pairs[gguf.Keys.Tokenizer.CHAT_TEMPLATES] = list(named)
+    if default := named.get("default") or next(iter(named.values()), None):
+        pairs[gguf.Keys.Tokenizer.CHAT_TEMPLATE] = default
+    return pairs
+
+
+def _prove(pairs: dict[str, MetaValue], tokenizer: HFTokenizer, path: Path) -> None:
+    """Raise unless EdgeKV's tokenizer gives tokenizer.json's tokens for PROBE."""
+    try:
+        given = Tokenizer.from_metadata(pairs).encode(PROBE)
+    except EdgeKVError as error:
+        raise type(error)(f"{path}: {error}") from None
+    wanted = tokenizer.encode(PROBE, add_special_tokens=False).ids
+    if given != wanted:
+        at = next((i for i, (a, b) in enumerate(zip(given, wanted, strict=False)) if a != b), -1)
+        raise UnsupportedError(
+            f"{path}: llama.cpp would give other tokens, first in place {at}; choose a model that llama.cpp knows"
+        )

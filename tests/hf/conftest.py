@@ -1,0 +1,179 @@
+"""Small randomly initialised models of transformers itself, one of each kind, saved as folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+N_VOCAB = 288
+TOKENS = np.random.default_rng(3).integers(0, N_VOCAB, 80)
+_BASE = {
+    "vocab_size": N_VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.707,
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+}
+_EXPERTS = {
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + 0.25 * i for i in range(8)],
+    "long_factor": [4.0 + i for i in range(8)],
+    "original_max_position_embeddings": 128,
+}
+# name: (family in transformers, fields besides the common ones)
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama2": ("Llama", {"num_key_value_heads": 4}),
+    "llama3": ("Llama", {"rope_theta": 500000.0, "rope_scaling": _LLAMA3}),
+    "llama3-linear": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "smollm2": ("Llama", {"tie_word_embeddings": True, "head_dim": 32}),
+    "mistral": ("Mistral", {"sliding_window": 24, "head_dim": 32}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2-yarn": ("Qwen2", {"rope_scaling": {k: v for k, v in _YARN.items() if "mscale" not in k}}),
+    "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "phi3": ("Phi3", {"sliding_window": 24}),
+    "phi3-longrope": ("Phi3", {"rope_scaling": _LONGROPE, "original_max_position_embeddings": 128}),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 5, "no_rope_layer_interval": 4}),
+    "gemma2": ("Gemma2", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 24}),
+    "gemma3": (
+        "Gemma3",
+        {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 24, "num_hidden_layers": 7},
+    ),
+    "minicpm3": ("MiniCPM3", {**_LATENT, "q_lora_rank": 24, "initializer_range": 0.1}),
+    "minicpm3-longrope": (
+        "MiniCPM3",
+        {
+            **_LATENT,
+            "q_lora_rank": 24,
+            "initializer_range": 0.1,
+            "rope_scaling": {**_LONGROPE, "original_max_position_embeddings": 256},
+        },
+    ),
+    "deepseek2-lite": ("DeepseekV2", {**_LATENT, **_EXPERTS, "topk_method": "greedy", "rope_scaling": _YARN}),
+    "deepseek2-grouped": (
+        "DeepseekV2",
+        {
+            **_LATENT,
+            **_EXPERTS,
+            "q_lora_rank": 24,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 2.0,
+        },
+    ),
+    "deepseek3": (
+        "DeepseekV3",
+        {
+            **_LATENT,
+            **_EXPERTS,
+            "q_lora_rank": 24,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 2.5,
+            "rope_scaling": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
+}
+
+
+class Zoo:
+    """Folders of small models and what transformers computes with them, each made when first asked for."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._logits: dict[str, np.ndarray] = {}
+
+    def folder(self, name: str) -> Path:
+        """A folder with float32 weights."""
+        self.logits(name)
+        return self._root / name
+
+    def logits(self, name: str) -> np.ndarray:
+        """transformers' logits for TOKENS, (T, vocab)."""
+        if name not in self._logits:
+            self._logits[name] = self._make(name)
+        return self._logits[name]
+
+    def _make(self, name: str) -> np.ndarray:
+        import torch
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        family, fields = MODELS[name]
+        config_name = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
+        config = getattr(transformers, config_name)(**{**_BASE, **fields})
+        config._attn_implementation = "eager"
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "norm" in key or key.endswith("bias"):  # zeros or ones, which would hide a mistake
+                    parameter.add_(torch.randn_like(parameter) * 0.2)
+            for key, buffer in model.named_buffers():
+                if key.endswith("e_score_correction_bias"):
+                    buffer.copy_(torch.randn_like(buffer) * 0.2)
+            logits = model(torch.tensor(TOKENS)[None]).logits[0].numpy()
+        model.save_pretrained(self._root / name)
+        return logits
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    return Zoo(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture
+def edit_config() -> Callable[..., None]:
+    """Changes fields of a folder's config.json; None removes one."""
+
+    def edit(folder: Path, **fields: object) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config |= fields
+        config = {key: value for key, value in config.items() if value is not None or key not in fields}
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return edit

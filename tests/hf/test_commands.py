@@ -1,0 +1,49 @@
+"""inspect, convert and verify take a Hugging Face folder as they take a GGUF."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from edgekv.cli.main import cli
+from edgekv.errors import UnsupportedError
+
+from .conftest import Zoo
+
+
+def run(*args: object) -> str:
+    result = CliRunner().invoke(cli, [str(arg) for arg in args], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_inspect(zoo: Zoo) -> None:
+    found = json.loads(run("inspect", zoo.folder("smollm2"), "--json"))
+    assert (found["architecture"], found["n_layers"], found["tied_embeddings"]) == ("llama", 3, True)
+    assert found["quantization"] == {"F32": found["parameters"]}
+    assert found["could_become"]
+
+
+def test_inspect_says_why_not(zoo: Zoo) -> None:
+    found = json.loads(run("inspect", zoo.folder("qwen3"), "--json"))
+    assert found["peculiarities"] == ["QK-norm"]
+    assert not found["could_become"]
+    assert "cannot be absorbed" in found["obstacle"]
+    assert "QK-norm" in run("inspect", zoo.folder("qwen3"))
+
+
+def test_verify_in_the_reference(zoo: Zoo) -> None:
+    folder = zoo.folder("llama2")
+    found = json.loads(run("verify", folder, folder, "--backend-b", "reference", "--tokens", "16", "--json"))
+    assert found["kl"] == 0
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "mistral", "smollm3", "llama3", "deepseek3"])
+def test_convert_refuses_with_a_reason(name: str, zoo: Zoo, tmp_path: Path) -> None:
+    args = ["convert", str(zoo.folder(name)), "-o", str(tmp_path / "x.gguf"), "--target", "0.5"]
+    with pytest.raises(UnsupportedError, match=r"cannot become MLA: .*; |already has MLA"):
+        CliRunner().invoke(cli, args, catch_exceptions=False)
+    assert not list(tmp_path.iterdir())
