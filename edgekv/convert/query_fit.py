@@ -7,7 +7,8 @@ sum_s p_s (d_s - mean_p d) v_s, so the fit minimises the attention-weighted, cen
     sum_t sum_s p_ts (d_ts - sum_s' p_ts' d_ts')^2,     d_ts = score'_ts - score_ts,
 
 over one matrix (R + P, K) a head, applied to the head's original query. Solved by conjugate gradients with a
-Kronecker preconditioner, starting from the conversion's own reading.
+Kronecker preconditioner, starting from the conversion's own reading; each head stops at the step that did best on
+windows held out, which may be the start.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edgekv.convert.workers import Workers
 from edgekv.ops import apply_rope, per_head
 from edgekv.source import Array
 from edgekv.spec import MLA, RopeSpec
@@ -37,26 +39,46 @@ class Probe:
     attention: Array
 
 
-def fit_queries(start: Array, probes: list[Probe], mla: MLA, iterations: int) -> Array:
-    """Refine query maps (H, R + P, K) by `iterations` steps of conjugate gradients."""
+def fit_queries(
+    start: Array, probes: list[Probe], held_out: list[Probe], mla: MLA, iterations: int, workers: Workers
+) -> Array:
+    """Refine query maps (H, R + P, K) by up to `iterations` steps; without held-out probes, by all of them."""
     left, right = _curvature(probes, mla)
     damping = np.float32(DAMPING) * _mean_eigenvalue(left) * _mean_eigenvalue(right)
     inverse_left, inverse_right = _damped_inverse(left), _damped_inverse(right)
     solution = start.copy()
-    residual = -_gradient(solution, probes, mla, targets=True)
+    best, least = start.copy(), score_errors(start, held_out, mla, workers)
+    residual = -_gradient(solution, probes, mla, workers, targets=True)
     preconditioned = inverse_left @ residual @ inverse_right
     direction = preconditioned.astype(np.float32)
     decrease = np.einsum("hij,hij->h", residual, preconditioned)
     for _ in range(iterations):
-        curved = _gradient(direction, probes, mla, targets=False) + damping * direction
+        curved = _gradient(direction, probes, mla, workers, targets=False) + damping * direction
         step = decrease / np.maximum(np.einsum("hij,hij->h", direction, curved), 1e-30)
         solution += step[:, None, None] * direction
+        errors = score_errors(solution, held_out, mla, workers)
+        better = errors <= least
+        best[better], least[better] = solution[better], errors[better]
         residual -= step[:, None, None] * curved
         preconditioned = inverse_left @ residual @ inverse_right
         previous, decrease = decrease, np.einsum("hij,hij->h", residual, preconditioned)
         share = (decrease / np.maximum(previous, 1e-30))[:, None, None]
         direction = np.asarray(preconditioned + share * direction, dtype=np.float32)
-    return solution
+    return best
+
+
+def score_errors(maps: Array, probes: list[Probe], mla: MLA, workers: Workers) -> Array:
+    """The weighted score error of each head, (H,), summed over probes."""
+
+    def share(indices: range) -> Array:
+        total = np.zeros(len(maps), np.float32)
+        for probe in (probes[i] for i in indices):
+            error = _score_errors(maps, probe, mla, targets=True)
+            weighted = probe.attention * error
+            total += np.einsum("hts,hts->h", weighted, error) - np.square(weighted.sum(axis=-1)).sum(axis=-1)
+        return total
+
+    return np.asarray(sum(workers.each(share, len(probes)), np.zeros(len(maps), np.float32)))
 
 
 def rotate_rope_part(x: Array, mla: MLA, sign: int) -> Array:
@@ -67,21 +89,30 @@ def rotate_rope_part(x: Array, mla: MLA, sign: int) -> Array:
     return np.concatenate([x[..., :r], apply_rope(x[..., r:], positions, rope)], axis=-1)
 
 
-def _gradient(maps: Array, probes: list[Probe], mla: MLA, targets: bool) -> Array:
+def _score_errors(maps: Array, probe: Probe, mla: MLA, targets: bool) -> Array:
+    """Scores (H, T, T) of the maps' readings, less the original's if `targets`."""
+    reading = rotate_rope_part(per_head(probe.queries, maps), mla, +1).swapaxes(0, 1)  # (H, T, R + P)
+    error = reading @ probe.rows.T
+    if targets:
+        error -= probe.scores
+    return error
+
+
+def _gradient(maps: Array, probes: list[Probe], mla: MLA, workers: Workers, targets: bool) -> Array:
     """Gradient of half the weighted error at `maps` (H, R + P, K); without targets, the Hessian times maps."""
-    total = np.zeros_like(maps)
-    for probe in probes:
-        reading = per_head(probe.queries, maps)
-        reading = rotate_rope_part(reading, mla, +1).swapaxes(0, 1)  # (H, T, R + P)
-        error = reading @ probe.rows.T
-        if targets:
-            error -= probe.scores
-        error *= probe.attention  # masked pairs carry no attention
-        error -= probe.attention * error.sum(axis=-1, keepdims=True)
-        pull = (error @ probe.rows).astype(np.float32, copy=False).swapaxes(0, 1)  # (T, H, R + P)
-        pulled = rotate_rope_part(pull, mla, -1)
-        total += pulled.transpose(1, 2, 0) @ probe.queries.swapaxes(0, 1)
-    return np.asarray(total / np.float32(sum(len(probe.rows) for probe in probes)), dtype=np.float32)
+
+    def share(indices: range) -> Array:
+        total = np.zeros_like(maps)
+        for probe in (probes[i] for i in indices):
+            error = _score_errors(maps, probe, mla, targets)
+            error *= probe.attention  # masked pairs carry no attention
+            error -= probe.attention * error.sum(axis=-1, keepdims=True)
+            pull = (error @ probe.rows).astype(np.float32, copy=False).swapaxes(0, 1)  # (T, H, R + P)
+            total += rotate_rope_part(pull, mla, -1).transpose(1, 2, 0) @ probe.queries.swapaxes(0, 1)
+        return total
+
+    n_tokens = sum(len(probe.rows) for probe in probes)
+    return np.asarray(sum(workers.each(share, len(probes)), np.zeros_like(maps)) / np.float32(n_tokens))
 
 
 def _curvature(probes: list[Probe], mla: MLA, stride: int = 64) -> tuple[Array, Array]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
-from edgekv.convert.query_fit import Probe, fit_queries, rotate_rope_part
+from edgekv.convert.query_fit import Probe, fit_queries, rotate_rope_part, score_errors
+from edgekv.convert.workers import workers
 from edgekv.spec import MLA, RopeSpec
 
 H, K, R, P, T = 2, 6, 5, 4, 70
@@ -32,6 +34,11 @@ def probes() -> list[Probe]:
     return out
 
 
+def fitted(start: np.ndarray, probes: list[Probe], steps: int, held_out: Sequence[Probe] = ()) -> np.ndarray:
+    with workers() as crew:
+        return fit_queries(start, probes, list(held_out), MLA_SPEC, steps, crew)
+
+
 def errors(maps: np.ndarray, probes: list[Probe]) -> np.ndarray:
     """(H,) sum_t sum_s p_ts (d_ts - mean_p d_t)^2, in float64, by loops."""
     total = np.zeros(H)
@@ -50,11 +57,11 @@ def errors(maps: np.ndarray, probes: list[Probe]) -> np.ndarray:
 
 def test_each_step_lowers_the_error_and_many_reach_the_minimum(probes: list[Probe]) -> None:
     start = np.zeros((H, R + P, K), np.float32)
-    found = [errors(fit_queries(start, probes, MLA_SPEC, n), probes) for n in (0, 1, 2, 4, 30)]
+    found = [errors(fitted(start, probes, n), probes) for n in (0, 1, 2, 4, 30)]
     for before, after in itertools.pairwise(found):
         assert (after <= before + 1e-6).all()
     assert (found[1] < 0.99 * found[0]).all()
-    solution = fit_queries(start, probes, MLA_SPEC, 30)
+    solution = fitted(start, probes, 30)
     rng = np.random.default_rng(1)
     for size in (0.01, 0.1):
         other = solution + (size * rng.standard_normal(solution.shape)).astype(np.float32)
@@ -69,6 +76,30 @@ def test_a_perfect_reading_is_found_and_stays(probes: list[Probe]) -> None:
         queries = np.einsum("hij,thj->thi", truth, probe.queries)
         scores = np.einsum("thi,si->hts", rotate_rope_part(queries, MLA_SPEC, +1), probe.rows)
         exact.append(Probe(probe.queries, probe.rows, scores.astype(np.float32), probe.attention))
-    np.testing.assert_allclose(fit_queries(truth, exact, MLA_SPEC, 3), truth, atol=1e-3)
+    np.testing.assert_allclose(fitted(truth, exact, 3), truth, atol=1e-3)
     start = np.zeros_like(truth)
-    assert (errors(fit_queries(start, exact, MLA_SPEC, 40), exact) < 1e-3 * errors(start, exact)).all()
+    assert (errors(fitted(start, exact, 40), exact) < 1e-3 * errors(start, exact)).all()
+
+
+def test_the_held_out_error_is_the_definitions(probes: list[Probe]) -> None:
+    maps = np.random.default_rng(3).standard_normal((H, R + P, K)).astype(np.float32)
+    with workers() as crew:
+        found = score_errors(maps, probes, MLA_SPEC, crew)
+    np.testing.assert_allclose(found, errors(maps, probes), rtol=1e-4)
+
+
+def test_a_head_stops_where_the_held_out_windows_tell_it_to(probes: list[Probe]) -> None:
+    """Fitted to scores of noise, no step helps on other windows: the start stays; and never is it left for worse."""
+    rng = np.random.default_rng(4)
+    truth = rng.standard_normal((H, R + P, K)).astype(np.float32)
+
+    def reading(probe: Probe, noise: float) -> Probe:
+        queries = np.einsum("hij,thj->thi", truth, probe.queries)
+        scores = np.einsum("thi,si->hts", rotate_rope_part(queries, MLA_SPEC, +1), probe.rows)
+        scores = (scores + noise * rng.standard_normal(scores.shape)).astype(np.float32)
+        return Probe(probe.queries, probe.rows, scores, probe.attention)
+
+    noisy, held_out = [reading(probes[0], 30.0)], [reading(probes[1], 0.0)]
+    np.testing.assert_array_equal(fitted(truth, noisy, 5, held_out), truth)
+    start = truth + rng.standard_normal(truth.shape).astype(np.float32)
+    assert (errors(fitted(start, noisy, 5, held_out), held_out) <= errors(start, held_out)).all()
