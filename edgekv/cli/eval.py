@@ -41,8 +41,9 @@ WEIGHTS = ("stored", "f16", "f32")
               help="For --retrieval, at each length and depth.")  # fmt: skip
 @click.option("--cache-type", help="How the model's cache is stored.  [default: f16]")
 @click.option("--backend", type=click.Choice(KINDS), help="Engine.  [default: what MODEL is made for]")
-@click.option("--against-backend", type=click.Choice(KINDS), default="reference", show_default=True,
-              help="Engine of --against; llama.cpp runs it with an f32 cache and the same --weights.")  # fmt: skip
+@click.option("--against-backend", type=click.Choice(KINDS),
+              help="Engine of --against; llama.cpp runs it with an f32 cache and the same --weights.  "
+              "[default: reference, for ONNX folders onnx]")  # fmt: skip
 @click.option("--weights", type=click.Choice(WEIGHTS), default=WEIGHTS[0], show_default=True,
               help="Dequantize the weights first, so that only the cache's loss is left.")  # fmt: skip
 @click.option("-t", "--threads", type=click.IntRange(1), help="Cores to use.  [default: the big ones]")
@@ -60,7 +61,7 @@ def command(
     tasks: tuple[str, ...],
     cache_type: str | None,
     backend: Kind | None,
-    against_backend: Kind,
+    against_backend: Kind | None,
     weights: Weights,
     threads: int | None,
     jobs: int | None,
@@ -101,10 +102,10 @@ def command(
         run_sweep(sweep, output, wanted["limit"], force, as_json, run)
         return
     assert model is not None
+    request = Request(tasks=parse_tasks(tasks), **wanted)
     subject = Subject(model, backend or default_kind(model), cache_type, weights)
     reference = reference_subject(against, against_backend, weights) if against else None
     evaluation = Evaluation(subject, reference, run, ProgressLine, lambda line: click.echo(line, err=as_json))
-    request = Request(tasks=parse_tasks(tasks), **wanted)
     report = evaluation.run(request, command_line())
     if as_json:
         click.echo(json.dumps(encode(report), indent=1, allow_nan=False))
@@ -135,11 +136,13 @@ def require_one_mode(context: click.Context, sweep: bool) -> None:
         raise click.UsageError(f"{hint} {reason}; leave it out", context)
 
 
-def reference_subject(path: Path, backend: Kind, weights: Weights) -> Subject:
+def reference_subject(path: Path, backend: Kind | None, weights: Weights) -> Subject:
     """The reference as it is run: in float32 by NumPy, or in llama.cpp with nothing rounded but by its kernels."""
     from edgekv.evaluate.subject import Subject
 
-    return Subject(path, backend) if backend == "reference" else Subject(path, backend, "f32", weights)
+    if backend is None:
+        backend = "onnx" if default_kind(path) == "onnx" else "reference"
+    return Subject(path, backend, "f32", weights) if backend == "llama.cpp" else Subject(path, backend)
 
 
 def parse_tasks(values: tuple[str, ...]) -> tuple[tuple[str, Path], ...]:

@@ -1,0 +1,160 @@
+"""`edgekv eval` as a user meets it: output, refusals, Ctrl-C, the time left."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from edgekv.cli.eval_progress import ProgressLine, clock
+
+EDGEKV = str(Path(sys.executable).parent / "edgekv")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(np.random.default_rng(1).choice(list("aeinorst .\n"), 40_000)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def piqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("task") / "piqa.jsonl"
+    row = {"query": "how?", "choices": ["like so", "not at all"], "gold": 0}
+    path.write_text("\n".join(json.dumps(row | {"gold": i % 2}) for i in range(6)) + "\n")
+    return path
+
+
+def test_everything_at_once(
+    edgekv: Callable, tiny_llama: Path, tiny_mla: Path, text: Path, piqa: Path, tmp_path: Path
+) -> None:
+    """All four measures in one document; the same as lines; the second time from the journals."""
+    call = ["eval", tiny_mla, "--against", tiny_llama, "--text", text, "--window", 64, "--limit", 3,
+            "--task", f"piqa={piqa}", "--task", f"arc_easy={piqa}", "--positions", text, "--sequences", 2,
+            "--retrieval", text, "--trials", 1, "--context", 1400, "-j", 1, "-t", 1,
+            "--cache-dir", tmp_path]  # fmt: skip
+    result = edgekv(*call, "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["command"].startswith(f"edgekv eval {tiny_mla} --against")
+    assert report["windows"]["windows"] == 3
+    assert [task["questions"] for task in report["tasks"]] == [3, 3]
+    assert report["positions"]["context"] == 1400
+    assert report["positions"]["sequences"] == 2
+    assert len(report["retrieval"]["cells"]) == 20
+    assert {cell["trials"] for cell in report["retrieval"]["cells"]} == {1}
+    journals = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    shown = edgekv(*call).stdout
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == journals
+    assert f"KL          {report['windows']['kl']:.6f}" in shown
+    assert "mean relative change over 2 tasks" in shown
+    for length in (175, 350, 700, 1400):
+        assert f"\n  {length:>6} " in shown
+    for bucket in report["positions"]["buckets"]:
+        assert f"{bucket['ppl']:9.4f}, reference {bucket['reference_ppl']:9.4f}" in shown
+
+
+def test_what_is_refused(
+    refused: Callable, tiny_llama: Path, smollm2: Path, text: Path, piqa: Path, tmp_path: Path
+) -> None:
+    where = ("--cache-dir", tmp_path, "-j", 1)
+    assert "no such file" in refused("eval", tmp_path / "none.gguf", "--text", text, *where)
+    assert "unknown cache type" in refused(
+        "eval", tiny_llama, "--text", text, "--window", 64, "--cache-type", "q9", *where
+    )
+    assert "unknown task" in refused("eval", tiny_llama, "--task", f"mmlu={piqa}", *where)
+    assert "line 1" in refused("eval", tiny_llama, "--task", f"winogrande={piqa}", *where)
+    assert "different vocabularies" in refused("eval", tiny_llama, "--against", smollm2, "--text", text)
+    assert "shorten --window" in refused("eval", tiny_llama, "--text", text, "--window", 90_000, *where)
+    assert "shorten --context" in refused(
+        "eval", tiny_llama, "--retrieval", text, "--context", 90_000, *where
+    )
+    assert "caches in f32, not q8_0" in refused(
+        "eval", tiny_llama, "--text", text, "--backend", "reference", "--cache-type", "q8_0", *where
+    )
+
+
+def test_a_folder_that_cannot_be_written(
+    edgekv: Callable, tiny_llama: Path, text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    result = edgekv(
+        "eval", tiny_llama, "--text", text, "--window", 64, "--cache-dir", tmp_path / "file", "-j", 1
+    )
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].endswith("choose another --cache-dir")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ([], "name a model, or a file of points with --sweep"),
+        (["m.gguf", "--force"], "'--force' belongs to --sweep"),
+        (["m.gguf", "-o", "x"], "belongs to --sweep"),
+        (["--sweep", "s.toml", "--cache-type", "f16"], "comes from the file of --sweep"),
+        (["m.gguf", "--sweep", "s.toml"], "comes from the file of --sweep"),
+        (["m.gguf", "--task", "piqa"], "is not NAME=FILE"),
+    ],
+)
+def test_options_that_do_not_go_together(edgekv: Callable, arguments: list[str], problem: str) -> None:
+    result = edgekv("eval", *arguments)
+    assert result.returncode == 2
+    assert problem in result.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_ctrl_c_leaves_no_workers_and_what_is_done(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [EDGEKV, "eval", str(tiny_llama), "--text", str(text), "--window", "64", "-j", "2", "-t", "2",
+         "--cache-dir", str(tmp_path)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not any(path.read_bytes().count(b"\n") > 10 for path in tmp_path.glob("windows-*")):
+        assert process.poll() is None, "it ended before it could be stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 2
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in errors
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive
+    (journal,) = tmp_path.glob("windows-*")
+    assert all(json.loads(line) for line in journal.read_text().splitlines())
+
+
+def test_the_time_left_is_of_this_runs_pace(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """100 were done by an earlier run; 10 more took 40 s, so 90 more will take 6 minutes."""
+    now = [1000.0]
+    monkeypatch.setattr("edgekv.cli.eval_progress.time.monotonic", lambda: now[0])
+    line = ProgressLine("windows")
+    line(100, 200, "")
+    now[0] += 40
+    line(110, 200, "PPL 9.000")
+    now[0] += 1
+    line(111, 200, "too soon after the last line")
+    now[0] += 400
+    line(200, 200, "")
+    assert capsys.readouterr().err.splitlines() == [
+        "windows 100/200",
+        "windows 110/200, 6:00 left  PPL 9.000",
+    ]
+
+
+def test_clock() -> None:
+    assert [clock(s) for s in (0.4, 59.6, 754, 7384)] == ["0:00", "1:00", "12:34", "2:03:04"]
