@@ -29,6 +29,19 @@ from edgekv.onnx_folder import (
 from edgekv.source import TensorSource
 from edgekv.spec import GQA, MLA
 
+# Of edgekv.spec.ModelSpec.peculiarities, those that the graph has.
+EXPRESSED = frozenset(
+    {
+        "biases on queries, keys and values",
+        "a sliding window",
+        "attention softcapping",
+        "a score scale of its own",
+        "scaled RoPE frequencies",
+        "low-rank queries",
+        "another feed-forward than SwiGLU",
+        "scaled embeddings, residuals or logits",
+    }
+)
 SCALE_NBYTES = 4  # of a row in an 8-bit cache
 
 
@@ -78,15 +91,17 @@ def _check(source: TensorSource, options: OnnxOptions) -> None:
     """Refuse what the graph would get wrong, before anything is written."""
     spec = source.spec
     attention = spec.layers[0].attention
-    if any(layer.attention != attention for layer in spec.layers):
-        raise UnsupportedError(f"{spec.name}: layers with different attention have no ONNX graph; use GGUF")
+    if others := [what for what in spec.peculiarities if what not in EXPRESSED]:
+        raise UnsupportedError(f"{spec.name} has {others[0]}, which the ONNX graph does not know; use GGUF")
     if isinstance(attention, GQA):
-        if attention.rope.dim != attention.head_dim or attention.rope.factors:
-            raise UnsupportedError(f"{spec.name}: its rotary embedding has no ONNX graph; use GGUF")
+        if attention.rope.dim != attention.head_dim:
+            raise UnsupportedError(f"{spec.name} rotates a part of each head, which ONNX has not; use GGUF")
         if options.cache != "f32":
             raise UnsupportedError(f"{spec.name}: an {options.cache} cache is for latents; convert it first")
     if options.weights != "fp32" and spec.dim % BLOCK:
-        raise UnsupportedError(f"{spec.name}: a width of {spec.dim} does not divide into blocks of {BLOCK}")
+        raise UnsupportedError(
+            f"{spec.name}: a width of {spec.dim} does not divide into blocks of {BLOCK}; use --weights fp32"
+        )
 
 
 def _record(source: TensorSource, options: OnnxOptions, weights_nbytes: int) -> ModelRecord:

@@ -45,6 +45,9 @@ class GroupedAttention:
         g, spec = self._g, self._spec
         joint = np.concatenate([w[f"attn_{kind}.weight"] for kind in "qkv"])
         qkv = linear(g, x, f"layers.{layer}.attn.qkv", joint, bits)
+        if spec.bias:
+            bias = np.concatenate([w[f"attn_{kind}.bias"] for kind in "qkv"])
+            qkv = g.op("Add", qkv, g.weight(f"layers.{layer}.attn.qkv_bias", bias))
         shape = (1, spec.n_kv_heads, CACHE_LENGTH, spec.head_dim)
         caches = [(f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}") for kind in ("key", "value")]
         for past, present in caches:
@@ -60,7 +63,9 @@ class GroupedAttention:
             [mixed, *(present for _, present in caches)],
             num_heads=spec.n_heads,
             kv_num_heads=spec.n_kv_heads,
-            scale=spec.head_dim**-0.5,
+            scale=spec.score_scale,
+            softcap=spec.softcap,
+            local_window_size=spec.window or -1,
             do_rotary=1,
             rotary_interleaved=int(spec.rope.layout == "interleaved"),
         )
@@ -72,6 +77,8 @@ def rotation(g: GraphWriter, position_ids: str, rope: RopeSpec) -> tuple[str, st
     positions = g.op("Cast", g.op("Unsqueeze", position_ids, g.ints(2)), to=DOUBLE)  # (1, T, 1)
     angles = g.op("Mul", positions, g.constant(inverse_frequencies(rope)[None, None, :]))
     cos, sin = (g.op("Cast", g.op(kind, angles), to=FLOAT) for kind in ("Cos", "Sin"))
+    if rope.magnitude != 1.0:
+        cos, sin = (g.op("Mul", table, g.scalar(rope.magnitude)) for table in (cos, sin))
     return cos, sin
 
 

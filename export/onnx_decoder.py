@@ -63,7 +63,7 @@ def _attention(
     g: GraphWriter, spec: ModelSpec, cache: LatentCache, mask: str, position_ids: str
 ) -> AttentionNodes:
     attention = spec.layers[0].attention
-    assert all(layer.attention == attention for layer in spec.layers), "checked before"
+    assert len(set(spec.layers)) == 1, "checked before"
     if isinstance(attention, GQA):
         return GroupedAttention(g, attention, mask, position_ids, spec.context_length)
     kind = Int8LatentAttention if cache == "int8" else LatentAttention
@@ -108,5 +108,11 @@ def _feed_forward(g: GraphWriter, x: str, w: BlockWeights, kind: FFNKind, name: 
         inner = g.op("Mul", positive, positive)
     else:
         gate = linear(g, x, f"{name}.gate", w["ffn_gate.weight"], bits)
-        inner = g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)  # onnxruntime fuses the inner two
+        inner = g.op("Mul", _activation(g, gate, kind), up)
     return linear(g, inner, f"{name}.down", w["ffn_down.weight"], bits)
+
+
+def _activation(g: GraphWriter, x: str, kind: FFNKind) -> str:
+    if kind == "geglu":
+        return g.op("Gelu", x, approximate="tanh")
+    return g.op("Mul", x, g.op("Sigmoid", x))  # onnxruntime fuses the two

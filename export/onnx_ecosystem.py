@@ -1,10 +1,12 @@
-"""Files beside the graph that other programs look for: generation_config.json and genai_config.json."""
+"""Files beside the graph that other programs look for: the tokenizer, where text ends, how to run the graph."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+
+from edgekv.export.safetensors_tokenizer import generation_config, tokenizer_config, tokenizer_json
 
 from edgekv.onnx_folder import GRAPH
 from edgekv.source import TensorSource
@@ -14,14 +16,12 @@ from edgekv.tokenizer import Tokenizer
 
 def write_companions(source: TensorSource, folder: Path) -> None:
     """Write them into `folder`; onnxruntime-genai runs GQA graphs only, so that only those get its file."""
-    tokenizer = Tokenizer.from_metadata(source.metadata)
-    stop = sorted(tokenizer.stop_ids)
-    tokens = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stop}
-    _write(
-        folder / "generation_config.json", {key: value for key, value in tokens.items() if value is not None}
-    )
-    if isinstance(source.spec.layers[0].attention, GQA):
-        _write(folder / "genai_config.json", genai_config(source, tokenizer))
+    metadata, spec = source.metadata, source.spec
+    (folder / "tokenizer.json").write_text(tokenizer_json(metadata), encoding="utf-8")
+    _write(folder / "tokenizer_config.json", tokenizer_config(metadata, spec.context_length))
+    _write(folder / "generation_config.json", generation_config(metadata))
+    if isinstance(spec.layers[0].attention, GQA):
+        _write(folder / "genai_config.json", genai_config(source, Tokenizer.from_metadata(metadata)))
 
 
 def genai_config(source: TensorSource, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -66,4 +66,4 @@ def genai_config(source: TensorSource, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -61,7 +61,7 @@ class LatentAttention:
             norm = g.weight(f"{name}.q_a_norm", w["attn_q_a_norm.weight"])
             x = g.op("RMSNormalization", x, norm, epsilon=self._eps)
             last = w["attn_q_b.weight"]
-        q = linear(g, x, f"{name}.q", last * np.float32(spec.head_dim**-0.5), bits)  # (1, T, H * (N + P))
+        q = linear(g, x, f"{name}.q", last * np.float32(spec.score_scale), bits)  # (1, T, H * (N + P))
         by_head = g.op("Reshape", q, g.ints(1, -1, spec.n_heads, spec.head_dim))
         by_head = g.op("Transpose", by_head, perm=[0, 2, 1, 3])
         nope, rope = g.ops("Split", by_head, g.ints(spec.nope_dim, spec.rope.dim), n_outputs=2, axis=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,10 @@ from edgekv.backends.onnx import OnnxBackend
 from edgekv.backends.reference import ReferenceBackend
 from edgekv.errors import OutputError, UnsupportedError
 from edgekv.gguf_check import read_header
+from edgekv.gguf_spec import block_tensor_shapes
 from edgekv.onnx_folder import DATA, GRAPH, MANIFEST, VOCABULARY, read_manifest
 from edgekv.source import LazySource, TensorSource, open_source
+from edgekv.spec import RopeSpec, Yarn
 from edgekv.tokenizer import Tokenizer
 
 TOKENS = [int(t) for t in np.random.default_rng(5).integers(0, 250, 200)]
@@ -75,6 +78,62 @@ def test_mqa_mha_and_an_untied_head(
 ) -> None:
     source = make_llama(n_kv_heads=kv_heads, tied=False)
     assert abs(against_reference(source, export(source, tmp_path / "out")).kl) < 1e-6
+
+
+def varied(source: LazySource, ffn: str = "swiglu", **attention: object) -> LazySource:
+    """A model like the source but for its attention's and its feed-forward's kind."""
+    plain = source.spec.layers[0]
+    layer = replace(plain, ffn=ffn, attention=replace(plain.attention, **attention))
+    out = LazySource(replace(source.spec, layers=(layer,) * source.spec.n_layers), source.metadata)
+    for name in source.names():
+        out.borrow(source, name)
+    rng = np.random.default_rng(9)
+    for i in range(out.spec.n_layers):
+        for name, shape in block_tensor_shapes(layer, out.spec.dim).items():
+            if f"blk.{i}.{name}" not in out.names():
+                out.add_array(f"blk.{i}.{name}", rng.standard_normal(shape).astype(np.float32))
+    return out
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"bias": True},
+        {"window": 40},
+        {"softcap": 5.0},
+        {"scale": 0.1},
+        {"rope": RopeSpec(10000.0, 32, "half", factors=tuple(np.linspace(1, 4, 16)), magnitude=1.2)},
+        {"rope": RopeSpec(10000.0, 32, yarn=Yarn(4.0, 64))},
+        {"ffn": "geglu"},
+    ],
+    ids=lambda kind: next(iter(kind)),
+)
+def test_kinds_of_attention(
+    kind: dict[str, object], make_llama: Callable[..., LazySource], tmp_path: Path
+) -> None:
+    source = varied(make_llama(), **kind)
+    assert source.spec.peculiarities
+    assert abs(against_reference(source, export(source, tmp_path / "out")).kl) < 1e-6
+
+
+def test_mla_with_yarn(tiny_mla: Path, tmp_path: Path) -> None:
+    rope = RopeSpec(10000.0, 32, yarn=Yarn(4.0, 64), magnitude=1.1)
+    source = varied(open_source(tiny_mla), rope=rope, scale=0.2)
+    assert abs(against_reference(source, export(source, tmp_path / "out")).kl) < 1e-6
+
+
+@pytest.mark.parametrize("what", ["QK-norm", "logit softcapping", "norms after"])
+def test_what_the_graph_does_not_know_is_refused(
+    what: str, make_llama: Callable[..., LazySource], tmp_path: Path
+) -> None:
+    source = varied(make_llama(), qk_norm=what == "QK-norm")
+    if what == "logit softcapping":
+        source._spec = replace(source.spec, logit_softcap=30.0)
+    elif what == "norms after":
+        layer = replace(source.spec.layers[0], post_norms=True)
+        source._spec = replace(source.spec, layers=(layer,) * 3)
+    with pytest.raises(UnsupportedError, match=what):
+        export(source, tmp_path / "out")
 
 
 def test_native_mla_keeps_its_latent(native_mla: Path, tmp_path: Path) -> None:

@@ -1,0 +1,43 @@
+"""A GQA export in onnxruntime-genai, the ecosystem's own program for language models."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from edgekv.export.onnx import OnnxOptions, write_onnx
+
+from edgekv.backends.onnx import OnnxBackend
+from edgekv.source import open_source
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("onnxruntime_genai") is None,
+    reason="PyPI has no onnxruntime-genai wheel for this platform",
+)
+def test_it_says_what_our_backend_says(tiny_llama: Path, tmp_path: Path) -> None:
+    import onnxruntime_genai as genai
+
+    folder, prompt = tmp_path / "out", [5, 70, 33, 120]
+    write_onnx(open_source(tiny_llama), folder, OnnxOptions("fp32"), False, lambda done, total: None)
+    ours, engine = [], OnnxBackend(folder, n_ctx=64, n_threads=1)
+    logits = engine.prefill(prompt)
+    for _ in range(20):
+        ours.append(int(logits.argmax()))
+        logits = engine.decode(ours[-1])
+    engine.close()
+
+    config = genai.Config(str(folder))
+    config.overlay('{"model": {"decoder": {"session_options": {"intra_op_num_threads": 1}}}}')
+    model = genai.Model(config)
+    options = genai.GeneratorParams(model)
+    options.set_search_options(max_length=64, do_sample=False)
+    generator = genai.Generator(model, options)
+    generator.append_tokens(prompt)
+    theirs: list[int] = []
+    while not generator.is_done() and len(theirs) < 20:
+        generator.generate_next_token()
+        theirs.append(int(generator.get_next_tokens()[0]))
+    assert len(theirs) > 4
+    assert theirs == ours[: len(theirs)]
