@@ -16,7 +16,7 @@ from edgekv.quant.tensor_error import RelativeError, StoredTensor, relative_erro
 from numpy.typing import NDArray
 
 from edgekv.backends.quantizer import Quantizer
-from edgekv.convert.calibration import WINDOW, windows_from_files
+from edgekv.convert.calibration import windows_from_files
 from edgekv.convert.norm_trick import is_folded
 from edgekv.errors import InputError, ModelFileError, UnsupportedError
 from edgekv.files import atomic_path
@@ -26,7 +26,8 @@ from edgekv.source import Array
 from edgekv.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
-MAX_SEQUENCES = 16  # sampled side by side: more need more memory for caches
+SAMPLE_LENGTH = 256  # tokens: short sequences make large batches, which are quick
+MAX_SEQUENCES = 32  # sampled side by side: more need more memory for caches
 NORMAL_TOKEN = 1  # gguf.TokenType.NORMAL
 
 
@@ -65,7 +66,7 @@ def quantizable_header(path: Path) -> GGUFHeader:
 def calibration_windows(
     path: Path, texts: list[Path], n_tokens: int, seed: int, quantizer: Quantizer, progress: Progress
 ) -> NDArray[np.int64]:
-    """Token windows (n, WINDOW) from text files, or sampled from the model where there are none.
+    """Token windows (n, length) from text files, or sampled from the model where there are none.
 
     Raises:
         InputError: a text cannot be read, is too short, or n_tokens is not positive.
@@ -75,13 +76,14 @@ def calibration_windows(
         raise InputError("--calib-tokens takes a positive number; 8192 is the default")
     header = read_header(path)
     tokenizer = Tokenizer.from_metadata(header.metadata)
-    opening = tokenizer.encode("", add_special=True)[:1]  # models trained with it are lost without
+    added = tokenizer.encode("", add_special=True)[:1]
+    opening = [i for i in added if i == tokenizer.bos_id]  # models trained with it are lost without
     if texts:
         windows = windows_from_files(texts, tokenizer, n_tokens, seed)
         windows[:, : len(opening)] = opening
         return windows
-    trained = header.metadata.get(f"{header.metadata['general.architecture']}.context_length", WINDOW)
-    length = min(WINDOW, trained if isinstance(trained, int) else WINDOW)
+    trained = header.metadata.get(f"{header.metadata['general.architecture']}.context_length")
+    length = min(SAMPLE_LENGTH, trained) if isinstance(trained, int) else SAMPLE_LENGTH
     n = max(1, n_tokens // length)
     kinds = header.metadata.get("tokenizer.ggml.token_type")
     plain = np.flatnonzero(np.asarray(kinds) == NORMAL_TOKEN) if isinstance(kinds, list) else len(tokenizer)
@@ -133,7 +135,7 @@ def _kept(source: Path, header: GGUFHeader) -> dict[str, int]:
     for tensor in header.tensors:
         if tensor.name.endswith("attn_kv_a_mqa.weight") and tensor.ggml_type in ("F32", "BF16"):
             norm = next(t for t in header.tensors if t.name == tensor.name.replace("_mqa", "_norm"))
-            stored = _stored(np.memmap(source, np.uint8, "r"), tensor)
+            stored = _stored(source, tensor)
             if is_folded(stored.rows(0, norm.dims[0])):
                 folded[tensor.name] = int(gguf.GGMLQuantizationType[tensor.ggml_type])
     return folded
@@ -148,7 +150,6 @@ def _compare(
     progress: Progress,
 ) -> list[TensorReport]:
     quantized = {tensor.name: tensor for tensor in read_header(output).tensors}
-    data_before, data_after = (np.memmap(path, np.uint8, "r") for path in (source, output))
     reports = []
     n = len(header.tensors)
     for i, before in enumerate(header.tensors):
@@ -158,7 +159,7 @@ def _compare(
         after = quantized[before.name]
         try:
             error = relative_error(
-                _stored(data_before, before), _stored(data_after, after), importance.get(before.name)
+                _stored(source, before), _stored(output, after), importance.get(before.name)
             )
         except NotImplementedError:
             error = None
@@ -177,6 +178,8 @@ def _compare(
     return reports
 
 
-def _stored(data: NDArray[np.uint8], tensor: TensorInfo) -> StoredTensor:
-    rows = data[tensor.offset : tensor.offset + tensor.nbytes].reshape(int(np.prod(tensor.dims[1:])), -1)
-    return StoredTensor(rows, tensor.ggml_type, tensor.dims[0])
+def _stored(path: Path, tensor: TensorInfo) -> StoredTensor:
+    """A tensor mapped by itself: with it goes its memory."""
+    rows = int(np.prod(tensor.dims[1:]))
+    data = np.memmap(path, np.uint8, "r", tensor.offset, (rows, tensor.nbytes // rows))
+    return StoredTensor(data, tensor.ggml_type, tensor.dims[0])
