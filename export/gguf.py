@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 
 import gguf
 import numpy as np
+from edgekv.export.gguf_arch import architecture_keys, file_layout, gguf_arch
 from gguf import GGMLQuantizationType as QuantType
-from numpy.typing import NDArray
 
 from edgekv import __version__
 from edgekv.files import atomic_path
 from edgekv.source import Metadata, MetaValue, TensorSource
-from edgekv.spec import MLA, ModelSpec
 
 WEIGHT_TYPES: Mapping[str, QuantType] = {
     "f32": QuantType.F32,
@@ -42,11 +43,13 @@ Progress = Callable[[str, int, int], None]  # tensor name, index, count
 def tensor_type(name: str, shape: tuple[int, ...], weights: QuantType) -> QuantType:
     """The type a tensor is written in when the model's weights are `weights`.
 
-    Vectors stay F32. `attn_kv_a_mqa` stays F32 for quantized weights and f16, whose range the norm trick
-    leaves (edgekv.convert.norm_trick); BF16 has that range. Embeddings and the output head keep 8 bits, as
-    llama.cpp's own presets do. A row that does not divide into blocks becomes F16.
+    Vectors and the experts' router stay F32. `attn_kv_a_mqa` stays F32 for quantized weights and f16, whose
+    range the norm trick leaves (edgekv.convert.norm_trick); BF16 has that range. Embeddings and the output
+    head keep 8 bits, as llama.cpp's own presets do. A row that does not divide into blocks becomes F16.
     """
     if len(shape) == 1:
+        return QuantType.F32
+    if name.endswith("ffn_gate_inp.weight"):  # small, and it decides
         return QuantType.F32
     if name.endswith("attn_kv_a_mqa.weight"):
         return QuantType.BF16 if weights == QuantType.BF16 else QuantType.F32
@@ -57,6 +60,15 @@ def tensor_type(name: str, shape: tuple[int, ...], weights: QuantType) -> QuantT
     return QuantType.F16 if shape[-1] % block else weights
 
 
+def stored_weights(source: TensorSource) -> str:
+    """The choice of weights that comes nearest to how most of a source's values are stored."""
+    sizes: Counter[str] = Counter()
+    for name in source.names():
+        sizes[source.quantization(name).lower()] += prod(source.shape(name))
+    most = sizes.most_common(1)[0][0]
+    return most if most in ("f32", "f16", "bf16") else KEEP
+
+
 def write_gguf(
     source: TensorSource, path: Path, weights: str, notes: Metadata, force: bool, progress: Progress
 ) -> None:
@@ -65,21 +77,23 @@ def write_gguf(
     Raises:
         OutputError: the folder is missing, the file exists and `force` is not set, or the disk is full.
     """
+    source = file_layout(source)
     with atomic_path(path, force) as partial:
-        plan = [(name, *_plan(source, name, weights)) for name in source.names()]
+        plan = [(name, _plan(source, name, weights)) for name in source.names()]
         writer = gguf.GGUFWriter(partial, gguf_arch(source.spec))
         _write_metadata(writer, source, weights, notes)
-        for name, quant, raw in plan:
+        for name, quant in plan:
             shape = source.shape(name)
-            nbytes = raw.nbytes if raw is not None else _nbytes(shape, quant)
+            nbytes = _nbytes(shape, quant)
             byte_shape = gguf.quant_shape_to_byte_shape(shape, quant) if _is_blocked(quant) else shape
             dtype = np.dtype(np.uint8 if _is_blocked(quant) else _plain_dtype(quant))
             writer.add_tensor_info(name, byte_shape, dtype, nbytes, raw_dtype=quant)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for i, (name, quant, raw) in enumerate(plan):
+        for i, (name, quant) in enumerate(plan):
             progress(name, i, len(plan))
+            raw = source.raw(name) if source.quantization(name) == quant.name else None
             writer.write_tensor_data(
                 raw if raw is not None else gguf.quants.quantize(source.load(name), quant)
             )
@@ -100,19 +114,12 @@ def write_vocabulary(source: TensorSource, path: Path) -> None:
     writer.close()
 
 
-def gguf_arch(spec: ModelSpec) -> str:
-    """The llama.cpp architecture that runs a spec."""
-    return "deepseek2" if isinstance(spec.layers[0].attention, MLA) else spec.arch
-
-
-def _plan(source: TensorSource, name: str, weights: str) -> tuple[QuantType, NDArray[np.uint8] | None]:
-    """The type to write a tensor in, and its stored bytes if they can be copied."""
-    if weights == KEEP:
-        raw = source.raw(name)
-        if raw is not None:
-            return QuantType[source.quantization(name)], raw
+def _plan(source: TensorSource, name: str, weights: str) -> QuantType:
+    """The type to write a tensor in."""
+    if weights == KEEP and source.raw(name) is not None:
+        return QuantType[source.quantization(name)]
     chosen = WEIGHT_TYPES["q8_0" if weights == KEEP else weights]
-    return tensor_type(name, source.shape(name), chosen), None
+    return tensor_type(name, source.shape(name), chosen)
 
 
 def _is_blocked(quant: QuantType) -> bool:
@@ -130,7 +137,7 @@ def _nbytes(shape: tuple[int, ...], quant: QuantType) -> int:
 
 def _write_metadata(writer: gguf.GGUFWriter, source: TensorSource, weights: str, notes: Metadata) -> None:
     arch = gguf_arch(source.spec)
-    stored = source.quantization("blk.0.ffn_down.weight")
+    stored = source.quantization(next(n for n in source.names() if n.startswith("blk.0.ffn_down")))
     quant = QuantType[stored] if weights == KEEP else WEIGHT_TYPES[weights]
     pairs = _language_pairs(source)
     pairs |= {f"{arch}.{key}": value for key, value in architecture_keys(source.spec).items()}
@@ -162,44 +169,3 @@ def _add_key(writer: gguf.GGUFWriter, key: str, value: MetaValue) -> None:
         writer.add_string(key, value)
     elif value:  # gguf-py cannot write an empty array
         writer.add_array(key, value)
-
-
-def architecture_keys(spec: ModelSpec) -> dict[str, MetaValue]:
-    """GGUF keys of a spec, without the architecture that comes first in each.
-
-    The deepseek2 set is what llama.cpp's loader reads for a dense model with a latent cache
-    (src/llama-model.cpp, LLM_ARCH_DEEPSEEK2).
-    """
-    layer = spec.layers[0]
-    attention = layer.attention
-    keys: dict[str, MetaValue] = {
-        "block_count": spec.n_layers,
-        "context_length": spec.context_length,
-        "embedding_length": spec.dim,
-        "feed_forward_length": layer.ffn_dim,
-        "vocab_size": spec.vocab,
-        "attention.head_count": attention.n_heads,
-        "attention.layer_norm_rms_epsilon": spec.norm_eps,
-        "rope.freq_base": attention.rope.theta,
-        "rope.dimension_count": attention.rope.dim,
-    }
-    if not isinstance(attention, MLA):
-        return keys | {
-            "attention.head_count_kv": attention.n_kv_heads,
-            "attention.key_length": attention.head_dim,
-            "attention.value_length": attention.head_dim,
-        }
-    return keys | {
-        "attention.head_count_kv": 1,
-        "attention.q_lora_rank": attention.q_lora_rank,
-        "attention.kv_lora_rank": attention.kv_lora_rank,
-        "attention.key_length": attention.cache_values,
-        "attention.value_length": attention.kv_lora_rank,
-        "attention.key_length_mla": attention.head_dim,
-        "attention.value_length_mla": attention.value_dim,
-        "leading_dense_block_count": spec.n_layers,
-        "expert_feed_forward_length": 0,
-        "expert_shared_count": 0,
-        "expert_count": 0,
-        "expert_used_count": 0,
-    }

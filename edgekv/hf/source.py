@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgekv.errors import ModelFileError, UnsupportedError
 from edgekv.gguf_spec import model_tensor_shapes
-from edgekv.hf.checkpoint import DTYPES, Checkpoint, widen
+from edgekv.hf.checkpoint import DTYPES, Checkpoint, all_finite, widen
 from edgekv.hf.config import read_spec
 from edgekv.hf.layout import Recipe, recipes
 from edgekv.source import Array, Metadata
@@ -67,10 +67,6 @@ class HFSource:
         array = widen(self._stored(recipe), dtype)
         if recipe.values:
             array = recipe.values(array)
-        if not np.isfinite(array.sum(dtype=np.float64)):
-            raise ModelFileError(
-                f"{self.folder}: tensor {recipe.stored[0]} holds NaN or infinite weights; download it again"
-            )
         return array.reshape(self._shapes[name])
 
     def raw(self, name: str) -> NDArray[np.uint8] | None:
@@ -84,6 +80,11 @@ class HFSource:
 
     def _stored(self, recipe: Recipe) -> NDArray[Any]:
         parts = [self._checkpoint.read(name) for name in recipe.stored]
+        for name, part in zip(recipe.stored, parts, strict=True):
+            if not all_finite(part):
+                raise ModelFileError(
+                    f"{self.folder}: tensor {name} holds NaN or infinite weights; download it again"
+                )
         array = np.stack(parts) if recipe.stack else parts[0]
         return recipe.rows(array) if recipe.rows else array
 

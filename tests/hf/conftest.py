@@ -9,6 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as HFTokenizer
+
+from edgekv.hf.tokenizer import PROBE
 
 N_VOCAB = 288
 TOKENS = np.random.default_rng(3).integers(0, N_VOCAB, 80)
@@ -62,7 +66,8 @@ _LONGROPE = {
     "long_factor": [4.0 + i for i in range(8)],
     "original_max_position_embeddings": 128,
 }
-# name: (family in transformers, fields besides the common ones)
+# name: (family in transformers, fields besides the common ones). A model named phi3 has to have Phi-3's tokens
+# in llama.cpp: these have not.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("Llama", {"num_key_value_heads": 4}),
     "llama3": ("Llama", {"rope_theta": 500000.0, "rope_scaling": _LLAMA3}),
@@ -73,8 +78,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-yarn": ("Qwen2", {"rope_scaling": {k: v for k, v in _YARN.items() if "mscale" not in k}}),
     "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
-    "phi3": ("Phi3", {"sliding_window": 24}),
-    "phi3-longrope": ("Phi3", {"rope_scaling": _LONGROPE, "original_max_position_embeddings": 128}),
+    "phi": ("Phi3", {"sliding_window": 24}),
+    "phi-longrope": ("Phi3", {"rope_scaling": _LONGROPE, "original_max_position_embeddings": 128}),
     "smollm3": ("SmolLM3", {"num_hidden_layers": 5, "no_rope_layer_interval": 4}),
     "gemma2": ("Gemma2", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 24}),
     "gemma3": (
@@ -119,6 +124,36 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# As the models' own tokenizer.json have them.
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2 = LLAMA3.replace("{1,3}", "")
+TEXTS = (
+    "The quick brown fox.\n\nIt jumps 12345 times, doesn't it?",
+    "größer, ÅNGSTRÖM; 北京 2008年 🚀 “quoted”",
+    "    indented = {'a': 1}\n\treturn  x",
+    "",
+    " ",
+)
+
+
+def byte_level(expression: str | None, size: int = 400, **options: Any) -> HFTokenizer:
+    """A byte-level BPE trained on the texts; `expression` splits as Llama 3 or Qwen2 does, None as GPT-2."""
+    tokenizer = HFTokenizer(models.BPE(**options))
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=expression is None)
+    split = [pre_tokenizers.Split(Regex(expression), "isolated")] if expression else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, level])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([PROBE, *TEXTS] * 3, trainer)
+    tokenizer.add_special_tokens(["<|bos|>", "<|im_start|>", "<|im_end|>"])
+    tokenizer.add_tokens([AddedToken("<tool>", special=False)])
+    return tokenizer
+
+
 class Zoo:
     """Folders of small models and what transformers computes with them, each made when first asked for."""
 
@@ -158,6 +193,10 @@ class Zoo:
                     buffer.copy_(torch.randn_like(buffer) * 0.2)
             logits = model(torch.tensor(TOKENS)[None]).logits[0].numpy()
         model.save_pretrained(self._root / name)
+        tokenizer = byte_level(QWEN2, size=N_VOCAB - 8)
+        tokenizer.save(str(self._root / name / "tokenizer.json"))
+        settings = {"bos_token": "<|bos|>", "eos_token": "<|im_end|>", "chat_template": "{{ messages }}"}
+        (self._root / name / "tokenizer_config.json").write_text(json.dumps(settings))
         return logits
 
 

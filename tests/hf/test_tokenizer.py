@@ -7,42 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from edgekv.errors import ModelFileError, UnsupportedError
 from edgekv.hf.tokenizer import PROBE, read_tokenizer
 from edgekv.source import open_source
 from edgekv.tokenizer import Tokenizer
 
-# As the models' own tokenizer.json have them.
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN2 = LLAMA3.replace("{1,3}", "")
-TEXTS = (
-    "The quick brown fox.\n\nIt jumps 12345 times, doesn't it?",
-    "größer, ÅNGSTRÖM; 北京 2008年 🚀 “quoted”",
-    "    indented = {'a': 1}\n\treturn  x",
-    "",
-    " ",
-)
-
-
-def byte_level(expression: str | None, **options: Any) -> HFTokenizer:
-    """A byte-level BPE trained on the texts; `expression` splits as Llama 3 or Qwen2 does, None as GPT-2."""
-    tokenizer = HFTokenizer(models.BPE(**options))
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=expression is None)
-    split = [pre_tokenizers.Split(Regex(expression), "isolated")] if expression else []
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, level])
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([PROBE, *TEXTS] * 3, trainer)
-    tokenizer.add_special_tokens(["<|bos|>", "<|im_start|>", "<|im_end|>"])
-    tokenizer.add_tokens([AddedToken("<tool>", special=False)])
-    return tokenizer
+from .conftest import LLAMA3, QWEN2, TEXTS, byte_level
 
 
 def sentencepiece(prefix: bool) -> HFTokenizer:
