@@ -21,6 +21,7 @@ from edgekv.errors import BackendError, InputError
 from edgekv.onnx_folder import DATA, GRAPH, check_folder
 from edgekv.source import Array
 
+OLDEST = (1, 29)  # 1.26 has no Cos of float64 and gives other logits for quantized GQA
 DEFAULT_N_CTX = 4096
 # The latent graph attends to as many slots as are bound: a little more than are in use, in steps, because
 # binding all layers anew costs a millisecond.
@@ -226,5 +227,10 @@ def _onnxruntime() -> ModuleType:
     except ImportError as error:
         raise BackendError(f"onnxruntime cannot be imported ({error}): pip install onnxruntime") from None
     engine: ModuleType = onnxruntime
+    if tuple(int(part) for part in engine.__version__.split(".")[:2]) < OLDEST:
+        raise BackendError(
+            f"onnxruntime {engine.__version__} is too old, it lacks operators or computes others differently: "
+            f"pip install 'onnxruntime>={OLDEST[0]}.{OLDEST[1]}'"
+        )
     engine.disable_telemetry_events()
     return engine
