@@ -11,10 +11,10 @@ import argparse
 from pathlib import Path
 
 from edgekv.devices import bench
-from edgekv.devices.footprint import footprint, repacked_nbytes
 from edgekv.devices.plan import MIB, measured_runtime_nbytes
 from edgekv.devices.probe import probe
 
+from edgekv.footprint import footprint, repacked_nbytes
 from edgekv.gguf_source import GGUFSource
 
 COMBINATIONS = (

@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgekv.devices.footprint import RUNTIME_NBYTES
-
 from edgekv.errors import InputError
+from edgekv.footprint import RUNTIME_NBYTES
 from edgekv.report import Machine
 
 PROFILES = Path(__file__).parent

@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Sequence
 
 from edgekv.devices.boards import load_boards
-from edgekv.devices.footprint import CELLS
 from edgekv.devices.svg import Bar, Dot, Limit, Line, bar_chart, line_chart
 from edgekv.devices.tables import Entry
 
+from edgekv.footprint import CELLS
 from edgekv.report import Point, Run
 
 MIB = 2**20

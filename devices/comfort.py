@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edgekv.devices.check import Check
-from edgekv.devices.footprint import CELLS, ENGINE_NBYTES, VOCAB_NBYTES
 from edgekv.devices.plan import MIB, this_board
 from edgekv.devices.speed import Workload, decode_s, load_coefficients
 
 from edgekv.errors import BackendError
+from edgekv.footprint import CELLS, ENGINE_NBYTES, VOCAB_NBYTES
 
 COMFORTABLE_TPS = 5.0  # about the speed of reading
 COMFORTABLE_CONTEXT = 4096

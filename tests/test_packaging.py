@@ -16,7 +16,7 @@ ROOMS = {
 
 # Lower levels never import higher ones. A package counts as a whole; other modules of edgekv/ one by one.
 LEVELS = (
-    ("errors", "spec", "vocab", "gguf_layout"),
+    ("errors", "spec", "vocab", "gguf_layout", "footprint", "language"),
     ("quant", "schema", "onnx_check", "onnx_folder"),
     (
         "source",

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from edgekv import footprint
 from edgekv.backends.base import Interrupted, require_room
 from edgekv.backends.llama_language import LlamaLanguage
 from edgekv.backends.llama_native import (
@@ -26,9 +27,11 @@ from edgekv.backends.llama_native import (
     llama,
     repacking_is_safe,
 )
+from edgekv.backends.memory import memory_limit_nbytes, require_memory
 from edgekv.backends.threads import default_threads
 from edgekv.errors import BackendError, InputError
 from edgekv.gguf_check import read_header
+from edgekv.gguf_layout import GGUFHeader
 from edgekv.source import Array
 
 DEFAULT_N_CTX = 4096
@@ -88,9 +91,14 @@ class LlamaCppBackend:
         started = time.perf_counter()
         _require_positive(n_ctx=n_ctx, n_threads=n_threads, n_ubatch=n_ubatch)
         types = ggml_type(cache_type), ggml_type(cache_type_v or cache_type)
-        if read_header(path).metadata.get("general.architecture") == "plm":
+        header = read_header(path)
+        if header.metadata.get("general.architecture") == "plm":
             n_ubatch = 1  # src/models/plm.cpp hands V over in two dims: more tokens abort the process
         self._api = llama()
+        if n_gpu_layers == 0 or not self._api.llama_supports_gpu_offload():
+            wanted = n_ctx or _default_n_ctx(header)
+            require_memory(path, header, wanted, cache_type, min(n_ubatch or default_ubatch(), wanted))
+        del header
         self._abort = abort_flag if abort_flag is not None else ctypes.create_string_buffer(2)
         self._context: Any = None
         self._model = self._load(path, n_gpu_layers)
@@ -275,7 +283,12 @@ class LlamaCppBackend:
 def default_ubatch() -> int:
     """Tokens processed at once in prefill: large batches are faster, and cost memory for activations."""
     total_nbytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 512 if total_nbytes >= 2 * 2**30 else 128
+    return footprint.default_ubatch(min(total_nbytes, memory_limit_nbytes() or total_nbytes))
+
+
+def _default_n_ctx(header: GGUFHeader) -> int:
+    trained = header.metadata.get(f"{header.metadata.get('general.architecture')}.context_length")
+    return min(trained, DEFAULT_N_CTX) if isinstance(trained, int) and trained > 0 else DEFAULT_N_CTX
 
 
 def _require_positive(**options: int | None) -> None:

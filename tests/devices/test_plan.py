@@ -12,7 +12,6 @@ from edgekv.devices import bench
 from edgekv.devices.boards import find_board, known_memory, load_boards, match_board, parse_board
 from edgekv.devices.compare import load_sources
 from edgekv.devices.fit import decode_errors, fit, load_rows, summary
-from edgekv.devices.footprint import footprint, repacked_nbytes
 from edgekv.devices.modelinfo import describe_cache, describe_model
 from edgekv.devices.options import KEEP, all_options, converted_spec, option
 from edgekv.devices.plan import MIB, make_plan, measured_runtime_nbytes
@@ -23,6 +22,7 @@ from edgekv.export.gguf import write_gguf
 from edgekv.cli.main import cli
 from edgekv.cli.plan import parse_size, stored_nbytes
 from edgekv.errors import InputError
+from edgekv.footprint import footprint, repacked_nbytes
 from edgekv.gguf_source import GGUFSource
 from edgekv.gguf_spec import layer_tensor_shapes
 from edgekv.report import parse_report

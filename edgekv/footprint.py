@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-
-from edgekv.devices.modelinfo import SizedSource
+from typing import TYPE_CHECKING
 
 from edgekv.spec import GQA, LayerSpec, ModelSpec
+
+if TYPE_CHECKING:
+    from edgekv.devices.modelinfo import SizedSource
 
 CELLS = 256  # llama.cpp rounds a context up to whole blocks of cells
 RUNTIME_NBYTES = 41 * 2**20  # Python, numpy and libllama before any model; `this_board` measures its own
