@@ -94,7 +94,9 @@ class Checkpoint:
         shards: dict[str, dict[str, StoredTensor]] = {}
         for name, file in files.items():
             if not isinstance(file, str) or Path(file).name != file:
-                raise ModelFileError(f"{index}: places {name} in {file!r}, which is no file of this folder")
+                raise ModelFileError(
+                    f"{index}: places {name} in {file!r}, which is no file of this folder; download it again"
+                )
             if file not in shards:
                 if not (self.folder / file).is_file():
                     raise ModelFileError(

@@ -1,0 +1,217 @@
+"""What can be wrong with a folder: one clear error each, exit code 2."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from edgekv.errors import InputError, ModelFileError, UnsupportedError
+from edgekv.hf.source import HFSource
+
+from .conftest import Zoo
+
+Edit = Callable[..., None]
+
+
+@pytest.fixture
+def folder(zoo: Zoo, tmp_path: Path) -> Path:
+    """A copy of a sound folder, to be broken."""
+    return Path(shutil.copytree(zoo.folder("llama2"), tmp_path / "model"))
+
+
+def refused(folder: Path, kind: type[InputError], phrase: str) -> str:
+    with pytest.raises(kind, match=phrase) as caught:
+        HFSource(folder)
+    assert caught.value.exit_code == 2
+    message = str(caught.value)
+    assert "\n" not in message
+    assert ";" in message  # what to do next
+    return message
+
+
+def split(folder: Path) -> dict[str, str]:
+    """The weights in two shards with an index; returns its map."""
+    tensors = load_file(folder / "model.safetensors")
+    files = [f"model-{i + 1:05}-of-00002.safetensors" for i in range(2)]
+    places = {name: files[i % 2] for i, name in enumerate(tensors)}
+    for file in files:
+        save_file({n: t for n, t in tensors.items() if places[n] == file}, folder / file)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return places
+
+
+def change(folder: Path, **tensors: np.ndarray | None) -> None:
+    """Replace, add or (None) remove tensors."""
+    path = folder / "model.safetensors"
+    found = load_file(path)
+    for name, tensor in tensors.items():
+        found.pop(name, None)
+        if tensor is not None:
+            found[name] = tensor
+    save_file(found, path)
+
+
+def test_shards_give_the_same_tensors(folder: Path, zoo: Zoo) -> None:
+    split(folder)
+    source, whole = HFSource(folder), HFSource(zoo.folder("llama2"))
+    assert source.names() == whole.names()
+    assert all(np.array_equal(source.load(name), whole.load(name)) for name in whole.names())
+
+
+def test_shard_missing(folder: Path) -> None:
+    split(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    refused(folder, ModelFileError, r"shard model-00002-of-00002.safetensors is missing")
+
+
+def test_index_names_a_tensor_that_is_not_there(folder: Path) -> None:
+    places = split(folder) | {"model.norm.weight": "model-00001-of-00002.safetensors"}
+    other = next(name for name, file in places.items() if file.startswith("model-00002"))
+    places[other] = "model-00001-of-00002.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    refused(folder, ModelFileError, "and it does not")
+
+
+@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", 3])
+def test_index_that_leaves_the_folder(folder: Path, file: object) -> None:
+    places = dict.fromkeys(split(folder), file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    refused(folder, ModelFileError, "no file of this folder")
+
+
+def test_index_without_a_map(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text("{}")
+    refused(folder, ModelFileError, "no weight_map")
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
+def test_other_dtypes(folder: Path, dtype: str) -> None:
+    import torch
+    from safetensors.torch import load_file as load_torch
+    from safetensors.torch import save_file as save_torch
+
+    tensors = load_torch(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(getattr(torch, dtype))
+    save_torch(tensors, folder / "model.safetensors")
+    message = refused(folder, UnsupportedError, r"up_proj.weight is stored as (F8_E4M3|I8)")
+    assert "bfloat16" in message
+
+
+def test_quantized_checkpoint(folder: Path, edit_config: Edit) -> None:
+    edit_config(folder, quantization_config={"quant_method": "gptq"})
+    refused(folder, UnsupportedError, r"quantized checkpoint \(gptq\)")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
+def test_pickles_are_not_touched(folder: Path, name: str) -> None:
+    (folder / "model.safetensors").rename(folder / name)
+    refused(folder, UnsupportedError, "pickle.*can run any code")
+
+
+def test_no_weights_and_no_index(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    refused(folder, ModelFileError, "neither model.safetensors nor")
+    (folder / "model-00001-of-00001.safetensors").unlink()
+    refused(folder, ModelFileError, "holds no weights")
+
+
+def test_no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    refused(folder, ModelFileError, "there is no config.json")
+    (folder / "config.json").write_text("[]")
+    refused(folder, ModelFileError, "not a JSON object")
+    (folder / "config.json").write_text("{,")
+    refused(folder, ModelFileError, "cannot be read as JSON")
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "model_type",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "vocab_size",
+    ],
+)
+def test_config_without_a_field(folder: Path, field: str, edit_config: Edit) -> None:
+    edit_config(folder, **{field: None})
+    refused(folder, ModelFileError, f"field {field} is missing")
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "phrase"),
+    [
+        ({"hidden_size": "64"}, ModelFileError, "hidden_size is '64', a whole number"),
+        ({"num_hidden_layers": 0}, ModelFileError, "num_hidden_layers is 0"),
+        ({"num_hidden_layers": 4}, ModelFileError, "blk.3.attn_norm.weight is missing"),
+        ({"num_hidden_layers": 2}, UnsupportedError, "layers.2.* has no place"),
+        ({"num_hidden_layers": 5000}, UnsupportedError, "5000 layers"),
+        ({"rms_norm_eps": -1}, ModelFileError, "rms_norm_eps is -1, a positive number"),
+        ({"num_key_value_heads": 3}, ModelFileError, "a divisor of 4 heads"),
+        ({"intermediate_size": 100}, ModelFileError, r"shape \(96, 64\), config.json implies \(100, 64\)"),
+        ({"vocab_size": 300}, ModelFileError, "config and weights are not of one model"),
+        ({"tie_word_embeddings": "no"}, ModelFileError, "true or false"),
+        ({"hidden_act": "relu"}, UnsupportedError, "hidden_act is 'relu'"),
+        ({"mlp_bias": True}, UnsupportedError, "feed-forward with biases"),
+        ({"attention_bias": True}, ModelFileError, "attn_q.bias is missing"),
+        ({"model_type": "mamba"}, UnsupportedError, "'mamba' is not supported; EdgeKV reads llama"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, UnsupportedError, "RoPE scaling 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, ModelFileError, "rope_parameters.factor is missing"),
+        ({"rope_parameters": 3}, ModelFileError, "rope_parameters is 3, an object"),
+    ],
+)
+def test_config_that_contradicts(
+    folder: Path, fields: dict[str, object], kind: type[InputError], phrase: str, edit_config: Edit
+) -> None:
+    edit_config(folder, **fields)
+    refused(folder, kind, phrase)
+
+
+def test_tensor_missing_and_one_too_many(folder: Path) -> None:
+    change(folder, **{"model.layers.1.mlp.up_proj.weight": None})
+    refused(folder, ModelFileError, r"blk.1.ffn_up.weight is missing")
+    change(folder, **{"model.layers.1.mlp.up_proj.weight": np.ones((96, 64), np.float32)})
+    change(folder, **{"model.layers.1.self_attn.sinks": np.ones(4, np.float32)})
+    refused(folder, UnsupportedError, r"self_attn.sinks has no place")
+
+
+def test_damaged_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    for broken in (b"", data[:4], data[:100], data[:-10], b"\xff" * 8 + data[8:]):
+        path.write_bytes(broken)
+        refused(folder, ModelFileError, "not a sound safetensors file")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_not_numbers(folder: Path, bad: float, dtype: type) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensor = np.ones((96, 64), dtype)
+    tensor[3, 5] = bad
+    change(folder, **{name: tensor})
+    source = HFSource(folder)
+    for read in (source.load, source.raw):
+        with pytest.raises(ModelFileError, match=f"{name} holds NaN or infinite"):
+            read("blk.0.ffn_up.weight")
+
+
+def test_tokenizer_of_another_model(folder: Path, edit_config: Edit) -> None:
+    change(
+        folder,
+        **{n: np.ones((100, 64), np.float32) for n in ("model.embed_tokens.weight", "lm_head.weight")},
+    )
+    edit_config(folder, vocab_size=100)
+    source = HFSource(folder)
+    with pytest.raises(ModelFileError, match=r"284 tokens and the model 100; tokenizer and weights"):
+        dict(source.metadata)
