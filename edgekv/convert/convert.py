@@ -1,8 +1,9 @@
 """GQA in, MLA out, layer by layer.
 
-Sequential calibration: two streams of hidden states run side by side, the original's and the converted model's.
-Each layer is fitted on the inputs that it will really get, the converted stream's, to give the output that the
-original gives on its own stream. Only one layer's weights are in memory at a time; fitted ones are spilled to disk.
+Sequential calibration: the hidden states that run from layer to layer are the converted model's, so each layer is
+fitted on the inputs that it will really get, to give what the original layer would make of them. One stream is
+enough: targets from the original's own hidden states, in a second stream, gained 2 % of the KL for a third more
+time. Only one layer's weights are in memory at a time; fitted ones are spilled to disk.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from edgekv.convert.norm_trick import fold_norm
 from edgekv.convert.obstacles import obstacle
 from edgekv.convert.output_fit import HELD_OUT, Moments, fit_outputs
 from edgekv.convert.query_fit import fit_queries
-from edgekv.convert.streams import (
+from edgekv.convert.transmla import transmla
+from edgekv.convert.windows import (
     QueryRows,
-    Streams,
     View,
     attention_view,
     feed_forward,
@@ -33,7 +34,6 @@ from edgekv.convert.streams import (
     probe,
     query_rows,
 )
-from edgekv.convert.transmla import transmla
 from edgekv.convert.workers import Workers, workers
 from edgekv.errors import ModelFileError, OutputError, UnsupportedError
 from edgekv.gguf_spec import layer_tensor_shapes
@@ -62,7 +62,7 @@ Progress = Callable[[LayerLoss], None]
 class Recipe:
     """How a layer is fitted: the method that finds its maps, and what is refitted behind them.
 
-    sequential: layers see the inputs that the converted layers before them give, not the original's.
+    sequential: layers are fitted on the inputs that the converted layers before them give, not the original's.
     """
 
     method: Method = complex_joint
@@ -95,21 +95,28 @@ class _Job:
     gqa: GQA
     target: MLA
     recipe: Recipe
-    streams: Streams
+    states: Array  # (n, T, D) hidden states of all windows, advanced layer by layer
     workers: Workers
 
     @property
     def n_windows(self) -> int:
-        return len(self.streams.original)
+        return len(self.states)
 
     @property
     def n_fitted(self) -> int:
         """Windows before the held-out ones."""
         return self.n_windows - round(self.n_windows * HELD_OUT)
 
+    @property
+    def probed(self) -> set[int]:
+        """Windows whose attention is looked at, some of the fitted and some of the held-out ones."""
+        n_held = min(round(MAX_PROBES * HELD_OUT), self.n_windows - self.n_fitted)
+        n_fitted = min(MAX_PROBES - n_held, self.n_fitted)
+        return {*range(n_fitted), *range(self.n_fitted, self.n_fitted + n_held)}
+
     def inputs(self, w: BlockWeights, window: int) -> Array:
-        """The converted layer's normed inputs, (T, D)."""
-        return rms_norm(self.streams.converted[window], w["attn_norm.weight"], self.spec.norm_eps)
+        """The layer's normed inputs, (T, D)."""
+        return rms_norm(self.states[window], w["attn_norm.weight"], self.spec.norm_eps)
 
 
 def convert(
@@ -132,9 +139,8 @@ def convert(
     gqa = convertible_attention(source.spec)
     assert recipe.refit_output or target.value_dim == gqa.head_dim
     states = source.load("token_embd.weight")[windows]
-    streams = Streams(states, states.copy() if recipe.sequential else states)
     with workers() as crew:
-        job = _Job(source.spec, gqa, target, recipe, streams, crew)
+        job = _Job(source.spec, gqa, target, recipe, states, crew)
         for i in range(source.spec.n_layers):
             weights = load_block(source, i)
             require_finite(weights, i)
@@ -202,44 +208,36 @@ def converted_source(source: TensorSource, target: MLA, load: Callable[[str], Ar
 
 
 def _convert_layer(w: BlockWeights, job: _Job, layer: int) -> tuple[dict[str, Array], LayerLoss]:
-    """Fit one layer and advance both streams through it."""
-    outputs = np.empty_like(job.streams.original)  # what the layer has to give
+    """Fit one layer and advance the hidden states through it."""
+    outputs = np.empty_like(job.states)  # what the layer has to give
     stats, views = _observe(w, job, outputs)
     maps = job.recipe.method(w, stats, job.gqa, job.target)
     q = _fit_reading(w, job, maps, views, stats.covariance)
     del views
-    mixed, seen, held_out = _mix(w, job, maps, q, outputs)
+    mixed, found = _mix(w, job, maps, q, outputs)
     v_b, w_o = maps.value, w["attn_output.weight"]
-    if job.recipe.refit_output:
+    if found is not None:
         heads = w_o.reshape(len(w_o), job.gqa.n_heads, job.gqa.head_dim)
         start = per_head(heads, maps.value.swapaxes(1, 2)).astype(np.float64)
-        v_b, refitted = fit_outputs(seen, held_out, start, job.target.value_dim)
+        v_b, refitted = fit_outputs(*found, start, job.target.value_dim)
         w_o = refitted.reshape(len(w_o), -1)
     error = _advance(w, job, outputs, mixed, v_b, w_o, last=layer == job.spec.n_layers - 1)
     tensors = _tensors(q, maps, v_b, w_o, stats.covariance, job)
     return tensors, LayerLoss(layer, maps.rope_kept, maps.latent_kept, error)
 
 
-def _probed(job: _Job) -> list[int]:
-    """Windows whose attention is looked at, those of the fit before the held-out ones."""
-    n_held = min(round(MAX_PROBES * HELD_OUT), job.n_windows - job.n_fitted)
-    fitted = range(min(MAX_PROBES - n_held, job.n_fitted))
-    return [*fitted, *range(job.n_fitted, job.n_fitted + n_held)]
-
-
 def _observe(w: BlockWeights, job: _Job, outputs: Array) -> tuple[LayerStats, dict[int, View]]:
-    """The original's attention outputs, into `outputs` (n, T, D), and the statistics of both streams."""
-    probed, d = set(_probed(job)), job.spec.dim
+    """The original's attention outputs, into `outputs` (n, T, D), and the statistics of its inputs."""
+    d, probed = job.spec.dim, job.probed
 
     def share(windows: range) -> tuple[Matrix, Matrix, dict[int, View]]:
         covariance, mixed, views = np.zeros((d, d)), np.zeros((d, d)), {}
         for i in windows:
-            x = rms_norm(job.streams.original[i], w["attn_norm.weight"], job.spec.norm_eps)
-            outputs[i] = gqa_output(x, w, job.gqa)
             inputs = job.inputs(w, i)
+            outputs[i] = gqa_output(inputs, w, job.gqa)
             covariance += inputs.T @ inputs
             if i in probed:
-                views[i] = attention_view(x, w, job.gqa)
+                views[i] = attention_view(inputs, w, job.gqa)
                 attention = views[i].attention
                 pairs = (attention.swapaxes(1, 2) @ attention).mean(axis=0)  # E_h[p_h^T p_h], (S, S)
                 probed_inputs = inputs[: len(pairs)]
@@ -251,7 +249,26 @@ def _observe(w: BlockWeights, job: _Job, outputs: Array) -> tuple[LayerStats, di
     mixed = np.asarray(sum(part[1] for part in found)) / len(probed)
     views = {i: view for part in found for i, view in part[2].items()}
     power = float(np.vdot(outputs, outputs)) / outputs[..., 0].size
-    return LayerStats(covariance, mixed, float(np.sqrt(power / job.gqa.n_heads))), views
+    scale = float(np.sqrt(power / job.gqa.n_heads))
+    return LayerStats(covariance, mixed, scale), views
+
+
+def _moments(
+    job: _Job, features: Callable[[int], Array], outputs: Array, width: int, start: int, stop: int
+) -> Moments:
+    """Moments of features(window) (T, width) with the layer's outputs, over windows start..stop-1."""
+    d = outputs.shape[-1]
+
+    def share(windows: range) -> Moments:
+        gram, cross = np.zeros((width, width), np.float32), np.zeros((width, d), np.float32)
+        for i in windows:
+            found = features(i)
+            gram += found.T @ found
+            cross += found.T @ outputs[i]
+        return Moments(gram.astype(np.float64), cross.astype(np.float64), len(windows) * outputs.shape[1])
+
+    nothing = Moments(np.zeros((width, width)), np.zeros((width, d)), 0)
+    return reduce(add, job.workers.each(share, stop, start), nothing)
 
 
 def _fit_reading(
@@ -271,36 +288,33 @@ def _fit_reading(
 
 def _mix(
     w: BlockWeights, job: _Job, maps: LayerMaps, q: QueryRows, outputs: Array
-) -> tuple[Array, Moments, Moments]:
-    """Mixed latents (n, T, H * R) of the converted stream, and their moments on fitted and held-out windows."""
-    n, length, d = outputs.shape
+) -> tuple[Array, tuple[Moments, Moments] | None]:
+    """Mixed latents (n, T, H * R) of the converted layer, and, where outputs are refitted, their moments."""
+    n, length, _ = outputs.shape
     width = job.gqa.n_heads * job.target.kv_lora_rank
     mixed = np.empty((n, length, width), np.float32)
 
-    def share(windows: range) -> Moments:
-        gram, cross = np.zeros((width, width), np.float32), np.zeros((width, d), np.float32)
-        for i in windows:
-            mixed[i] = mixed_latents(job.inputs(w, i), q, maps, job.target).reshape(length, -1)
-            if job.recipe.refit_output:
-                gram += mixed[i].T @ mixed[i]
-                cross += mixed[i].T @ outputs[i]
-        return Moments(gram.astype(np.float64), cross.astype(np.float64), len(windows) * length)
+    def features(window: int) -> Array:
+        mixed[window] = mixed_latents(job.inputs(w, window), q, maps, job.target).reshape(length, -1)
+        return np.asarray(mixed[window])
 
-    nothing = Moments(np.zeros((width, width)), np.zeros((width, d)), 0)
-    seen = reduce(add, job.workers.each(share, job.n_fitted), nothing)
-    return mixed, seen, reduce(add, job.workers.each(share, n, start=job.n_fitted), nothing)
+    if job.recipe.refit_output:
+        bounds = (0, job.n_fitted), (job.n_fitted, n)
+        seen, held_out = (_moments(job, features, outputs, width, *some) for some in bounds)
+        return mixed, (seen, held_out)
+    job.workers.each(lambda windows: [features(i) for i in windows], n)
+    return mixed, None
 
 
 def _advance(
     w: BlockWeights, job: _Job, outputs: Array, mixed: Array, v_b: Array, w_o: Array, last: bool
 ) -> float:
-    """Take both streams through the layer, and give the share of the output's energy that is lost."""
+    """Take the hidden states through the layer, and give the share of the output's energy that is lost."""
     h, v, r = v_b.shape
     heads = w_o.reshape(-1, h, v)
     decode = np.ascontiguousarray(
         per_head(heads, v_b.swapaxes(1, 2)).reshape(len(w_o), h * r).T
     )  # (H * R, D)
-    streams, eps = job.streams, job.spec.norm_eps
 
     def share(windows: range) -> float:
         error = 0.0
@@ -308,11 +322,9 @@ def _advance(
             given = mixed[i] @ decode
             difference = given - outputs[i]
             error += float(np.vdot(difference, difference))
-            if last:
-                continue
-            streams.original[i] = feed_forward(streams.original[i] + outputs[i], w, eps)
-            if job.recipe.sequential:
-                streams.converted[i] = feed_forward(streams.converted[i] + given, w, eps)
+            if not last:
+                attended = given if job.recipe.sequential else outputs[i]
+                job.states[i] = feed_forward(job.states[i] + attended, w, job.spec.norm_eps)
         return error
 
     error = sum(job.workers.each(share, job.n_windows))

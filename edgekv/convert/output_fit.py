@@ -34,12 +34,6 @@ class Moments:
         return Moments(weight.T @ self.gram @ weight, weight.T @ self.cross, self.n_tokens)
 
 
-def moments(features: Array, target: Array) -> Moments:
-    """Of features (T, F) and targets (T, D), multiplied in float32 and kept in float64."""
-    gram, cross = features.T @ features, features.T @ target
-    return Moments(gram.astype(np.float64), cross.astype(np.float64), len(features))
-
-
 def fit_outputs(seen: Moments, held_out: Moments, start: Matrix, value_dim: int) -> tuple[Array, Array]:
     """v_b (H, V, R) and W_o (D, H, V) for features of H * R mixed latents and start (D, H, R)."""
     d, h, r = start.shape

@@ -5,11 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgekv.convert.output_fit import fit_outputs, moments
+from edgekv.convert.output_fit import Moments, fit_outputs
 
 T, H, R, D = 600, 3, 6, 10
 RNG = np.random.default_rng(0)
 MIXED = RNG.standard_normal((T, H, R)).astype(np.float32)
+
+
+def moments(features: np.ndarray, target: np.ndarray) -> Moments:
+    features = features.astype(np.float64)
+    return Moments(features.T @ features, features.T @ target, len(features))
 
 
 def fitted(

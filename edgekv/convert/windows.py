@@ -18,14 +18,6 @@ from edgekv.spec import GQA, MLA
 PROBE_TOKENS = 256  # of a calibration window, for statistics that need its attention matrix
 
 
-@dataclass
-class Streams:
-    """Hidden states (n, T, D) of n windows, the original's and the converted model's."""
-
-    original: Array
-    converted: Array
-
-
 @dataclass(frozen=True)
 class View:
     """The original's scores and attention (H, T, T) on the first tokens of a window."""
