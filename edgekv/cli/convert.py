@@ -39,7 +39,9 @@ VERIFY_TOKENS = 256
               help="Weight format; keep leaves untouched tensors as they are and writes new ones in q8_0.")  # fmt: skip
 @click.option("--calib", multiple=True, type=PATH, help="Calibration text.  [default: the model writes it]")
 @click.option("--calib-tokens", default=16384, show_default=True, help="Tokens to calibrate on.")
-@click.option("--seed", default=0, type=click.IntRange(min=0), show_default=True, help="Of the calibration sample.")
+@click.option(
+    "--seed", default=0, type=click.IntRange(min=0), show_default=True, help="Of the calibration sample."
+)
 @click.option("--verify", is_flag=True, help="Reload in llama.cpp and compare with the NumPy reference.")
 @click.option("--force", is_flag=True, help="Replace the output.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

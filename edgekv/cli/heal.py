@@ -51,7 +51,8 @@ FILE = click.Path(path_type=Path)
               help="Optimizer of the attention matrices.")  # fmt: skip
 @click.option("--batch-tokens", default=32768, show_default=True, help="Tokens a step.")
 @click.option("--seq-len", default=1024, show_default=True, help="Tokens a sequence.")
-@click.option("--seed", default=0, type=click.IntRange(min=0), show_default=True, help="Order of the text, and what --self writes.")
+@click.option("--seed", default=0, type=click.IntRange(min=0), show_default=True,
+              help="Order of the text, and what --self writes.")  # fmt: skip
 @click.option("--store", default="q8_0", show_default=True, type=click.Choice(["q8_0", "bf16"]),
               help="How the healed weights are stored.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cuda", "cpu"]),
