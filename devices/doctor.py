@@ -11,13 +11,14 @@ from pathlib import Path
 
 from edgekv.devices.check import Check
 from edgekv.devices.comfort import check_comfort
-from edgekv.devices.cores import allowed_cpus, cpuinfo_blocks, read_number
+from edgekv.devices.cores import allowed_cpus
 from edgekv.devices.health import read_health
-from edgekv.devices.isa import arm_flags_used, engine_library, missing_features
 from edgekv.devices.plan import MIB
 from edgekv.devices.probe import meminfo, package_version, probe
 from edgekv.devices.workers import WorkerProcess
 
+from edgekv.backends.isa import REBUILD, arm_flags_used, cpu_flags, engine_library, missing_features
+from edgekv.backends.memory import memory_limit_nbytes
 from edgekv.backends.threads import cpu_quota
 from edgekv.errors import BackendError
 
@@ -137,20 +138,6 @@ def check_engine() -> Check:
     return Check("llama.cpp on this CPU", "ok", f"build uses {' '.join(features)}; the CPU has them")
 
 
-REBUILD = (
-    "build it on this machine: pip install --force-reinstall --no-binary llama-cpp-python 'edgekv[llama]' "
-    "(for another machine: CMAKE_ARGS='-DGGML_NATIVE=OFF -DGGML_CPU_ARM_ARCH=armv8-a')"
-)
-
-
-def cpu_flags(root: Path = Path("/")) -> set[str]:
-    """Every CPU flag of /proc/cpuinfo; empty where it tells none."""
-    words: set[str] = set()
-    for block in cpuinfo_blocks(root).values():
-        words |= set((block.get("flags") or block.get("features") or "").split())
-    return words
-
-
 def check_memory(root: Path = Path("/")) -> list[Check]:
     """RAM, the cgroup's limit on it, and swap."""
     memory = meminfo(root)
@@ -158,9 +145,9 @@ def check_memory(root: Path = Path("/")) -> list[Check]:
         return [Check("memory", "unknown", "/proc/meminfo could not be read")]
     total, free = memory["MemTotal"], memory["MemAvailable"]
     found = f"{free / MIB:,.0f} of {total / MIB:,.0f} MiB available"
-    limit = read_number(root / "sys/fs/cgroup/memory.max")
+    limit = memory_limit_nbytes(root)
     if limit is not None and limit < free:
-        found, free = f"{found}, but the container may use {limit / MIB:,.0f} MiB", int(limit)
+        found, free = f"{found}, but the container may use {limit / MIB:,.0f} MiB", limit
     low = free < MIN_RAM_NBYTES
     advice = f"close programs: the smallest model needs about {MIN_RAM_NBYTES / MIB:.0f} MiB" if low else ""
     swap = memory.get("SwapTotal", 0)

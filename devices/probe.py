@@ -10,7 +10,8 @@ from pathlib import Path
 
 from edgekv.devices.cores import core_groups, cpuinfo_blocks, read_text
 
-from edgekv.report import Machine, Software
+from edgekv.backends.isa import cpu_flags
+from edgekv.report import CoreGroup, Machine, Software
 
 # CPU features that llama.cpp's kernels choose by, under the names of /proc/cpuinfo.
 ISA_FLAGS = frozenset(
@@ -35,19 +36,20 @@ def probe(root: Path = Path("/")) -> tuple[Machine, tuple[str, ...]]:
     memory_type = _memory_type(root)
     if memory_type is None:
         notes.append("memory type unknown: no readable device tree or DMI entry tells it")
+    emulated_by = emulator(root, platform.machine(), os.environ)
     machine = Machine(
-        board=_board(root),
+        board=_board(root) if emulated_by is None else f"emulated {_emulated_core()}",
         soc=_soc(root),
         arch=platform.machine(),
-        cores=core_groups(root),
-        isa_flags=isa_flags(root),
+        cores=core_groups(root) if emulated_by is None else _emulated_cores(root),
+        isa_flags=isa_flags(root) if emulated_by is None else tuple(sorted(cpu_flags(root) & ISA_FLAGS)),
         ram_nbytes=memory.get("MemTotal"),
         available_nbytes=memory.get("MemAvailable"),
         swap_nbytes=memory.get("SwapTotal"),
         memory_type=memory_type,
         governor=governor,
         kernel=f"{platform.system()} {platform.release()}",
-        emulator=emulator(root, platform.machine(), os.environ),
+        emulator=emulated_by,
     )
     return machine, tuple(notes)
 
@@ -93,6 +95,16 @@ def emulator(root: Path, arch: str, environ: Mapping[str, str]) -> str | None:
     if "QEMU Virtual CPU" in first.get("model name", "") or "TCG" in first.get("model name", ""):
         return f"qemu-system ({first['model name']})"
     return None
+
+
+def _emulated_core() -> str:
+    return os.environ.get("QEMU_CPU", "CPU")
+
+
+def _emulated_cores(root: Path) -> tuple[CoreGroup, ...]:
+    """The host's cores under the emulated name, without the host's clock."""
+    cpus = tuple(cpu for group in core_groups(root) for cpu in group.cpus)
+    return (CoreGroup(cpus, _emulated_core(), None),)
 
 
 def package_version(name: str) -> str | None:

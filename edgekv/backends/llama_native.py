@@ -9,6 +9,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from edgekv.backends.isa import require_runnable
 from edgekv.errors import BackendError, InputError
 
 # Cache types as enum ggml_type numbers them (ggml/include/ggml.h).
@@ -72,8 +73,9 @@ def llama() -> Any:
     """The module llama_cpp.llama_cpp, its engine started and its log taken over.
 
     Raises:
-        BackendError: llama-cpp-python is not installed.
+        BackendError: llama-cpp-python is not installed, or was built for another CPU.
     """
+    require_runnable()
     try:
         import llama_cpp.llama_cpp as module
     except ImportError as error:

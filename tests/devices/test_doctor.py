@@ -11,9 +11,10 @@ from click.testing import CliRunner
 from edgekv.devices import doctor
 from edgekv.devices.check import Check
 from edgekv.devices.comfort import LADDER
-from edgekv.devices.isa import MIN_COUNT, arm_flags_used, engine_library, missing_features
 from edgekv.devices.workers import WorkerProcess
 
+from edgekv.backends import isa
+from edgekv.backends.isa import MIN_COUNT, arm_flags_used, cpu_flags, engine_library, missing_features
 from edgekv.cli.main import cli
 from edgekv.errors import BackendError
 
@@ -48,6 +49,38 @@ def test_instructions_of_newer_cores() -> None:
     assert arm_flags_used(elf([NOP] * 100)) == set()
     assert arm_flags_used(elf([SDOT] * 100, machine=62)) == set()  # x86
     assert arm_flags_used(b"not a library") == set()
+
+
+def auxv(hwcap: int, hwcap2: int = 0) -> bytes:
+    """An auxiliary vector as the kernel of an Arm board writes it."""
+    return struct.pack("<8Q", 6, 4096, 16, hwcap, 26, hwcap2, 0, 0)
+
+
+def test_an_arm_program_asks_its_auxiliary_vector_and_not_the_hosts_cpuinfo(tmp_path: Path) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/cpuinfo").write_text("processor : 0\nflags : avx2 asimddp\n")
+    (tmp_path / "proc/self/auxv").write_bytes(auxv(0x8FF))  # a Cortex-A72
+    assert cpu_flags(tmp_path, "aarch64") == {"asimd", "crc32"}
+    (tmp_path / "proc/self/auxv").write_bytes(auxv(0x119FFF, 1 << 13))
+    assert cpu_flags(tmp_path, "aarch64") == {"asimd", "crc32", "fphp", "asimdhp", "asimddp", "i8mm"}
+    assert cpu_flags(tmp_path, "x86_64") == {"avx2", "asimddp"}
+    (tmp_path / "proc/self/auxv").unlink()
+    assert cpu_flags(tmp_path, "aarch64") == {"avx2", "asimddp"}
+
+
+def test_a_build_for_another_core_is_refused_before_it_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    library = tmp_path / "libggml-cpu.so"
+    library.write_bytes(elf([SDOT] * MIN_COUNT))
+    (tmp_path / "proc/self").mkdir(parents=True)
+    monkeypatch.setattr(isa, "engine_library", lambda: library)
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    (tmp_path / "proc/self/auxv").write_bytes(auxv(0x8FF))
+    with pytest.raises(BackendError, match=r"built for a CPU with asimddp.*GGML_CPU_ARM_ARCH=armv8-a"):
+        isa.require_runnable(tmp_path)
+    (tmp_path / "proc/self/auxv").write_bytes(auxv(1 << 20))
+    isa.require_runnable(tmp_path)
 
 
 def test_features_of_the_build_against_the_cpu() -> None:
@@ -96,6 +129,7 @@ def test_a_containers_limit_counts(make_root: MakeRoot) -> None:
     root = make_root(
         {
             "proc/meminfo": "MemTotal: 8000000 kB\nMemAvailable: 7000000 kB\nSwapTotal: 100 kB\n",
+            "proc/self/cgroup": "0::/\n",
             "sys/fs/cgroup/memory.max": str(128 << 20),
         }
     )

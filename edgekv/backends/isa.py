@@ -8,10 +8,13 @@ whatever it names.
 from __future__ import annotations
 
 import importlib.util
+import platform
 import struct
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+
+from edgekv.errors import BackendError
 
 # Names in llama_print_system_info -> flags of /proc/cpuinfo, one of which must be there.
 FEATURE_FLAGS = {
@@ -33,6 +36,62 @@ A64_INSTRUCTIONS = (
 # that uses one holds hundreds.
 MIN_COUNT = 64
 ELF_AARCH64 = 183
+
+
+# Bits of AT_HWCAP (16) and AT_HWCAP2 (26): Linux, arch/arm64/include/uapi/asm/hwcap.h.
+ARM_HWCAPS = {
+    16: {1: "asimd", 7: "crc32", 9: "fphp", 10: "asimdhp", 20: "asimddp", 22: "sve"},
+    26: {1: "sve2", 13: "i8mm", 14: "bf16", 23: "sme"},
+}
+REBUILD = (
+    "build it on this machine: pip install --force-reinstall --no-binary llama-cpp-python 'edgekv[llama]' "
+    "(for another machine: CMAKE_ARGS='-DGGML_NATIVE=OFF -DGGML_CPU_ARM_ARCH=armv8-a')"
+)
+
+
+def require_runnable(root: Path = Path("/")) -> None:
+    """Do nothing unless llama.cpp was built for another Arm core than this process runs on.
+
+    Raises:
+        BackendError: it was, and its first dot product would kill the process.
+    """
+    library = engine_library()
+    if platform.machine() != "aarch64" or library is None:
+        return
+    flags = cpu_flags(root)
+    if flags and (lacking := sorted(arm_flags_used(library.read_bytes()) - flags)):
+        raise BackendError(
+            f"llama.cpp was built for a CPU with {', '.join(lacking)}, which this one lacks, and would die of an "
+            f"illegal instruction; {REBUILD}"
+        )
+
+
+def cpu_flags(root: Path = Path("/"), machine: str = "") -> set[str]:
+    """Flags of the CPU under the names of /proc/cpuinfo; empty where it tells none.
+
+    An Arm program asks the kernel (or the emulator: /proc/cpuinfo is then another machine's) in its auxiliary
+    vector, getauxval(3).
+    """
+    if (machine or platform.machine()) == "aarch64" and (flags := _hwcaps(root / "proc/self/auxv")):
+        return flags
+    try:
+        lines = (root / "proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return set()
+    pairs = [line.split(":", 1) for line in lines if ":" in line]
+    return {
+        flag for key, value in pairs if key.strip().lower() in ("flags", "features") for flag in value.split()
+    }
+
+
+def _hwcaps(auxv: Path) -> set[str]:
+    try:
+        entries = list(struct.iter_unpack("<QQ", auxv.read_bytes()))
+    except (OSError, struct.error):
+        return set()
+    return {
+        flag for kind, bits in entries for bit, flag in ARM_HWCAPS.get(kind, {}).items() if bits >> bit & 1
+    }
 
 
 def missing_features(features: Collection[str], cpu_flags: Collection[str]) -> list[str]:
