@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from edgekv.export.onnx import OnnxOptions, write_onnx
 
@@ -108,6 +109,12 @@ def test_a_folder_opens_on_its_own(folder: Path, tiny_llama: Path) -> None:
         open_backend(tiny_llama, "onnx")
     with pytest.raises(InputError, match="at least 1"):
         open_backend(folder, n_threads=0)
+
+
+def test_an_engine_that_is_too_old_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "__version__", "1.26.0")
+    with pytest.raises(BackendError, match="too old"):
+        OnnxBackend(folder)
 
 
 @pytest.fixture
