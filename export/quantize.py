@@ -6,6 +6,7 @@ Everything native runs in a child process (edgekv.backends.quantizer), on a file
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,18 +127,18 @@ def quantize_gguf(
             _kept(source, header),
             lambda done, total: progress(done, 2 * total),  # then they are compared
         )
-        return _compare(source, header, partial, preset, importance, progress)
+        return _compare(source, header, partial, preset, importance, quantizer.n_threads, progress)
 
 
 def _kept(source: Path, header: GGUFHeader) -> dict[str, int]:
     """Tensors that keep their type: latent encoders folded for their norm, lost under f16 scales."""
     folded = {}
+    ranks = {tensor.name: tensor.dims[0] for tensor in header.tensors if "attn_kv_a_norm" in tensor.name}
     for tensor in header.tensors:
-        if tensor.name.endswith("attn_kv_a_mqa.weight") and tensor.ggml_type in ("F32", "BF16"):
-            norm = next(t for t in header.tensors if t.name == tensor.name.replace("_mqa", "_norm"))
-            stored = _stored(source, tensor)
-            if is_folded(stored.rows(0, norm.dims[0])):
-                folded[tensor.name] = int(gguf.GGMLQuantizationType[tensor.ggml_type])
+        rank = ranks.get(tensor.name.replace("attn_kv_a_mqa", "attn_kv_a_norm"))
+        whole = tensor.ggml_type in ("F32", "BF16")
+        if rank and whole and tensor.name not in ranks and is_folded(_stored(source, tensor).rows(0, rank)):
+            folded[tensor.name] = int(gguf.GGMLQuantizationType[tensor.ggml_type])
     return folded
 
 
@@ -147,34 +148,35 @@ def _compare(
     output: Path,
     preset: Preset,
     importance: Mapping[str, Array],
+    n_threads: int,
     progress: Progress,
 ) -> list[TensorReport]:
     quantized = {tensor.name: tensor for tensor in read_header(output).tensors}
-    reports = []
-    n = len(header.tensors)
-    for i, before in enumerate(header.tensors):
-        progress(n + i + 1, 2 * n)
-        if before.ggml_type == quantized[before.name].ggml_type:
-            continue
+    changed = [t for t in header.tensors if t.ggml_type != quantized[t.name].ggml_type]
+
+    def report(before: TensorInfo) -> TensorReport:
         after = quantized[before.name]
         try:
-            error = relative_error(
-                _stored(source, before), _stored(output, after), importance.get(before.name)
-            )
+            stored = _stored(source, before), _stored(output, after)
+            error = relative_error(*stored, importance.get(before.name))
         except NotImplementedError:
             error = None
-        reports.append(
-            TensorReport(
-                name=before.name,
-                shape=before.dims[::-1],
-                before=before.ggml_type,
-                after=after.ggml_type,
-                nbytes_before=before.nbytes,
-                nbytes_after=after.nbytes,
-                fell_back=fell_back(preset, before.dims[0], after.ggml_type),
-                error=error,
-            )
+        return TensorReport(
+            name=before.name,
+            shape=before.dims[::-1],
+            before=before.ggml_type,
+            after=after.ggml_type,
+            nbytes_before=before.nbytes,
+            nbytes_after=after.nbytes,
+            fell_back=fell_back(preset, before.dims[0], after.ggml_type),
+            error=error,
         )
+
+    reports = []
+    with ThreadPoolExecutor(n_threads) as pool:  # NumPy lets go of the interpreter while it computes
+        for done, found in enumerate(pool.map(report, changed), start=1):
+            reports.append(found)
+            progress(len(changed) + done, 2 * len(changed))
     return reports
 
 

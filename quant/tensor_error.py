@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import gguf
@@ -11,7 +10,7 @@ from gguf import GGMLQuantizationType as QuantType
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
-CHUNK_VALUES = 2**21  # dequantized at once, of each side
+CHUNK_VALUES = 2**18  # dequantized at once, of each side: what fits the cache is quick
 
 
 @dataclass(frozen=True)
@@ -51,27 +50,24 @@ def relative_error(before: StoredTensor, after: StoredTensor, importance: Array 
     Raises:
         NotImplementedError: gguf-py cannot read one of the types.
     """
-    n_rows, columns = len(before.data), before.columns
-    per_matrix = _rows_per_matrix(n_rows, columns, importance)
-    sums = np.zeros(4)
-    for start, stop in _chunks(n_rows, max(1, CHUNK_VALUES // columns)):
-        original = before.rows(start, stop)
-        squares, errors = np.square(original), np.square(original - after.rows(start, stop))
-        sums[:2] += errors.sum(dtype=np.float64), squares.sum(dtype=np.float64)
-        if importance is not None:
-            weights = importance.reshape(-1, columns)[np.arange(start, stop) // per_matrix]
-            sums[2:] += (errors * weights).sum(dtype=np.float64), (squares * weights).sum(dtype=np.float64)
-    return RelativeError(_root(*sums[:2]), None if importance is None else _root(*sums[2:]))
-
-
-def _rows_per_matrix(n_rows: int, columns: int, importance: Array | None) -> int:
-    matrices = 1 if importance is None else importance.size // columns
-    assert n_rows % matrices == 0, (n_rows, matrices)
-    return n_rows // matrices
-
-
-def _chunks(n_rows: int, size: int) -> Iterable[tuple[int, int]]:
-    return ((start, min(start + size, n_rows)) for start in range(0, n_rows, size))
+    columns = before.columns
+    weights = np.ones((1, columns)) if importance is None else importance.reshape(-1, columns)
+    n_rows = len(before.data) // len(weights)  # of one matrix
+    sums = np.zeros((2, len(weights), columns))  # errors and squares
+    for matrix in range(len(weights)):
+        for start in range(matrix * n_rows, (matrix + 1) * n_rows, max(1, CHUNK_VALUES // columns)):
+            stop = min(start + max(1, CHUNK_VALUES // columns), (matrix + 1) * n_rows)
+            original = before.rows(start, stop)
+            difference = original - after.rows(start, stop)
+            sums[0, matrix] += np.square(difference, out=difference).sum(axis=0)
+            sums[1, matrix] += np.square(original, out=difference).sum(axis=0)
+    errors, squares = sums
+    weighted = (
+        None
+        if importance is None
+        else _root(float((errors * weights).sum()), float((squares * weights).sum()))
+    )
+    return RelativeError(_root(float(errors.sum()), float(squares.sum())), weighted)
 
 
 def _root(errors: float, squares: float) -> float:

@@ -34,7 +34,7 @@ class Quantizer:
 
     def __init__(self, model: Path, n_threads: int | None = None) -> None:
         self._model = model
-        self._n_threads = n_threads or default_threads()
+        self.n_threads = n_threads or default_threads()
 
     def sample(
         self, prompts: NDArray[np.int64], length: int, seed: int, progress: Progress
@@ -77,7 +77,7 @@ class Quantizer:
             self._run("quantize", {**job, "importance": str(stored) if importance else ""}, progress)
 
     def _run(self, action: str, job: dict[str, Any], progress: Progress) -> None:
-        job |= {"action": action, "model": os.fspath(self._model), "n_threads": self._n_threads}
+        job |= {"action": action, "model": os.fspath(self._model), "n_threads": self.n_threads}
         with tempfile.TemporaryFile() as output:
             process = subprocess.Popen(
                 # -P: a folder named edgekv in the current directory must not shadow the installed one.

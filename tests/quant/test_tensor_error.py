@@ -15,7 +15,7 @@ def stored(array: np.ndarray, name: str) -> StoredTensor:
     return StoredTensor(np.frombuffer(raw.tobytes(), np.uint8).reshape(len(array), -1), name, array.shape[1])
 
 
-@pytest.mark.parametrize("chunk", [2**21, 5 * 64])
+@pytest.mark.parametrize("chunk", [2**18, 5 * 64])
 def test_definition(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor_error, "CHUNK_VALUES", chunk)
     rng = np.random.default_rng(0)
