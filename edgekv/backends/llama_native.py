@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import re
+import sys
+import types
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -77,7 +80,7 @@ def llama() -> Any:
     """
     require_runnable()
     try:
-        import llama_cpp.llama_cpp as module
+        module = _low_level()
     except ImportError as error:
         raise BackendError(
             "the llama.cpp engine is not installed: pip install 'edgekv[llama]' (it compiles for some "
@@ -88,6 +91,21 @@ def llama() -> Any:
     _keep_alive.append(callback)
     module.llama_backend_init()
     return module
+
+
+def _low_level() -> Any:
+    """llama_cpp.llama_cpp without its package's __init__, which imports the high-level API, jinja2, diskcache
+    and sqlite3 for 9 MB. Who imports llama_cpp afterwards gets it whole."""
+    name = "llama_cpp"
+    spec = importlib.util.find_spec(name)
+    if name in sys.modules or spec is None:
+        return importlib.import_module(f"{name}.{name}")
+    package = sys.modules[name] = types.ModuleType(name)
+    package.__path__ = list(spec.submodule_search_locations or ())
+    try:
+        return importlib.import_module(f"{name}.{name}")
+    finally:
+        del sys.modules[name]
 
 
 def ggml_type(cache_type: str) -> int:
