@@ -10,6 +10,7 @@ from functools import partial
 from math import isclose, log, sqrt
 
 import numpy as np
+from edgekv.export.minicpm3 import can_fold, folded
 
 from edgekv.errors import UnsupportedError
 from edgekv.gguf_layers import GEMMA_27B, NOPE_INTERVAL, SIGMOID
@@ -57,6 +58,8 @@ def architecture_keys(spec: ModelSpec) -> dict[str, MetaValue]:
 
 def file_layout(source: TensorSource) -> TensorSource:
     """The source with its tensors as a GGUF of its architecture holds them; the others' inverse of `canonical`."""
+    if can_fold(source.spec):
+        return folded(source)
     spec = source.spec
     rope = spec.layers[0].attention.rope
     factors = _factor_tensors(spec, rope)

@@ -32,6 +32,7 @@ def command(model: Path, output: Path, weights: str, force: bool, as_json: bool)
     from edgekv.errors import ModelFileError
     from edgekv.export.gguf import stored_weights, write_gguf
     from edgekv.files import check_output
+    from edgekv.gguf_spec import JOINT_KV_B
     from edgekv.source import open_source
 
     check_output(output, force)
@@ -41,9 +42,15 @@ def command(model: Path, output: Path, weights: str, force: bool, as_json: bool)
     chosen = stored_weights(source) if weights == "as-stored" else weights
     with progress("writing", as_json) as advance:
         write_gguf(source, output, chosen, {}, force, lambda name, i, n: advance(i + 1, n))
+    written = open_source(output).spec.arch
     nbytes = output.stat().st_size
     if as_json:
-        found = {"output": str(output), "architecture": source.spec.arch, "weights": chosen, "bytes": nbytes}
+        found = {"output": str(output), "architecture": written, "weights": chosen, "bytes": nbytes}
         click.echo(json.dumps(found, indent=1))
     else:
-        click.echo(f"wrote {output} ({nbytes / 2**20:,.1f} MiB): {source.spec.arch}, {chosen}")
+        click.echo(f"wrote {output} ({nbytes / 2**20:,.1f} MiB): {written}, {chosen}")
+        if written in JOINT_KV_B:
+            click.echo(
+                f"llama.cpp caches the keys and values of {written} decompressed; edgekv export onnx caches "
+                "its latent"
+            )

@@ -45,7 +45,15 @@ def obstacle(spec: ModelSpec) -> str | None:
         return f"{spec.name} already has MLA; convert takes a GQA or MHA model"
     found = spec.peculiarities
     if not found:
-        return None
+        return _layout_obstacle(spec)
     name = next((name for name in _WHY if name in found), found[0])
     why, remedy = _WHY.get(name, ("a deepseek2 graph does not compute it", _AS_IT_IS))
     return f"{spec.name} has {name} and cannot become MLA: {why}; {remedy}"
+
+
+def _layout_obstacle(spec: ModelSpec) -> str | None:
+    if spec.layers[0].attention.rope.layout == "interleaved":
+        return None
+    return (
+        f"{spec.name} ({spec.arch}) pairs dims for RoPE by halves, which convert does not read; {_AS_IT_IS}"
+    )

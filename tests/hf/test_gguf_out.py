@@ -81,6 +81,24 @@ def test_command_writes_a_complete_model(zoo: Zoo, tmp_path: Path) -> None:
         CliRunner().invoke(cli, args, catch_exceptions=False)
 
 
+def test_minicpm3_keeps_its_latent_where_llama_cpp_can(zoo: Zoo, tmp_path: Path) -> None:
+    assert open_source(export(zoo, "minicpm3", tmp_path)).spec.arch == "deepseek2"
+    args = ["export", "gguf", str(zoo.folder("minicpm3-longrope")), "-o", str(tmp_path / "x.gguf")]
+    result = CliRunner().invoke(cli, args, catch_exceptions=False)
+    assert "minicpm3, f32" in result.output
+    assert "edgekv export onnx caches its latent" in " ".join(result.output.split())
+
+
+def test_a_failure_leaves_nothing_behind(zoo: Zoo, tmp_path: Path) -> None:
+    def fail(name: str, i: int, n: int) -> None:
+        if i == n // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_gguf(HFSource(zoo.folder("qwen2")), tmp_path / "x.gguf", "f32", {}, False, fail)
+    assert not list(tmp_path.iterdir())
+
+
 def test_weights_smaller_than_stored(zoo: Zoo, tmp_path: Path) -> None:
     source = open_source(export(zoo, "llama3", tmp_path, "q8_0"))
     assert source.quantization("blk.0.ffn_up.weight") == "Q8_0"
