@@ -38,7 +38,7 @@ VERIFY_TOKENS = 256
 @click.option("--weights", default="keep", show_default=True, type=click.Choice(WEIGHTS),
               help="Weight format; keep leaves untouched tensors as they are and writes new ones in q8_0.")  # fmt: skip
 @click.option("--calib", multiple=True, type=PATH, help="Calibration text.  [default: the model writes it]")
-@click.option("--calib-tokens", default=16384, show_default=True, help="Tokens to calibrate on.")
+@click.option("--calib-tokens", default=32768, show_default=True, help="Tokens to calibrate on.")
 @click.option(
     "--seed", default=0, type=click.IntRange(min=0), show_default=True, help="Of the calibration sample."
 )
@@ -213,3 +213,10 @@ def _loss_table(losses: list[LayerLoss]) -> None:
             str(loss.layer), f"{loss.rope_kept:.1%}", f"{loss.latent_kept:.1%}", f"{loss.output_error:.3f}"
         )
     Console().print(table)
+    curve = {
+        rank: sum(x.latent_kept_at[rank] for x in losses) / len(losses) for rank in losses[0].latent_kept_at
+    }
+    if curve:
+        Console().print(
+            "a latent of rank r keeps, over all layers:", ", ".join(f"{r} {s:.1%}" for r, s in curve.items())
+        )

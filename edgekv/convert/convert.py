@@ -47,12 +47,16 @@ MAX_PROBES = 16  # windows whose attention matrices are looked at
 
 @dataclass(frozen=True)
 class LayerLoss:
-    """What one layer lost. output_error: E|y' - y|^2 / E|y|^2 of the attention output, on calibration text."""
+    """What one layer lost. output_error: E|y' - y|^2 / E|y|^2 of the attention output, on calibration text.
+
+    rope_kept and latent_kept are shares of energy before any refit; latent_kept_at: what other ranks would keep.
+    """
 
     layer: int
     rope_kept: float
     latent_kept: float
     output_error: float
+    latent_kept_at: dict[int, float]
 
 
 Progress = Callable[[LayerLoss], None]
@@ -223,7 +227,7 @@ def _convert_layer(w: BlockWeights, job: _Job, layer: int) -> tuple[dict[str, Ar
         w_o = refitted.reshape(len(w_o), -1)
     error = _advance(w, job, outputs, mixed, v_b, w_o, last=layer == job.spec.n_layers - 1)
     tensors = _tensors(q, maps, v_b, w_o, stats.covariance, job)
-    return tensors, LayerLoss(layer, maps.rope_kept, maps.latent_kept, error)
+    return tensors, LayerLoss(layer, maps.rope_kept, maps.latent_kept, error, maps.latent_kept_at)
 
 
 def _observe(w: BlockWeights, job: _Job, outputs: Array) -> tuple[LayerStats, dict[int, View]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgekv.convert.linalg import Matrix, leading, sqrt_and_inverse
+from edgekv.convert.linalg import RANK_STEP, Matrix, kept_by_rank, leading, sqrt_and_inverse
 from edgekv.spec import GQA
 
 # A leftover key has no RoPE in the latent, as if its angle were zero; averaged over distances up to this one, a
@@ -24,13 +24,14 @@ DISTANCE = 8.0  # tokens
 class Latent:
     """encoder (R, D), decoder (D, R); keys (G, K, D): the leftover keys it serves, shrunk by frequency.
 
-    kept: the share of the weighted energy of keys and values that the latent carries.
+    kept: the share of the weighted energy of keys and values that the latent carries; kept_at: that of other ranks.
     """
 
     encoder: Matrix
     decoder: Matrix
     keys: Matrix
     kept: float
+    kept_at: dict[int, float]
 
 
 def shrink_by_frequency(leftover: Matrix, gqa: GQA) -> Matrix:
@@ -52,6 +53,7 @@ def joint_latent(value_rows: Matrix, key_rows: Matrix, covariance: Matrix, rank:
         decoder=root @ top,
         keys=keys,
         kept=float(energy[::-1][:rank].sum() / energy.sum()),
+        kept_at=kept_by_rank(energy, range(RANK_STEP, len(value_rows) + len(key_rows) + 1, RANK_STEP)),
     )
 
 

@@ -34,7 +34,8 @@ class LayerMaps:
     """An MLA layer in float32, its latent linear and its scores not yet scaled by 1/sqrt(N + P).
 
     latent (R, D) and rope_key (P, D) encode; reading (H, R + P, K) maps a head's original query to what it is
-    multiplied with; value (H, K, R) decodes a head's value. rope_kept and latent_kept are shares of energy.
+    multiplied with; value (H, K, R) decodes a head's value. rope_kept and latent_kept are shares of energy,
+    latent_kept_at the latter for other ranks.
     """
 
     latent: Array
@@ -43,6 +44,7 @@ class LayerMaps:
     value: Array
     rope_kept: float
     latent_kept: float
+    latent_kept_at: dict[int, float]
 
 
 Method = Callable[[BlockWeights, LayerStats, GQA, MLA], LayerMaps]
@@ -84,4 +86,5 @@ def complex_joint(w: BlockWeights, stats: LayerStats, gqa: GQA, mla: MLA) -> Lay
         value=np.repeat(w_v @ latent.decoder, group, axis=0).astype(np.float32),
         rope_kept=rope_key.kept,
         latent_kept=latent.kept,
+        latent_kept_at=latent.kept_at,
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 Matrix = NDArray[np.float64]
+RANK_STEP = 32  # between the ranks for which the conversion tells what a latent would keep
 
 
 def sqrt_and_inverse(covariance: Matrix, floor: float = 1e-7) -> tuple[Matrix, Matrix]:
@@ -44,6 +47,12 @@ def leading(vectors: Matrix, rank: int) -> Matrix:
     top = vectors[:, ::-1][:, :rank]
     out[:, : top.shape[1]] = top
     return out
+
+
+def kept_by_rank(energy: NDArray[np.float64], ranks: Sequence[int]) -> dict[int, float]:
+    """The share of ascending eigenvalues' sum that the largest ones hold, for each rank there is."""
+    shares = energy[::-1].cumsum() / energy.sum()
+    return {rank: float(shares[rank - 1]) for rank in ranks if rank <= len(shares)}
 
 
 def ridge(gram: Matrix, cross: Matrix, strength: float) -> Matrix:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from edgekv.convert.layer import LayerMaps, LayerStats, split_heads
-from edgekv.convert.linalg import Matrix, leading
+from edgekv.convert.linalg import RANK_STEP, Matrix, kept_by_rank, leading
 from edgekv.model import BlockWeights
 from edgekv.spec import GQA, MLA
 
@@ -49,6 +49,7 @@ def transmla(w: BlockWeights, stats: LayerStats, gqa: GQA, mla: MLA) -> LayerMap
         value=np.repeat(value, group, axis=0).astype(np.float32),
         rope_kept=float(np.trace(rope_key @ stats.covariance @ rope_key.T) / total),
         latent_kept=float(energy[::-1][: mla.kv_lora_rank].sum() / energy.sum()),
+        latent_kept_at=kept_by_rank(energy, range(RANK_STEP, len(energy) + 1, RANK_STEP)),
     )
 
 

@@ -58,6 +58,10 @@ class TestOutcome:
         assert found["cache_bytes_per_token"] == {"before": 3 * 128 * 2, "after": 3 * 64 * 2}
         assert found["bytes"] == out.stat().st_size
         assert [layer["layer"] for layer in found["layers"]] == [0, 1, 2]
+        curve = found["layers"][0]["latent_kept_at"]
+        assert list(curve) == ["32", "64"]
+        assert curve["32"] == pytest.approx(found["layers"][0]["latent_kept"])
+        assert list(curve.values()) == sorted(curve.values())
         assert all(0 < layer["output_error"] < 1 for layer in found["layers"])
         metadata = open_source(out).metadata
         assert metadata["edgekv.method"] == "edgekv"

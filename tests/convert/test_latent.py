@@ -39,6 +39,15 @@ def test_enough_rank_loses_nothing() -> None:
         assert latent.kept == pytest.approx(1)
 
 
+def test_the_curve_tells_what_other_ranks_would_keep() -> None:
+    values, keys = RNG.standard_normal((40, 80)), RNG.standard_normal((40, 80))
+    covariance = np.cov(RNG.standard_normal((80, 200)))
+    curve = joint_latent(values, keys, covariance, 8, keys[None]).kept_at
+    assert list(curve) == [32, 64]
+    for rank, share in curve.items():
+        assert share == pytest.approx(joint_latent(values, keys, covariance, rank, keys[None]).kept)
+
+
 def test_value_weights_are_the_output_error() -> None:
     """|W v'| over the weighted rows is what the output projections of the group make of an error in v."""
     g, heads, k = 2, 6, 4
