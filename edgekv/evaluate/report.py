@@ -126,7 +126,7 @@ def retrieval_lines(result: RetrievalResult) -> list[str]:
     trials = result.cells[0].trials
     lines = [
         f"{result.text}: planted lines found, {trials} trials a cell",
-        "  length  depth" + "".join(f"{depth:>14.0%}" for depth in DEPTHS),
+        "  length  depth" + "".join(f"{depth:>17.0%}" for depth in DEPTHS),
     ]
     for first in range(0, len(result.cells), len(DEPTHS)):
         row = result.cells[first : first + len(DEPTHS)]
@@ -135,5 +135,5 @@ def retrieval_lines(result: RetrievalResult) -> list[str]:
             + ("" if cell.reference_found is None else f" (ref {cell.reference_found:.0%})")
             for cell in row
         ]
-        lines.append(f"  {row[0].length:>6}       " + "".join(f"{cell:>14}" for cell in cells))
+        lines.append(f"  {row[0].length:>6}       " + "".join(f"{cell:>17}" for cell in cells))
     return lines
