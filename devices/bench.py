@@ -22,7 +22,13 @@ from edgekv.devices.cores import allowed_cpus
 from edgekv.devices.energy import EnergyMeter, find_sources
 from edgekv.devices.health import read_health
 from edgekv.devices.memory import split_memory
-from edgekv.devices.modelinfo import SizedSource, describe_cache, describe_model, describe_onnx
+from edgekv.devices.modelinfo import (
+    SizedSource,
+    describe_cache,
+    describe_llama_cache,
+    describe_model,
+    describe_onnx,
+)
 from edgekv.devices.probe import probe, software
 from edgekv.devices.workers import WorkerProcess
 
@@ -243,8 +249,9 @@ def _describe_gguf(candidate: Candidate, s: BenchSettings) -> tuple[ModelInfo, C
     from edgekv.gguf_source import GGUFSource
 
     source: SizedSource = GGUFSource(candidate.path)
+    describe = describe_llama_cache if candidate.engine == "llama.cpp" else describe_cache
     try:
-        cache = describe_cache(source.spec, candidate.cache_type, s.n_ctx)
+        cache = describe(source.spec, candidate.cache_type, s.n_ctx)
     except ValueError as error:
         raise InputError(f"{candidate.path}: cache type {candidate.cache_type}: {error}") from error
     return describe_model(source, candidate.path, s.with_hash), cache

@@ -7,10 +7,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Protocol
 
+from edgekv.gguf_spec import JOINT_KV_B
 from edgekv.onnx_folder import MANIFEST, Manifest
 from edgekv.report import CacheInfo, ModelInfo
 from edgekv.source import TensorSource
-from edgekv.spec import ModelSpec
+from edgekv.spec import MLA, ModelSpec, cache_row_nbytes
 
 
 class SizedSource(TensorSource, Protocol):
@@ -70,6 +71,24 @@ def describe_onnx(manifest: Manifest, folder: Path, n_ctx: int) -> tuple[ModelIn
 def describe_cache(spec: ModelSpec, cache_type: str, n_ctx: int | None) -> CacheInfo:
     """The cache's arithmetic; raises ValueError if the type does not fit the model's dims."""
     return CacheInfo(cache_type, spec.cache_values, spec.kv_bytes_per_token(cache_type), n_ctx)
+
+
+def describe_llama_cache(spec: ModelSpec, cache_type: str, n_ctx: int | None) -> CacheInfo:
+    """The cache as llama.cpp keeps it: minicpm3 and plm with the keys and values of every head, not the latent.
+
+    Raises:
+        ValueError: the type does not fit the model's dims.
+    """
+    if spec.arch not in JOINT_KV_B:
+        return describe_cache(spec, cache_type, n_ctx)
+    values = nbytes = 0
+    for layer in spec.layers:
+        attention = layer.attention
+        assert isinstance(attention, MLA)
+        for dim in (attention.head_dim, attention.value_dim):
+            values += attention.n_heads * dim
+            nbytes += cache_row_nbytes(attention.n_heads * dim, cache_type)
+    return CacheInfo(cache_type, values, nbytes, n_ctx)
 
 
 def main_quantization(source: TensorSource, stored: dict[str, int]) -> str:

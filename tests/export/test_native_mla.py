@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from edgekv.devices.modelinfo import describe_llama_cache
 from edgekv.export.verify import compare
 
 from edgekv.backends import open_backend
@@ -33,4 +34,6 @@ def test_cache_is_the_latent(native_mla: Path) -> None:
     engine = open_backend(native_mla, "llama.cpp", n_ctx=256, cache_type="f32", n_threads=1)
     decompressed = 4 * (64 + 32)  # keys and values of 4 heads, which llama.cpp stores
     assert engine.cache_nbytes() == 256 * spec.n_layers * decompressed * 4
+    described = describe_llama_cache(spec, "f32", 256)
+    assert engine.cache_nbytes() == 256 * (described.nbytes_per_token or 0)
     engine.close()
