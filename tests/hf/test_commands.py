@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from edgekv.cli.main import cli
 from edgekv.errors import UnsupportedError
+from edgekv.source import open_source
 
 from .conftest import Zoo
 
@@ -47,3 +48,12 @@ def test_convert_refuses_with_a_reason(name: str, zoo: Zoo, tmp_path: Path) -> N
     with pytest.raises(UnsupportedError, match=r"cannot become MLA: .*; |already has MLA"):
         CliRunner().invoke(cli, args, catch_exceptions=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_convert(zoo: Zoo, tmp_path: Path) -> None:
+    out = tmp_path / "half.gguf"
+    run("convert", zoo.folder("smollm2"), "-o", out, "--target", "0.5", "--calib-tokens", "64", "--json")
+    source = open_source(out)
+    assert source.spec.arch == "deepseek2"
+    assert source.quantization("blk.0.ffn_up.weight") == "F32"  # kept as it was stored
+    assert source.metadata["tokenizer.chat_template"] == "{{ messages }}"
