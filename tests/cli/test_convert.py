@@ -131,7 +131,7 @@ class TestBadModels:
 
     def test_not_a_model(self, refuses: Callable[[Path], str], tmp_path: Path) -> None:
         assert "no such file" in refuses(tmp_path / "none.gguf")
-        assert "is a folder" in refuses(tmp_path)
+        assert "there is no config.json" in refuses(tmp_path)
         text = tmp_path / "readme.md"
         text.write_text("# Not a model, but long enough to be one")
         assert "is not a GGUF file" in refuses(text)
