@@ -50,24 +50,24 @@ def check_python() -> Check:
     return Check("python", "ok", found)
 
 
-EXTRAS = {  # package: (import name, extra, what it is for, whether nothing works without it)
-    "llama-cpp-python": ("llama_cpp", "llama", "running models", True),
-    "onnx": ("onnx", "onnx", "ONNX export", False),
-    "torch": ("torch", "heal", "healing a conversion", False),
-    "matplotlib": ("matplotlib", "plot", "plots", False),
+EXTRAS = {  # package: (import name, extra, what it is for)
+    "llama-cpp-python": ("llama_cpp", "llama", "running GGUF files (ONNX folders run without it)"),
+    "onnx": ("onnx", "onnx", "ONNX export"),
+    "torch": ("torch", "heal", "healing a conversion"),
+    "matplotlib": ("matplotlib", "plot", "plots"),
 }
 
 
 def check_packages() -> list[Check]:
     """Extras that are missing, with the command that installs them."""
     found = []
-    for package, (module, extra, use, needed) in EXTRAS.items():
+    for package, (module, extra, use) in EXTRAS.items():
         version = package_version(package)
         if version and importlib.util.find_spec(module):
             found.append(Check(package, "ok", version))
         else:
             advice = f"for {use}: pip install 'edgekv[{extra}]'"
-            found.append(Check(package, "fail" if needed else "warn", "not installed", advice))
+            found.append(Check(package, "warn", "not installed", advice))
     return found
 
 
