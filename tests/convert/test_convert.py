@@ -138,7 +138,7 @@ def test_models_it_cannot_start_from(
     spec = make_llama().spec
     for rope in (RopeSpec(10000.0, 16), RopeSpec(10000.0, 32, "half")):
         layer = LayerSpec(GQA(4, 2, 32, rope), 96)
-        with pytest.raises(UnsupportedError, match="rotates|by halves"):
+        with pytest.raises(UnsupportedError, match=r"rotates|by halves"):
             convertible_attention(dataclasses.replace(spec, layers=(layer,)))
     source = make_llama()
     spoilt = source.load("blk.1.attn_v.weight").copy()
