@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ROOMS := quant export devices
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types arm clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -37,6 +37,10 @@ $(VENV)/.demo: $(VENV)/.base
 $(VENV)/.test: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --editable '.[llama,onnx,plot,test]'
 	touch $@
+
+# EdgeKV on emulated Raspberry Pi cores: benchmarks/arm/README.md. Debian, root rights; the first time half an hour.
+arm: $(VENV)/.base
+	benchmarks/arm/run.sh $(HOME)/.cache/edgekv-arm $(abspath $(BIN))/python
 
 clean:
 	rm -rf build demo .mypy_cache .pytest_cache .ruff_cache

