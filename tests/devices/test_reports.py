@@ -1,4 +1,4 @@
-"""The published reports are readable, say what they are, and name no folder of the machine they came from."""
+"""The published reports are readable, say what they are, and name no home folder."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ def test_a_published_report(path: Path) -> None:
     assert (report.provenance == "projected") == path.stem.endswith("-projected")
     assert (report.provenance == "emulated") == (report.machine.emulator is not None)
     assert all(run.error is None for run in report.runs)
-    assert "/" not in report.command
+    assert not any(word.startswith(("/home/", "/root/", "/tmp/")) for word in report.command.split())
     assert all(run.model.sha256 for run in report.runs) or report.provenance == "projected"
