@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from edgekv.errors import InputError, UnsupportedError
+from edgekv.errors import InputError, ModelFileError, UnsupportedError
 from edgekv.footprint import CELLS, footprint
 from edgekv.gguf_layout import GGUFHeader
 from edgekv.gguf_spec import spec_from_gguf
@@ -34,7 +34,10 @@ def require_memory(
     shapes = {tensor.name: tensor.dims[::-1] for tensor in header.tensors}
     try:
         spec = spec_from_gguf(header.metadata, shapes, path)
-    except UnsupportedError:  # llama.cpp runs more architectures than EdgeKV knows
+    except (
+        ModelFileError,
+        UnsupportedError,
+    ):  # llama.cpp runs more than EdgeKV knows, and refuses in its words
         return
     weights = sum(tensor.nbytes for tensor in header.tensors)
     needed = _needed_nbytes(spec, weights, n_ctx, cache_type, n_ubatch)
