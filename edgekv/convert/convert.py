@@ -3,7 +3,8 @@
 Sequential calibration: the hidden states that run from layer to layer are the converted model's, so each layer is
 fitted on the inputs that it will really get, to give what the original layer would make of them. Targets from the
 original's own hidden states, in a second stream, gained 7 % of the KL at equal calibration for half as much time
-again; more calibration text in one stream gains more. Only one layer's weights are in memory at a time; fitted ones are spilled to disk.
+again; more calibration text in one stream gains more. Only one layer's weights are in memory at a time; fitted
+ones are spilled to disk.
 """
 
 from __future__ import annotations
