@@ -94,6 +94,7 @@ class Worker:
         """Resident bytes of this process with llama.cpp ready, before any model."""
         from edgekv.devices.memory import ResidentSet
 
+        import edgekv.backends.llamacpp  # noqa: F401  # with NumPy and all else that any model needs
         from edgekv.backends.llama_native import llama
 
         llama().llama_backend_init()

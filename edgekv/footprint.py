@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from edgekv.devices.modelinfo import SizedSource
 
 CELLS = 256  # llama.cpp rounds a context up to whole blocks of cells
-RUNTIME_NBYTES = 41 * 2**20  # Python, numpy and libllama before any model; `this_board` measures its own
-ENGINE_NBYTES = 10 * 2**20  # what loading any model adds to that
+RUNTIME_NBYTES = 33 * 2**20  # Python, numpy and libllama before any model; `this_board` measures its own
+ENGINE_NBYTES = 13 * 2**20  # what loading any model adds to that
 VOCAB_NBYTES = 246  # a token in llama.cpp's vocabulary and merge tables
 LAYER_NBYTES = 50_000  # graph nodes of one layer
 MASK_NBYTES = 2  # a cell of the attention mask, for each token of the micro-batch

@@ -117,6 +117,8 @@ def test_ctrl_c_leaves_no_workers_and_what_is_done(tiny_llama: Path, text: Path,
          "--cache-dir", str(tmp_path)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # tests started in the background ignore SIGINT, and so would what they start
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not any(path.read_bytes().count(b"\n") > 10 for path in tmp_path.glob("windows-*")):
