@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from edgekv.errors import BackendError
+from edgekv.errors import BackendError, InputError
 from edgekv.source import Array
+
+DEFAULT_N_CTX = 4096  # at most, where a caller does not say
 
 
 class Interrupted(Exception):
@@ -48,6 +50,13 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free the model."""
+
+
+def require_positive(**options: int | None) -> None:
+    """Raise InputError that names an option below 1; None is one that was not given."""
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}; it must be at least 1")
 
 
 def require_room(backend: Backend, count: int) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from edgekv import footprint
-from edgekv.backends.base import Interrupted, require_room
+from edgekv.backends.base import DEFAULT_N_CTX, Interrupted, require_positive, require_room
 from edgekv.backends.llama_language import LlamaLanguage
 from edgekv.backends.llama_native import (
     LOG,
@@ -34,7 +34,6 @@ from edgekv.gguf_check import read_header
 from edgekv.gguf_layout import GGUFHeader
 from edgekv.source import Array
 
-DEFAULT_N_CTX = 4096
 # Rows of logits computed at once when every token's are wanted: 64 rows cost 10 % of the speed of 256,
 # more only cost memory (two float32 buffers of rows x vocab).
 LOGITS_ROWS = 128
@@ -89,7 +88,7 @@ class LlamaCppBackend:
         abort_flag: ctypes.Array[ctypes.c_char] | None = None,
     ) -> None:
         started = time.perf_counter()
-        _require_positive(n_ctx=n_ctx, n_threads=n_threads, n_ubatch=n_ubatch)
+        require_positive(n_ctx=n_ctx, n_threads=n_threads, n_ubatch=n_ubatch)
         types = ggml_type(cache_type), ggml_type(cache_type_v or cache_type)
         header = read_header(path)
         if header.metadata.get("general.architecture") == "plm":
@@ -289,9 +288,3 @@ def default_ubatch() -> int:
 def _default_n_ctx(header: GGUFHeader) -> int:
     trained = header.metadata.get(f"{header.metadata.get('general.architecture')}.context_length")
     return min(trained, DEFAULT_N_CTX) if isinstance(trained, int) and trained > 0 else DEFAULT_N_CTX
-
-
-def _require_positive(**options: int | None) -> None:
-    for name, value in options.items():
-        if value is not None and value < 1:
-            raise InputError(f"{name} is {value}; it must be at least 1")

@@ -6,9 +6,9 @@ may choose another program. Linux tells what is left in /proc/meminfo, a contain
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
+from edgekv.backends.cgroups import cgroup_folders, read_text
 from edgekv.errors import InputError, ModelFileError, UnsupportedError
 from edgekv.footprint import CELLS, footprint
 from edgekv.gguf_layout import GGUFHeader
@@ -85,11 +85,11 @@ def available_nbytes(root: Path = Path("/")) -> int | None:
     `root` holds proc and sys.
     """
     fields = {}
-    for line in (_read(root / "proc/meminfo") or "").splitlines():
+    for line in (read_text(root / "proc/meminfo") or "").splitlines():
         name, _, rest = line.partition(":")
         fields[name] = int(rest.split()[0]) * 1024
     left = [fields["MemAvailable"] + fields.get("SwapFree", 0)] if "MemAvailable" in fields else []
-    for folder in _cgroups(root):
+    for folder in cgroup_folders("memory", root):
         limit, used = _limit_and_usage(folder)
         if limit is not None:
             left.append(max(0, limit - used + _cached_nbytes(folder)))
@@ -98,23 +98,12 @@ def available_nbytes(root: Path = Path("/")) -> int | None:
 
 def memory_limit_nbytes(root: Path = Path("/")) -> int | None:
     """The tightest limit of this process's cgroups; None without one."""
-    limits = [limit for folder in _cgroups(root) if (limit := _limit_and_usage(folder)[0]) is not None]
+    limits = [
+        limit
+        for folder in cgroup_folders("memory", root)
+        if (limit := _limit_and_usage(folder)[0]) is not None
+    ]
     return min(limits, default=None)
-
-
-def _cgroups(root: Path) -> Iterator[Path]:
-    """Folders of this process's memory cgroup and its ancestors: every one's limit counts.
-
-    Kernel documentation: admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
-    """
-    for line in (_read(root / "proc/self/cgroup") or "").splitlines():
-        _, controllers, name = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        base = root / "sys/fs/cgroup" / controllers
-        folder = base / name.strip("/")
-        # Inside a container the named folder may not be visible; its own limits are then at the mount's root.
-        yield from (folder, *folder.parents[: len(folder.relative_to(base).parts)])
 
 
 def _limit_and_usage(folder: Path) -> tuple[int | None, int]:
@@ -122,21 +111,14 @@ def _limit_and_usage(folder: Path) -> tuple[int | None, int]:
         ("memory.max", "memory.current"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
-        text = _read(folder / limit)
+        text = read_text(folder / limit)
         if text and text.isdigit() and int(text) < NO_LIMIT_NBYTES:
-            return int(text), int(_read(folder / usage) or 0)
+            return int(text), int(read_text(folder / usage) or 0)
     return None, 0
 
 
 def _cached_nbytes(folder: Path) -> int:
     """Pages of files, which the kernel gives back before it kills."""
-    fields = dict(line.split(" ", 1) for line in (_read(folder / "memory.stat") or "").splitlines())
+    fields = dict(line.split(" ", 1) for line in (read_text(folder / "memory.stat") or "").splitlines())
     both = ("inactive_file", "active_file")
     return sum(int(fields.get(f"total_{name}", fields.get(name, 0))) for name in both)
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return None

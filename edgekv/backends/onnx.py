@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekv.backends.base import Interrupted, require_room
+from edgekv.backends.base import DEFAULT_N_CTX, Interrupted, require_positive, require_room
 from edgekv.backends.threads import default_threads
 from edgekv.errors import BackendError, InputError
 from edgekv.onnx_folder import DATA, GRAPH, check_folder
 from edgekv.source import Array
 
 OLDEST = (1, 29)  # 1.26 has no Cos of float64 and gives other logits for quantized GQA
-DEFAULT_N_CTX = 4096
 # The latent graph attends to as many slots as are bound: a little more than are in use, in steps, because
 # binding all layers anew costs a millisecond.
 SLOT_STEP = 128
@@ -60,9 +59,7 @@ class OnnxBackend:
         n_threads: int | None = None,
         abort_flag: ctypes.Array[ctypes.c_char] | None = None,
     ) -> None:
-        for option, value in (("n_ctx", n_ctx), ("n_threads", n_threads)):
-            if value is not None and value < 1:
-                raise InputError(f"{option} is {value}; it must be at least 1")
+        require_positive(n_ctx=n_ctx, n_threads=n_threads)
         model = check_folder(folder).model
         if cache_type not in (None, model.cache_type):
             raise InputError(

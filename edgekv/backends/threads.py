@@ -11,6 +11,8 @@ import os
 import sys
 from pathlib import Path
 
+from edgekv.backends.cgroups import cgroup_folders, read_text
+
 # A core belongs to the big ones within a quarter of the fastest: the middle cores of three-tier chips and
 # favoured cores with a higher turbo do, an A55 beside an A76 (0.5) does not.
 BIG_CORE_SHARE = 0.75
@@ -31,7 +33,7 @@ def default_threads(root: Path = Path("/")) -> int:
 def big_cores(allowed: set[int], root: Path = Path("/")) -> list[int]:
     """One CPU number for each physical big core among `allowed`."""
     cpus = root / "sys/devices/system/cpu"
-    efficient = _cpu_list(_read(root / "sys/devices/cpu_atom/cpus") or "")  # Intel hybrid: the E cores
+    efficient = _cpu_list(read_text(root / "sys/devices/cpu_atom/cpus") or "")  # Intel hybrid: the E cores
     allowed = allowed - efficient or allowed
     speed = {cpu: _speed(cpus / f"cpu{cpu}") for cpu in allowed}
     fastest = max(speed.values(), default=0.0)
@@ -41,7 +43,7 @@ def big_cores(allowed: set[int], root: Path = Path("/")) -> list[int]:
         if speed[cpu] < BIG_CORE_SHARE * fastest or cpu in seen:
             continue
         chosen.append(cpu)
-        seen |= _cpu_list(_read(cpus / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu))
+        seen |= _cpu_list(read_text(cpus / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu))
     return chosen
 
 
@@ -50,29 +52,16 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 
     Every ancestor's limit counts (kernel docs: admin-guide/cgroup-v2.rst "cpu.max", scheduler/sched-bwc.rst).
     """
-    found = []
-    for line in (_read(root / "proc/self/cgroup") or "").splitlines():
-        _, _, entry = line.partition(":")
-        controllers, _, name = entry.partition(":")
-        if controllers == "":
-            base = root / "sys/fs/cgroup"
-        elif "cpu" in controllers.split(","):
-            base = root / "sys/fs/cgroup/cpu"
-        else:
-            continue
-        folder = base / name.strip("/")
-        # Inside a container the named folder may not be visible; its own limits are then at the mount's root.
-        folders = [folder, *folder.parents[: len(folder.relative_to(base).parts)]]
-        found += [quota for place in folders if (quota := _quota_of(place)) is not None]
-    return min(found, default=None)
+    quotas = (_quota_of(folder) for folder in cgroup_folders("cpu", root))
+    return min((quota for quota in quotas if quota is not None), default=None)
 
 
 def _quota_of(folder: Path) -> float | None:
-    if text := _read(folder / "cpu.max"):
+    if text := read_text(folder / "cpu.max"):
         quota, _, period = text.partition(" ")
         return None if quota == "max" else float(quota) / float(period or 100_000)
-    micros = float(_read(folder / "cpu.cfs_quota_us") or -1)
-    return micros / float(_read(folder / "cpu.cfs_period_us") or 100_000) if micros > 0 else None
+    micros = float(read_text(folder / "cpu.cfs_quota_us") or -1)
+    return micros / float(read_text(folder / "cpu.cfs_period_us") or 100_000) if micros > 0 else None
 
 
 def _allowed() -> set[int]:
@@ -83,7 +72,7 @@ def _allowed() -> set[int]:
 
 def _speed(folder: Path) -> float:
     """A core's relative speed; 0 where the machine does not tell, so that all its cores are equal."""
-    return float(_read(folder / "cpu_capacity") or _read(folder / "cpufreq/cpuinfo_max_freq") or 0)
+    return float(read_text(folder / "cpu_capacity") or read_text(folder / "cpufreq/cpuinfo_max_freq") or 0)
 
 
 def _cpu_list(text: str) -> set[int]:
@@ -93,10 +82,3 @@ def _cpu_list(text: str) -> set[int]:
         first, _, last = part.partition("-")
         cpus |= set(range(int(first), int(last or first) + 1))
     return cpus
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return None
