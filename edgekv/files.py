@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from edgekv.errors import OutputError
+
+STALE_AFTER_S = 60  # a younger file may be about to be locked
 
 
 def check_output(path: Path, force: bool) -> None:
@@ -30,24 +35,37 @@ def check_output(path: Path, force: bool) -> None:
 def atomic_path(path: Path, force: bool) -> Iterator[Path]:
     """A temporary path beside `path`, renamed onto it when the block ends well and removed when not.
 
-    A process killed in the block leaves at most a hidden `.<name>.*.partial`, never a half-written `path`.
+    A process killed in the block leaves at most a hidden `.<name>.*.partial`, never a half-written `path`;
+    the next one that writes `path` removes it.
 
     Raises:
         OutputError: the folder is missing or not writable, `path` exists without `force`, the disk is full.
     """
     check_output(path, force)
+    with scratch_path(path) as partial:
+        yield partial
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def scratch_path(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path`, removed when the block ends, or after a kill by the next for `path`.
+
+    Raises:
+        OutputError: the folder is not writable, the disk is full.
+    """
+    _sweep(path)
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-        os.close(handle)
     except OSError as error:
         raise OutputError(
             f"cannot write in {path.parent}: {error.strerror}; choose another folder"
         ) from error
     partial = Path(name)
     try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # until this process ends, however it does
         yield partial
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
     except OSError as error:
         raise OutputError(
             f"writing {path} failed: {error.strerror or error}; nothing was left behind, free some space and "
@@ -55,6 +73,16 @@ def atomic_path(path: Path, force: bool) -> Iterator[Path]:
         ) from error
     finally:
         partial.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed processes left of `path`: partial files, a minute old, that nobody has locked."""
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with contextlib.suppress(OSError), stale.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - os.fstat(file.fileno()).st_mtime > STALE_AFTER_S:
+                stale.unlink()
 
 
 @contextlib.contextmanager

@@ -6,11 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 from edgekv.export.gguf_arch import architecture_keys, file_layout, gguf_arch
 from gguf import GGMLQuantizationType as QuantType
+from numpy.typing import NDArray
 
 from edgekv import __version__
 from edgekv.files import atomic_path
@@ -79,25 +81,36 @@ def write_gguf(
     """
     source = file_layout(source)
     with atomic_path(path, force) as partial:
-        plan = [(name, _plan(source, name, weights)) for name in source.names()]
-        writer = gguf.GGUFWriter(partial, gguf_arch(source.spec))
-        _write_metadata(writer, source, weights, notes)
-        for name, quant in plan:
-            shape = source.shape(name)
-            nbytes = _nbytes(shape, quant)
-            byte_shape = gguf.quant_shape_to_byte_shape(shape, quant) if _is_blocked(quant) else shape
-            dtype = np.dtype(np.uint8 if _is_blocked(quant) else _plain_dtype(quant))
-            writer.add_tensor_info(name, byte_shape, dtype, nbytes, raw_dtype=quant)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for i, (name, quant) in enumerate(plan):
+        writer, plan = begin_gguf(source, partial, weights, notes)
+        for i, (name, quant) in enumerate(plan.items()):
             progress(name, i, len(plan))
-            raw = source.raw(name) if source.quantization(name) == quant.name else None
-            writer.write_tensor_data(
-                raw if raw is not None else gguf.quants.quantize(source.load(name), quant)
-            )
+            writer.write_tensor_data(stored_as(source, name, quant))
         writer.close()
+
+
+def begin_gguf(
+    source: TensorSource, path: Path, weights: str, notes: Metadata
+) -> tuple[gguf.GGUFWriter, dict[str, QuantType]]:
+    """Write everything but the data of a source in its file layout; gives the type of each tensor."""
+    plan = {name: _plan(source, name, weights) for name in source.names()}
+    writer = gguf.GGUFWriter(path, gguf_arch(source.spec))
+    _write_metadata(writer, source, weights, notes)
+    for name, quant in plan.items():
+        shape = source.shape(name)
+        nbytes = tensor_nbytes(shape, quant)
+        byte_shape = gguf.quant_shape_to_byte_shape(shape, quant) if _is_blocked(quant) else shape
+        dtype = np.dtype(np.uint8 if _is_blocked(quant) else _plain_dtype(quant))
+        writer.add_tensor_info(name, byte_shape, dtype, nbytes, raw_dtype=quant)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return writer, plan
+
+
+def stored_as(source: TensorSource, name: str, quant: QuantType) -> NDArray[Any]:
+    """A tensor's values as a file of that type holds them: the source's own bytes where it has them."""
+    raw = source.raw(name) if source.quantization(name) == quant.name else None
+    return raw if raw is not None else np.asarray(gguf.quants.quantize(source.load(name), quant))
 
 
 def write_vocabulary(source: TensorSource, path: Path) -> None:
@@ -130,7 +143,8 @@ def _plain_dtype(quant: QuantType) -> type[np.float32] | type[np.float16]:
     return np.float32 if quant == QuantType.F32 else np.float16
 
 
-def _nbytes(shape: tuple[int, ...], quant: QuantType) -> int:
+def tensor_nbytes(shape: tuple[int, ...], quant: QuantType) -> int:
+    """Bytes of a tensor's data, without padding."""
     block, size = gguf.GGML_QUANT_SIZES[quant]
     return int(np.prod(shape)) // block * size
 

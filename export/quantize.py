@@ -12,18 +12,19 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from edgekv.export.staged import staged_gguf
 from edgekv.quant.presets import PRESETS, Preset, fell_back
 from edgekv.quant.tensor_error import RelativeError, StoredTensor, relative_error
 from numpy.typing import NDArray
 
-from edgekv.backends.quantizer import Quantizer
+from edgekv.backends.quantizer import Quantizer, Ready
 from edgekv.convert.calibration import windows_from_files
 from edgekv.convert.norm_trick import is_folded
-from edgekv.errors import InputError, ModelFileError, UnsupportedError
+from edgekv.errors import BackendError, InputError, ModelFileError, UnsupportedError
 from edgekv.files import atomic_path
 from edgekv.gguf_check import read_header
 from edgekv.gguf_layout import GGUFHeader, TensorInfo
-from edgekv.source import Array
+from edgekv.source import Array, TensorSource
 from edgekv.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
@@ -108,8 +109,12 @@ def quantize_gguf(
     quantizer: Quantizer,
     force: bool,
     progress: Progress,
+    ready: Ready | None = None,
 ) -> list[TensorReport]:
     """Write `output` and compare it with `source`, tensor by tensor.
+
+    Args:
+        ready: where `source` is still being written, waits for one tensor (edgekv.export.staged).
 
     Raises:
         InputError: the preset needs an importance matrix.
@@ -120,24 +125,58 @@ def quantize_gguf(
     if preset.importance == "needed" and not importance:
         raise InputError(f"{preset_name} is useless without an importance matrix; leave out --no-importance")
     with atomic_path(output, force) as partial:
-        quantizer.quantize(
-            partial,
-            preset.file_type,
-            importance,
-            _kept(source, header),
-            lambda done, total: progress(done, 2 * total),  # then they are compared
-        )
+
+        def advance(done: int, total: int) -> None:
+            progress(done, 2 * total)  # then they are compared
+
+        _quantize(source, header, partial, preset, importance, quantizer, advance, ready)
         return _compare(source, header, partial, preset, importance, quantizer.n_threads, progress)
 
 
-def _kept(source: Path, header: GGUFHeader) -> dict[str, int]:
+def write_mix(source: TensorSource, output: Path, preset_name: str, force: bool, progress: Progress) -> None:
+    """Write a source as GGUF in one of llama.cpp's presets, all errors weighed alike; raises as quantize_gguf."""
+    with staged_gguf(source, output) as staged, atomic_path(output, force) as partial:
+        header, quantizer = read_header(staged.path), Quantizer(staged.path)
+        _quantize(staged.path, header, partial, PRESETS[preset_name], {}, quantizer, progress, staged.wait)
+
+
+def _quantize(
+    source: Path,
+    header: GGUFHeader,
+    partial: Path,
+    preset: Preset,
+    importance: Mapping[str, Array],
+    quantizer: Quantizer,
+    progress: Progress,
+    ready: Ready | None,
+) -> None:
+    read: set[str] = set()
+
+    def wait(name: str) -> None:
+        if ready is not None:
+            ready(name)
+        read.add(name)
+
+    kept = _kept(source, header, wait)
+    quantizer.quantize(partial, preset.file_type, importance, kept, progress, wait if ready else None)
+    if ready is not None and not read >= {tensor.name for tensor in header.tensors}:
+        raise BackendError(
+            "this llama.cpp does not tell what it reads; install llama-cpp-python 0.3.36, or export the model as "
+            "a GGUF first and quantize that"
+        )
+
+
+def _kept(source: Path, header: GGUFHeader, ready: Ready) -> dict[str, int]:
     """Tensors that keep their type: latent encoders folded for their norm, lost under f16 scales."""
     folded = {}
     ranks = {tensor.name: tensor.dims[0] for tensor in header.tensors if "attn_kv_a_norm" in tensor.name}
     for tensor in header.tensors:
         rank = ranks.get(tensor.name.replace("attn_kv_a_mqa", "attn_kv_a_norm"))
         whole = tensor.ggml_type in ("F32", "BF16")
-        if rank and whole and tensor.name not in ranks and is_folded(_stored(source, tensor).rows(0, rank)):
+        if not (rank and whole) or tensor.name in ranks:
+            continue
+        ready(tensor.name)
+        if is_folded(_stored(source, tensor).rows(0, rank)):
             folded[tensor.name] = int(gguf.GGMLQuantizationType[tensor.ggml_type])
     return folded
 

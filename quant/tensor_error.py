@@ -10,7 +10,8 @@ from gguf import GGMLQuantizationType as QuantType
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
-CHUNK_VALUES = 2**18  # dequantized at once, of each side: what fits the cache is quick
+CHUNK_VALUES = 2**15  # dequantized at once, of each side: what fits the cache is quick
+SAMPLE_CHUNKS = 48  # a larger tensor is compared in so many places, evenly spread: 1.6 million values
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class RelativeError:
 
     rms: float
     weighted: float | None
+    compared: float  # share of the rows
 
 
 def relative_error(before: StoredTensor, after: StoredTensor, importance: Array | None) -> RelativeError:
@@ -54,20 +56,30 @@ def relative_error(before: StoredTensor, after: StoredTensor, importance: Array 
     weights = np.ones((1, columns)) if importance is None else importance.reshape(-1, columns)
     n_rows = len(before.data) // len(weights)  # of one matrix
     sums = np.zeros((2, len(weights), columns))  # errors and squares
-    for matrix in range(len(weights)):
-        for start in range(matrix * n_rows, (matrix + 1) * n_rows, max(1, CHUNK_VALUES // columns)):
-            stop = min(start + max(1, CHUNK_VALUES // columns), (matrix + 1) * n_rows)
-            original = before.rows(start, stop)
-            difference = original - after.rows(start, stop)
-            sums[0, matrix] += np.square(difference, out=difference).sum(axis=0)
-            sums[1, matrix] += np.square(original, out=difference).sum(axis=0)
+    compared = 0
+    for start, stop in _places(n_rows, len(weights), max(1, CHUNK_VALUES // columns)):
+        original = before.rows(start, stop)
+        difference = original - after.rows(start, stop)
+        sums[0, start // n_rows] += np.square(difference, out=difference).sum(axis=0)
+        sums[1, start // n_rows] += np.square(original, out=difference).sum(axis=0)
+        compared += stop - start
     errors, squares = sums
     weighted = (
         None
         if importance is None
         else _root(float((errors * weights).sum()), float((squares * weights).sum()))
     )
-    return RelativeError(_root(float(errors.sum()), float(squares.sum())), weighted)
+    return RelativeError(
+        _root(float(errors.sum()), float(squares.sum())), weighted, compared / len(before.data)
+    )
+
+
+def _places(n_rows: int, n_matrices: int, step: int) -> list[tuple[int, int]]:
+    """Rows (start, stop) to compare, never across matrices: all, or evenly spread ones of a large tensor."""
+    starts = [m * n_rows + row for m in range(n_matrices) for row in range(0, n_rows, step)]
+    if len(starts) > SAMPLE_CHUNKS:
+        starts = [starts[i] for i in np.linspace(0, len(starts) - 1, SAMPLE_CHUNKS).round().astype(int)]
+    return [(start, min(start + step, (start // n_rows + 1) * n_rows)) for start in starts]
 
 
 def _root(errors: float, squares: float) -> float:

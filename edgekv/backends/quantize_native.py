@@ -15,7 +15,8 @@ from edgekv.source import Array
 
 Progress = Callable[[int, int], None]  # tensors done, tensors in all
 MAX_BUFFER_NBYTES = 256 * 2**20  # of rows in memory at once; llama.cpp's default is 8 GiB
-_TENSOR_LINE = re.compile(r"\[\s*(\d+)/\s*(\d+)\]")
+# Told before the tensor's data are read: src/llama-quant.cpp, the main loop of llama_model_quantize_impl.
+_TENSOR_LINE = re.compile(r"\[\s*(\d+)/\s*(\d+)\]\s+(\S+)")
 
 
 def quantize_file(
@@ -26,6 +27,7 @@ def quantize_file(
     keep: Mapping[str, int],
     n_threads: int,
     progress: Progress,
+    ready: Callable[[str], None] | None = None,
 ) -> None:
     """llama_model_quantize.
 
@@ -33,6 +35,7 @@ def quantize_file(
         file_type: enum llama_ftype.
         importance: E[x^2] of inputs by tensor name; may be empty.
         keep: ggml type by tensor name, where the preset's choice must not count.
+        ready: called with each tensor's name before its data are read; may wait until they are written.
 
     Raises:
         BackendError: the engine is not installed, or refused the model.
@@ -54,6 +57,8 @@ def quantize_file(
     def log(level: int, text: bytes, _: object) -> None:
         LOG.write(level, text)
         if match := _TENSOR_LINE.search(text.decode("utf-8", "replace")):
+            if ready is not None:
+                ready(match[3])
             progress(int(match[1]), int(match[2]))
 
     callback = api.llama_log_callback(log)

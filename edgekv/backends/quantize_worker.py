@@ -1,7 +1,8 @@
 """The child process of edgekv.backends.quantizer: one native job, told in lines of JSON.
 
 Run as `python -m edgekv.backends.quantize_worker JOB`, where JOB is a JSON object with an "action". Lines are
-{"done": n, "total": n}, and at the end {"ok": true} or {"error": [class, message]}.
+{"done": n, "total": n}, and at the end {"ok": true} or {"error": [class, message]}. With "waits" in the job it
+says {"wait": tensor} and goes on when a line comes in.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ import numpy as np
 from edgekv.backends.importance import measure_importance, sample_text
 from edgekv.backends.quantize_native import quantize_file
 from edgekv.errors import BackendError, EdgeKVError
+
+Send = Callable[[dict[str, Any]], None]
 
 
 def main(job: dict[str, Any]) -> None:
@@ -31,7 +35,7 @@ def main(job: dict[str, Any]) -> None:
             os._exit(1)  # nobody waits any more; an exception would be lost in native code
 
     try:
-        ACTIONS[job.pop("action")](job, lambda done, total: send({"done": done, "total": total}))
+        ACTIONS[job.pop("action")](job, send)
     except EdgeKVError as error:
         send({"error": [type(error).__name__, str(error)]})
     except Exception as error:
@@ -40,23 +44,37 @@ def main(job: dict[str, Any]) -> None:
         send({"ok": True})
 
 
-def _sample(job: dict[str, Any], progress: Any) -> None:
+def _progress(send: Send) -> Callable[[int, int], None]:
+    return lambda done, total: send({"done": done, "total": total})
+
+
+def _sample(job: dict[str, Any], send: Send) -> None:
     prompts = np.load(job["prompts"])
-    windows = sample_text(Path(job["model"]), prompts, job["length"], job["seed"], job["n_threads"], progress)
+    windows = sample_text(
+        Path(job["model"]), prompts, job["length"], job["seed"], job["n_threads"], _progress(send)
+    )
     np.save(job["windows"], windows)
 
 
-def _measure(job: dict[str, Any], progress: Any) -> None:
+def _measure(job: dict[str, Any], send: Send) -> None:
     windows = np.load(job["windows"])
-    found: dict[str, Any] = {**measure_importance(Path(job["model"]), windows, job["n_threads"], progress)}
+    found: dict[str, Any] = {
+        **measure_importance(Path(job["model"]), windows, job["n_threads"], _progress(send))
+    }
     np.savez(job["importance"], **found)
 
 
-def _quantize(job: dict[str, Any], progress: Any) -> None:
+def _quantize(job: dict[str, Any], send: Send) -> None:
     importance = {}
     if job["importance"]:
         with np.load(job["importance"]) as stored:
             importance = {name: np.ascontiguousarray(stored[name]) for name in stored.files}
+
+    def wait(name: str) -> None:
+        send({"wait": name})
+        if not os.read(0, 1):
+            os._exit(1)  # nobody writes the tensor any more
+
     quantize_file(
         Path(job["model"]),
         Path(job["output"]),
@@ -64,7 +82,8 @@ def _quantize(job: dict[str, Any], progress: Any) -> None:
         importance,
         job["keep"],
         job["n_threads"],
-        progress,
+        _progress(send),
+        wait if job["waits"] else None,
     )
 
 

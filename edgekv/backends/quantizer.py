@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from edgekv.errors import BackendError
 from edgekv.source import Array
 
 Progress = Callable[[int, int], None]
+Ready = Callable[[str], None]  # returns when the tensor of that name is in the file
 
 
 class Quantizer:
@@ -63,8 +65,12 @@ class Quantizer:
         importance: Mapping[str, Array],
         keep: Mapping[str, int],
         progress: Progress,
+        ready: Ready | None = None,
     ) -> None:
         """Write `output`, quantized; see edgekv.backends.quantize_native.quantize_file.
+
+        Args:
+            ready: where the model's tensors are still being written, waits for the one that comes next.
 
         Raises:
             OutputError: the disk is full.
@@ -73,35 +79,51 @@ class Quantizer:
             stored = Path(folder, "importance.npz")
             if importance:
                 np.savez(stored, **importance)  # type: ignore[arg-type]
-            job = {"output": str(output), "file_type": file_type, "keep": dict(keep)}
-            self._run("quantize", {**job, "importance": str(stored) if importance else ""}, progress)
+            job = {
+                "output": str(output),
+                "file_type": file_type,
+                "keep": dict(keep),
+                "waits": ready is not None,
+            }
+            job["importance"] = str(stored) if importance else ""
+            self._run("quantize", job, progress, ready)
 
-    def _run(self, action: str, job: dict[str, Any], progress: Progress) -> None:
+    def _run(self, action: str, job: dict[str, Any], progress: Progress, ready: Ready | None = None) -> None:
         job |= {"action": action, "model": os.fspath(self._model), "n_threads": self.n_threads}
         with tempfile.TemporaryFile() as output:
             process = subprocess.Popen(
                 # -P: a folder named edgekv in the current directory must not shadow the installed one.
                 [sys.executable, "-P", "-m", "edgekv.backends.quantize_worker", json.dumps(job)],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,
                 start_new_session=True,  # the terminal's Ctrl-C is for the parent, which ends the child
                 env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # ggml's abort would run gdb on it for seconds
             )
             try:
-                _follow(process, output, progress)
+                _follow(process, output, progress, ready)
             finally:
                 process.kill()
                 process.wait()
-                assert process.stdout is not None
-                process.stdout.close()
+                for stream in (process.stdin, process.stdout):
+                    assert stream is not None
+                    stream.close()
 
 
-def _follow(process: subprocess.Popen[bytes], output: IO[bytes], progress: Progress) -> None:
+def _follow(
+    process: subprocess.Popen[bytes], output: IO[bytes], progress: Progress, ready: Ready | None
+) -> None:
     """Read lines until the job ends; raise what it tells."""
+    assert process.stdin is not None
     assert process.stdout is not None
     for line in process.stdout:
         message = json.loads(line)
+        if "wait" in message:
+            assert ready is not None
+            ready(message["wait"])
+            with contextlib.suppress(BrokenPipeError):  # it died meanwhile: told below
+                os.write(process.stdin.fileno(), b"\n")
+            continue
         if "error" in message:
             kind, text = message["error"]
             raise getattr(errors, kind)(text)

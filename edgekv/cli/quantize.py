@@ -47,31 +47,51 @@ def command(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Quantize a GGUF's weights with llama.cpp, weighing errors by what the model's inputs are like.
+    """Quantize a model's weights with llama.cpp, weighing errors by what the model's inputs are like.
+
+    MODEL is a GGUF of any architecture that llama.cpp runs, or a Hugging Face folder. The presets' names say
+    bits a weight: q8_0 loses next to nothing, q4_k_m is the usual choice, below q3 much is lost. What each
+    tensor lost is shown. Importance runs the model over 8192 tokens: for billions of weights give it fewer, or
+    --no-importance.
 
     \b
     edgekv quantize model.gguf -o model-q4.gguf --weights q4_k_m
-    edgekv quantize half.gguf -o half-iq4.gguf --weights iq4_nl --calib book.txt
+    edgekv quantize Qwen2.5-0.5B-Instruct -o qwen-q4.gguf --weights q4_k_m --calib book.txt
+    edgekv quantize Llama-3.2-3B -o llama-q4.gguf --weights q4_k_m --no-importance
     """
+    import contextlib
+
     from edgekv.backends.quantizer import Quantizer
     from edgekv.errors import InputError
     from edgekv.export.quantize import calibration_windows, quantizable_header, quantize_gguf
+    from edgekv.export.staged import staged_gguf
     from edgekv.files import check_output
+    from edgekv.hf.tokenizer import open_with_tokenizer
     from edgekv.quant.presets import PRESETS
 
     check_output(output, force)
     if output.exists() and model.exists() and output.samefile(model):
         raise InputError(f"{output} is the model itself; choose another name")
-    header, quantizer = quantizable_header(model), Quantizer(model, threads)
+    wanted = not no_importance and PRESETS[weights].importance != "ignored"
     importance = {}
-    if not no_importance and PRESETS[weights].importance != "ignored":
-        with progress("sampling calibration text" if not calib else "reading text", as_json) as advance:
-            windows = calibration_windows(model, list(calib), calib_tokens, seed, quantizer, advance)
-        with progress("measuring importance", as_json) as advance:
-            importance = quantizer.measure(windows, advance)
-    with progress("quantizing", as_json) as advance:
-        reports = quantize_gguf(model, output, weights, importance, quantizer, force, advance)
-    nbytes = (model.stat().st_size, output.stat().st_size)
+    with contextlib.ExitStack() as stack:
+        staged = None
+        if model.is_dir():
+            staged = stack.enter_context(staged_gguf(open_with_tokenizer(model), output))
+        path = staged.path if staged else model
+        header, quantizer = quantizable_header(path), Quantizer(path, threads)
+        if staged and wanted:
+            with progress("reading", as_json) as advance:
+                staged.wait_all(advance)
+        if wanted:
+            with progress("sampling calibration text" if not calib else "reading text", as_json) as advance:
+                windows = calibration_windows(path, list(calib), calib_tokens, seed, quantizer, advance)
+            with progress("measuring importance", as_json) as advance:
+                importance = quantizer.measure(windows, advance)
+        with progress("quantizing", as_json) as advance:
+            ready = staged.wait if staged else None
+            reports = quantize_gguf(path, output, weights, importance, quantizer, force, advance, ready)
+        nbytes = (path.stat().st_size, output.stat().st_size)
     requantized = any(tensor.ggml_type not in WHOLE for tensor in header.tensors)
     if as_json:
         _print_json(output, weights, bool(importance), requantized, nbytes, reports)
@@ -123,6 +143,11 @@ def _show(
         table.add_row(kind, str(len(members)), before, after + mark, f"{size:.2f}", *_errors(members))
     Console().print(table)
     click.echo("error: relative RMS of the weights; weighted: of what they give on the calibration's inputs")
+    shares = [report.error.compared for report in reports if report.error is not None]
+    if min(shares, default=1.0) < 1:
+        click.echo(
+            f"errors are of evenly spread rows, {min(shares):.0%} and more of each tensor above a million values"
+        )
     if fallen := [report for report in reports if report.fell_back]:
         widths = sorted({report.shape[-1] for report in fallen})
         click.echo(

@@ -20,7 +20,7 @@ from edgekv.bpe import SPACE
 from edgekv.errors import EdgeKVError, ModelFileError, UnsupportedError
 from edgekv.hf.checkpoint import read_json
 from edgekv.pre_tokenize import PRE_TYPES, splitters
-from edgekv.source import MetaValue
+from edgekv.source import MetaValue, TensorSource, open_source
 from edgekv.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
@@ -30,6 +30,19 @@ PROBE = (
     "snake_case camelCase HTTPServer /path/to/file.py <html> {json: [1, 22, 333, 4444]} ...!!! x^2 != y ~ `z`\n"
 )
 _PREFERRED = ("llama-bpe", "qwen2", "smollm", "gpt-2", "deepseek-v3", "deepseek-llm", "tekken", "gpt-4o")
+
+
+def open_with_tokenizer(path: Path) -> TensorSource:
+    """Open a model that has to run as text.
+
+    Raises:
+        ModelFileError: it holds no tokenizer, or a file is missing or malformed.
+        UnsupportedError: its architecture or tokenizer is not handled.
+    """
+    source = open_source(path)
+    if "tokenizer.ggml.tokens" not in source.metadata:
+        raise ModelFileError(f"{path}: holds no tokenizer; download tokenizer.json into the folder")
+    return source
 
 
 def read_tokenizer(folder: Path, n_vocab: int) -> dict[str, MetaValue]:

@@ -80,7 +80,7 @@ def test_bad_input(refused: Callable[..., str], tiny_llama: Path, tmp_path: Path
     out = tmp_path / "out.gguf"
     command = ("-o", out, "--weights", "q4_0")
     assert "there is no such file" in refused("quantize", tmp_path / "no.gguf", *command)
-    assert "name the .gguf file inside it" in refused("quantize", tmp_path, *command)
+    assert "there is no config.json" in refused("quantize", tmp_path, *command)
     (tmp_path / "junk.gguf").write_bytes(b"junk" * 20)
     assert "is not a GGUF file" in refused("quantize", tmp_path / "junk.gguf", *command)
     cut = tmp_path / "cut.gguf"
