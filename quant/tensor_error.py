@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
 CHUNK_VALUES = 2**15  # dequantized at once, of each side: what fits the cache is quick
-SAMPLE_CHUNKS = 48  # a larger tensor is compared in so many places, evenly spread: 1.6 million values
+SAMPLE_CHUNKS = 24  # a larger tensor is compared in so many places, evenly spread: 786,432 values
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ def _show(
     shares = [report.error.compared for report in reports if report.error is not None]
     if min(shares, default=1.0) < 1:
         click.echo(
-            f"errors are of evenly spread rows, {min(shares):.0%} and more of each tensor above a million values"
+            f"errors are of evenly spread rows, {min(shares):.0%} and more of each tensor above 786,432 values"
         )
     if fallen := [report for report in reports if report.fell_back]:
         widths = sorted({report.shape[-1] for report in fallen})

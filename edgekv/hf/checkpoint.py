@@ -24,6 +24,7 @@ from edgekv.source import Array
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+CHUNK_VALUES = 2**17  # checked at once: what fits the cache is quick
 DTYPES: Mapping[str, type[np.generic]] = MappingProxyType(  # as stored; BF16 has no numpy type of its own
     {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 )
@@ -75,17 +76,28 @@ class Checkpoint:
         Raises:
             UnsupportedError: it is stored in something else than F32, F16 or BF16.
         """
+        tensor = self._readable(name)
+        count = prod(tensor.shape)
+        values = np.fromfile(tensor.path, DTYPES[tensor.dtype], count, offset=tensor.offset)
+        if values.size != count:
+            raise ModelFileError(f"{tensor.path}: was cut short inside {name}; download it again")
+        return values.reshape(tensor.shape)
+
+    def mapped(self, name: str) -> NDArray[Any]:
+        """As `read`, but mapped, for bytes that are only passed on: with the array goes its memory."""
+        tensor = self._readable(name)
+        if tensor.path.stat().st_size < tensor.offset + prod(tensor.shape) * DTYPES[tensor.dtype]().itemsize:
+            raise ModelFileError(f"{tensor.path}: was cut short inside {name}; download it again")
+        return np.memmap(tensor.path, DTYPES[tensor.dtype], "r", tensor.offset, tensor.shape)
+
+    def _readable(self, name: str) -> StoredTensor:
         tensor = self.tensor(name)
         if tensor.dtype not in DTYPES:
             raise UnsupportedError(
                 f"{tensor.path}: tensor {name} is stored as {tensor.dtype}, EdgeKV reads F32, F16 and BF16; "
                 "choose a checkpoint in bfloat16, or convert this one with the script its authors give"
             )
-        count = prod(tensor.shape)
-        values = np.fromfile(tensor.path, DTYPES[tensor.dtype], count, offset=tensor.offset)
-        if values.size != count:
-            raise ModelFileError(f"{tensor.path}: was cut short inside {name}; download it again")
-        return values.reshape(tensor.shape)
+        return tensor
 
     def _read_index(self, index: Path) -> None:
         files = read_json(index).get("weight_map")
@@ -118,11 +130,16 @@ def widen(values: NDArray[Any], dtype: str) -> Array:
 
 
 def all_finite(values: NDArray[Any]) -> bool:
-    """Whether no stored value is NaN or infinite, told from its exponent, without widening."""
-    if values.dtype == np.float32:
-        return bool(np.isfinite(values.sum(dtype=np.float64)))
-    ones = np.uint16(0x7F80 if values.dtype == np.uint16 else 0x7C00)
-    return not bool(((values.view(np.uint16) & ones) == ones).any())
+    """Whether no stored value is NaN or infinite, told from its bits, without widening.
+
+    Twice the bits drops the sign; what has all ones in its exponent is then largest.
+    """
+    bits = values.reshape(-1).view(np.uint32 if values.dtype == np.float32 else np.uint16)
+    least = bits.dtype.type({"<f4": 0xFF000000, "<u2": 0xFF00, "<f2": 0xF800}[values.dtype.str])
+    return all(
+        int((bits[start : start + CHUNK_VALUES] << 1).max()) < least
+        for start in range(0, bits.size, CHUNK_VALUES)
+    )
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

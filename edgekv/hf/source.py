@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ class HFSource:
     def load(self, name: str) -> Array:
         recipe = self._recipe(name)
         dtype = self.quantization(name)
-        array = widen(self._stored(recipe), dtype)
+        array = widen(self._stored(recipe, self._checkpoint.read), dtype)
         if recipe.values:
             array = recipe.values(array)
         return array.reshape(self._shapes[name])
@@ -75,11 +76,11 @@ class HFSource:
         shape = self._shapes[name]
         if recipe.values or (len(shape) == 1 and self.quantization(name) != "F32"):
             return None
-        stored = np.ascontiguousarray(self._stored(recipe)).reshape(shape)
+        stored = np.ascontiguousarray(self._stored(recipe, self._checkpoint.mapped)).reshape(shape)
         return stored.view(np.uint8).reshape(*shape[:-1], -1)
 
-    def _stored(self, recipe: Recipe) -> NDArray[Any]:
-        parts = [self._checkpoint.read(name) for name in recipe.stored]
+    def _stored(self, recipe: Recipe, read: Callable[[str], NDArray[Any]]) -> NDArray[Any]:
+        parts = [read(name) for name in recipe.stored]
         for name, part in zip(recipe.stored, parts, strict=True):
             if not all_finite(part):
                 raise ModelFileError(

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from edgekv.errors import InputError, ModelFileError, UnsupportedError
+from edgekv.hf.checkpoint import SINGLE
 from edgekv.hf.source import HFSource
 
 from .conftest import Zoo
@@ -215,3 +216,22 @@ def test_tokenizer_of_another_model(folder: Path, edit_config: Edit) -> None:
     source = HFSource(folder)
     with pytest.raises(ModelFileError, match=r"284 tokens and the model 100; tokenizer and weights"):
         dict(source.metadata)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf"), float("inf")])
+def test_weights_that_are_not_finite(folder: Path, dtype: str, bad: float) -> None:
+    import torch
+    from safetensors.torch import load_file as load_torch
+    from safetensors.torch import save_file as save_torch
+
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = {key: tensor.to(getattr(torch, dtype)) for key, tensor in load_torch(folder / SINGLE).items()}
+    tensors[name].view(-1)[:2] = torch.tensor([-1.0, 1.0]) * torch.finfo(tensors[name].dtype).max
+    save_torch(tensors, folder / SINGLE)
+    assert HFSource(folder).raw("blk.1.ffn_up.weight") is not None
+    tensors[name][-1, -1] = bad
+    save_torch(tensors, folder / SINGLE)
+    for read in (HFSource(folder).raw, HFSource(folder).load):
+        with pytest.raises(ModelFileError, match="NaN or infinite"):
+            read("blk.1.ffn_up.weight")

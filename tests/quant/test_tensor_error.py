@@ -49,3 +49,20 @@ def test_nothing_measured_and_nothing_there() -> None:
     zeros = np.zeros((4, 32), np.float32)
     found = relative_error(stored(zeros, "F32"), stored(zeros, "Q8_0"), None)
     assert (found.rms, found.weighted) == (0.0, None)
+
+
+@pytest.mark.parametrize("n_matrices", [1, 5])
+def test_large_tensors_are_sampled(n_matrices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of every part count alike, whatever grows along the tensor; whole rows, so columns can be weighed."""
+    monkeypatch.setattr(tensor_error, "CHUNK_VALUES", 4 * 64)
+    rng = np.random.default_rng(2)
+    array = rng.standard_normal((n_matrices * 1000, 64)).astype(np.float32)
+    array *= np.linspace(0.1, 3, len(array), dtype=np.float32)[:, None]
+    importance = rng.uniform(0.1, 5, n_matrices * 64).astype(np.float32)
+    sampled = relative_error(stored(array, "F32"), stored(array, "Q4_0"), importance)
+    monkeypatch.setattr(tensor_error, "SAMPLE_CHUNKS", 10**6)
+    whole = relative_error(stored(array, "F32"), stored(array, "Q4_0"), importance)
+    assert whole.compared == 1
+    assert sampled.compared == pytest.approx(24 * 4 / len(array))
+    assert sampled.rms == pytest.approx(whole.rms, rel=0.05)
+    assert sampled.weighted == pytest.approx(whole.weighted, rel=0.05)
