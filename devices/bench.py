@@ -29,13 +29,14 @@ from edgekv.devices.modelinfo import (
     describe_model,
     describe_onnx,
 )
+from edgekv.devices.nvml import first_card
 from edgekv.devices.probe import probe, software
 from edgekv.devices.workers import WorkerProcess
 
 from edgekv.backends.threads import big_cores, default_threads
 from edgekv.errors import BackendError, InputError
 from edgekv.onnx_folder import check_folder
-from edgekv.report import FORMAT, VERSION, CacheInfo, ModelInfo, Point, Report, Run, Settings, Stat
+from edgekv.report import FORMAT, VERSION, CacheInfo, Machine, ModelInfo, Point, Report, Run, Settings, Stat
 
 __all__ = ["BenchSettings", "Candidate", "Progress", "run"]
 
@@ -53,6 +54,7 @@ class _Lane:
     loaded: dict[str, int] = field(default_factory=dict)
     cache_nbytes: int = 0
     repacked_nbytes: int = 0
+    card_nbytes: int | None = None
     ttft: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
     joules: list[float | None] = field(default_factory=list)
@@ -168,6 +170,8 @@ class _Bench:
 
     def _open(self, lane: _Lane) -> None:
         s = self._settings
+        on_card = lane.candidate.engine == "llama.cpp"
+        card_before = lane.worker.ask("card") if on_card else None
         opened = lane.worker.ask(
             "open",
             path=str(lane.candidate.path),
@@ -182,10 +186,18 @@ class _Bench:
             lane.loaded["rss"] += opened["cache_nbytes"]
         first_ttft_s = lane.worker.ask("prefill", n=s.n_prompt)
         lane.worker.ask("decode", n=min(8, s.n_gen))  # warms the decode path; not counted
-        if lane.candidate.engine == "llama.cpp":
+        if on_card:
             self._features = tuple(lane.worker.ask("engine_features"))
+        if card_before is not None:
+            self._machine = self._machine_with_card()
+            lane.card_nbytes = lane.worker.ask("card") - card_before
         lane.cache_nbytes, lane.repacked_nbytes = opened["cache_nbytes"], opened["repacked_nbytes"]
         lane.run = replace(lane.run, load_s=opened["load_s"], first_ttft_s=first_ttft_s)
+
+    def _machine_with_card(self) -> Machine:
+        card = first_card()
+        assert card is not None, "the worker saw one"
+        return replace(self._machine, card=card.name, card_nbytes=card.total_nbytes)
 
     def _measure_depth(self, lanes: list[_Lane], depth: int) -> None:
         for lane in lanes:
@@ -228,7 +240,7 @@ class _Bench:
 
     def _read_memory(self, lane: _Lane) -> None:
         seen = lane.worker.ask("memory")
-        memory = split_memory(lane.loaded, seen, lane.cache_nbytes, lane.repacked_nbytes)
+        memory = split_memory(lane.loaded, seen, lane.cache_nbytes, lane.repacked_nbytes, lane.card_nbytes)
         lane.run = replace(lane.run, memory=memory, energy_source=lane.meter.name)
 
     def _guard(self, lane: _Lane, action: Callable[[_Lane], object]) -> None:

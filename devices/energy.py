@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgekv.devices.cores import read_number, read_text
+from edgekv.devices.nvml import handles, library
 
 SAMPLE_PERIOD_S = 0.05
 
@@ -178,18 +179,11 @@ def _read_pmic() -> float | None:
 
 def _nvml_sources() -> list[EnergySource]:
     """Every NVIDIA card's energy counter, or its power where it has none (NVML API, nvml.h)."""
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return []
-    count = ctypes.c_uint()
-    if nvml.nvmlInit_v2() != 0 or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
+    nvml = library()
+    if nvml is None:
         return []
     sources = []
-    for i in range(count.value):
-        device = ctypes.c_void_p()
-        if nvml.nvmlDeviceGetHandleByIndex_v2(i, ctypes.byref(device)) != 0:
-            continue
+    for i, device in enumerate(handles(nvml)):
         counter = _nvml_reader(nvml.nvmlDeviceGetTotalEnergyConsumption, device, ctypes.c_ulonglong)
         power = _nvml_reader(nvml.nvmlDeviceGetPowerUsage, device, ctypes.c_uint)
         if counter() is not None:

@@ -52,12 +52,16 @@ def mapped_resident_nbytes(smaps: str, mapped_file: Path) -> int:
     return total
 
 
-def split_memory(loaded: dict[str, int], ended: dict[str, int], cache: int, repacked: int) -> Memory:
+def split_memory(
+    loaded: dict[str, int], ended: dict[str, int], cache: int, repacked: int, card: int | None = None
+) -> Memory:
     """Split the peak: `loaded` and `ended` are a worker's `memory` answers after loading and at the end.
 
     The engine fills its cache with zeros when it makes it and maps the weights with all pages present, so
-    both are resident at `loaded`; what running adds after that is its compute buffers.
+    both are resident at `loaded`; what running adds after that is its compute buffers. With `card` bytes on
+    a GPU, cache and repacked weights are there and not in the resident set.
     """
     weights = ended["file"] + repacked
     compute = max(0, ended["rss"] - loaded["rss"])
-    return Memory(ended["peak"], weights, cache, compute, ended["peak"] - weights - cache - compute)
+    held = ended["file"] + compute if card else weights + cache + compute
+    return Memory(ended["peak"], weights, cache, compute, ended["peak"] - held, card)

@@ -95,7 +95,18 @@ def speed_table(rows: Sequence[Entry]) -> Table:
 
 def memory_table(rows: Sequence[Entry]) -> Table:
     """Where the memory of each run went, and what its cache costs."""
-    head = ("run", "peak RSS", "weights", "cache", "compute", "other", "bytes/token", "context", "load")
+    head = (
+        "run",
+        "peak RSS",
+        "on card",
+        "weights",
+        "cache",
+        "compute",
+        "other",
+        "bytes/token",
+        "context",
+        "load",
+    )
     lines = []
     for row in rows:
         memory, cache = row.run.memory, row.run.cache
@@ -103,6 +114,7 @@ def memory_table(rows: Sequence[Entry]) -> Table:
             (
                 row.name,
                 mebibytes(memory.peak_rss_nbytes if memory else None),
+                mebibytes(memory.card_nbytes if memory else None),
                 mebibytes(memory.weights_nbytes if memory else row.run.model.weights_nbytes),
                 mebibytes(memory.cache_nbytes if memory else None),
                 mebibytes(memory.compute_nbytes if memory else None),
@@ -112,7 +124,7 @@ def memory_table(rows: Sequence[Entry]) -> Table:
                 seconds(row.run.load_s),
             )
         )
-    return Table("Memory", head, tuple(lines))
+    return _without_empty(Table("Memory", head, tuple(lines)))
 
 
 def provenance_table(rows: Sequence[Entry]) -> Table:

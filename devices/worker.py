@@ -58,6 +58,15 @@ class Worker:
             "repacked_nbytes": self._repacked_nbytes(engine),
         }
 
+    def card(self) -> int | None:
+        """Bytes in use on the GPU, of all programs; None where the engine is built without one."""
+        from edgekv.devices.nvml import first_card
+
+        from edgekv.backends.llama_native import llama
+
+        seen = first_card() if llama().llama_supports_gpu_offload() else None
+        return seen.used_nbytes if seen else None
+
     def engine_features(self) -> list[str]:
         """CPU features that this llama.cpp build uses, as it names them."""
         from edgekv.backends.llama_native import llama

@@ -29,6 +29,11 @@ def _doc(text: str) -> Any:
     return field(metadata={"doc": text})
 
 
+def _later(text: str) -> Any:
+    """A field that older reports do not have."""
+    return field(default=None, metadata={"doc": text})
+
+
 @dataclass(frozen=True)
 class Stat:
     """Repeated measurements of one quantity."""
@@ -74,6 +79,8 @@ class Machine:
     governor: str | None = _doc("CPU frequency governor")
     kernel: str = _doc("operating system and kernel release")
     emulator: str | None = _doc("set when the CPU is emulated: times are then not those of a real board")
+    card: str | None = _later("the GPU that ran the layers, where the engine is built for one")
+    card_nbytes: int | None = _later("its memory")
 
 
 @dataclass(frozen=True)
@@ -140,6 +147,7 @@ class Memory:
         "what running added after loading: the engine's compute and output buffers"
     )
     other_nbytes: int | None = _doc("the rest of the peak: interpreter, libraries, tokenizer")
+    card_nbytes: int | None = _later("what the run took of the GPU's memory, beside `peak_rss_nbytes` in RAM")
 
 
 @dataclass(frozen=True)

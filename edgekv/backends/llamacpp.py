@@ -54,6 +54,9 @@ class EnginePerf:
 class LlamaCppBackend:
     """edgekv.backends.base.Backend over llama.cpp; flash attention on, nothing ever shifted.
 
+    On a GPU the engine decides on flash attention itself: where the card has no kernel for a latent's widths,
+    forcing it would send every layer's attention back to the CPU.
+
     Args:
         path: a GGUF file; it is validated before native code sees it.
         n_ctx: cells of the cache, rounded up by the engine to a multiple of 256; by default what the model
@@ -231,7 +234,9 @@ class LlamaCppBackend:
         params.n_outputs_max = min(LOGITS_ROWS, params.n_ubatch)  # 0 would reserve n_batch x vocab floats
         params.n_threads = params.n_threads_batch = n_threads or default_threads()
         params.type_k, params.type_v = types
-        params.flash_attn_type = self._api.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        on_gpu = n_gpu_layers != 0 and self._api.llama_supports_gpu_offload()
+        choices = (self._api.LLAMA_FLASH_ATTN_TYPE_ENABLED, self._api.LLAMA_FLASH_ATTN_TYPE_AUTO)
+        params.flash_attn_type = choices[on_gpu]
         params.offload_kqv = n_gpu_layers != 0
         params.no_perf = False
         params.abort_callback = abort_callback()
