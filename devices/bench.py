@@ -18,7 +18,6 @@ from edgekv.devices.candidates import (
     labels,
     load_note,
 )
-from edgekv.devices.cores import allowed_cpus
 from edgekv.devices.energy import EnergyMeter, find_sources
 from edgekv.devices.health import read_health
 from edgekv.devices.memory import split_memory
@@ -33,7 +32,7 @@ from edgekv.devices.nvml import first_card
 from edgekv.devices.probe import probe, software
 from edgekv.devices.workers import WorkerProcess
 
-from edgekv.backends.threads import big_cores, default_threads
+from edgekv.backends.threads import allowed_cpus, big_cores, default_threads
 from edgekv.errors import BackendError, InputError
 from edgekv.onnx_folder import check_folder
 from edgekv.report import FORMAT, VERSION, CacheInfo, Machine, ModelInfo, Point, Report, Run, Settings, Stat

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgekv.devices.cores import allowed_cpus
-
 from edgekv.backends import Kind
+from edgekv.backends.threads import allowed_cpus
 from edgekv.errors import InputError
 from edgekv.report import CacheInfo, ModelInfo, Run
 

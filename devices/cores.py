@@ -7,9 +7,9 @@ elsewhere psutil's core count has to do.
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
+from edgekv.backends.threads import parse_cpu_list
 from edgekv.report import CoreGroup
 
 # CPU part numbers of /proc/cpuinfo for implementer 0x41 (Arm); from util-linux sys-utils/lscpu-arm.c.
@@ -54,22 +54,6 @@ def read_number(path: Path) -> float | None:
         return None
 
 
-def parse_cpu_list(text: str) -> tuple[int, ...]:
-    """CPU numbers of a list such as "0-3,6".
-
-    Raises:
-        ValueError: not such a list.
-    """
-    cpus: set[int] = set()
-    for part in filter(None, text.strip().split(",")):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if not match:
-            raise ValueError(f"{text!r} is not a CPU list such as 0-3,6")
-        first = int(match[1])
-        cpus |= set(range(first, int(match[2] or first) + 1))
-    return tuple(sorted(cpus))
-
-
 def core_groups(root: Path = Path("/")) -> tuple[CoreGroup, ...]:
     """The online cores by kind, the fastest kind first. `root` holds proc and sys."""
     blocks = cpuinfo_blocks(root)
@@ -83,13 +67,6 @@ def core_groups(root: Path = Path("/")) -> tuple[CoreGroup, ...]:
         by_kind.setdefault((speed, mhz, name), []).append(cpu)
     ranked = sorted(by_kind.items(), key=lambda item: (-item[0][0], item[1][0]))
     return tuple(CoreGroup(tuple(ids), name, mhz) for (_, mhz, name), ids in ranked)
-
-
-def allowed_cpus() -> tuple[int, ...]:
-    """CPUs that this process may run on: a container or taskset can forbid some."""
-    if hasattr(os, "sched_getaffinity"):
-        return tuple(sorted(os.sched_getaffinity(0)))
-    return tuple(range(os.cpu_count() or 1))
 
 
 def cpuinfo_blocks(root: Path) -> dict[int, dict[str, str]]:

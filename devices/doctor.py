@@ -11,7 +11,6 @@ from pathlib import Path
 
 from edgekv.devices.check import Check
 from edgekv.devices.comfort import check_comfort
-from edgekv.devices.cores import allowed_cpus
 from edgekv.devices.health import read_health
 from edgekv.devices.plan import MIB
 from edgekv.devices.probe import meminfo, package_version, probe
@@ -19,7 +18,7 @@ from edgekv.devices.workers import WorkerProcess
 
 from edgekv.backends.isa import REBUILD, arm_flags_used, cpu_flags, engine_library, missing_features
 from edgekv.backends.memory import memory_limit_nbytes
-from edgekv.backends.threads import cpu_quota
+from edgekv.backends.threads import allowed_cpus, cpu_quota
 from edgekv.errors import BackendError
 
 MIN_RAM_NBYTES = 200 * MIB  # the runtime, the smallest model and its buffers

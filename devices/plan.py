@@ -8,13 +8,13 @@ from pathlib import Path
 
 from edgekv.devices.bandwidth import working_set_nbytes
 from edgekv.devices.boards import Board, match_board
-from edgekv.devices.cores import allowed_cpus, cpuinfo_blocks
+from edgekv.devices.cores import cpuinfo_blocks
 from edgekv.devices.options import Option
 from edgekv.devices.probe import probe
 from edgekv.devices.speed import Coefficients, decode_s, load_coefficients, prefill_s, weight_family
 from edgekv.devices.workers import WorkerProcess
 
-from edgekv.backends.threads import big_cores, default_threads
+from edgekv.backends.threads import allowed_cpus, big_cores, default_threads
 from edgekv.errors import BackendError
 from edgekv.footprint import CELLS, RUNTIME_NBYTES, Footprint, default_ubatch, footprint
 from edgekv.report import Machine

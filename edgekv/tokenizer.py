@@ -15,7 +15,7 @@ from edgekv.bpe import ByteLevel, SentencePiece
 from edgekv.errors import ModelFileError, UnsupportedError
 from edgekv.language import TokenStream, without_surrogates
 from edgekv.pre_tokenize import PRE_TYPES
-from edgekv.vocab import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Vocab, read_vocab
+from edgekv.vocab import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, PackedTexts, Vocab, read_vocab
 
 if TYPE_CHECKING:
     from edgekv.source import MetaValue
@@ -34,7 +34,9 @@ class Tokenizer:
     def __init__(
         self, vocab: Vocab, model: ByteLevel | SentencePiece, metadata: Mapping[str, MetaValue], add_bos: bool
     ) -> None:
-        self._vocab = vocab
+        # Not the vocabulary itself: its strings and dict are 10 MB of objects for 49,152 tokens.
+        self._texts = PackedTexts(vocab.texts)
+        self._attributes = bytes(vocab.attributes)
         self._model = model
         template = metadata.get("tokenizer.chat_template")
         self.chat_template = template if isinstance(template, str) else None
@@ -82,7 +84,7 @@ class Tokenizer:
         return cls(vocab, ByteLevel(vocab, metadata, pre), metadata, pre.add_bos)
 
     def __len__(self) -> int:
-        return len(self._vocab)
+        return len(self._texts)
 
     def encode(self, text: str, add_special: bool = False, parse_special: bool = False) -> list[int]:
         """Tokens of a text.
@@ -118,9 +120,9 @@ class Tokenizer:
         Raises:
             IndexError: there is no such token.
         """
-        if not 0 <= token < len(self._vocab):
-            raise IndexError(f"token {token} is outside the vocabulary of {len(self._vocab)}")
-        bits, text = self._vocab.attributes[token], self._vocab.texts[token]
+        if not 0 <= token < len(self._texts):
+            raise IndexError(f"token {token} is outside the vocabulary of {len(self._texts)}")
+        bits, text = self._attributes[token], self._texts[token]
         if bits & (CONTROL | UNKNOWN | USER_DEFINED):
             return text.encode()
         if bits & NORMAL:
@@ -129,7 +131,7 @@ class Tokenizer:
 
     def is_control(self, token: int) -> bool:
         """Whether the token steers the model and is not part of the text."""
-        return bool(self._vocab.attributes[token] & (CONTROL | UNKNOWN))
+        return bool(self._attributes[token] & (CONTROL | UNKNOWN))
 
     def stream(self, special: bool = False) -> TokenStream:
         """A decoder for tokens that come one by one."""
@@ -139,7 +141,7 @@ class Tokenizer:
         """Text between special tokens, and their ids: longest first, as tokenizer_st_partition does."""
         parts: list[str | int] = [text] if text else []
         for token in self._special:
-            name = self._vocab.texts[token]
+            name = self._texts[token]
             if name in text and (parse_special or not self.is_control(token)):
                 parts = [piece for part in parts for piece in self._split(part, token, name)]
         return iter(parts)

@@ -6,9 +6,11 @@ carries; tests/test_tokenizer.py compares every token with it.
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
@@ -92,6 +94,21 @@ class Vocab:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+
+class PackedTexts:
+    """Strings by index in one block of bytes: a tenth of the memory of a tuple of as many short strings."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+        self._bytes = b"".join(encoded)
+        self._ends = array("Q", accumulate(map(len, encoded), initial=0))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        return self._bytes[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogatepass")
 
 
 def read_vocab(metadata: Mapping[str, MetaValue], default_bos: bool = True) -> Vocab:

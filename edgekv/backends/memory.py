@@ -6,6 +6,8 @@ may choose another program. Linux tells what is left in /proc/meminfo, a contain
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from pathlib import Path
 
 from edgekv.backends.cgroups import cgroup_folders, read_text
@@ -122,3 +124,9 @@ def _cached_nbytes(folder: Path) -> int:
     fields = dict(line.split(" ", 1) for line in (read_text(folder / "memory.stat") or "").splitlines())
     both = ("inactive_file", "active_file")
     return sum(int(fields.get(f"total_{name}", fields.get(name, 0))) for name in both)
+
+
+def release_heap() -> None:
+    """Give freed memory back to the system, which glibc would keep for later (malloc_trim(3))."""
+    with contextlib.suppress(OSError, AttributeError):  # another libc
+        ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))

@@ -8,6 +8,7 @@ a board with little cores that is one of them (Phi-3-mini on an Orange Pi 5: 3.8
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def default_threads(root: Path = Path("/")) -> int:
 
     `root` holds proc and sys.
     """
-    count = len(big_cores(_allowed(), root))
+    count = len(big_cores(set(allowed_cpus()), root))
     quota = cpu_quota(root)
     if quota is not None:
         count = min(count, int(quota))
@@ -33,7 +34,9 @@ def default_threads(root: Path = Path("/")) -> int:
 def big_cores(allowed: set[int], root: Path = Path("/")) -> list[int]:
     """One CPU number for each physical big core among `allowed`."""
     cpus = root / "sys/devices/system/cpu"
-    efficient = _cpu_list(read_text(root / "sys/devices/cpu_atom/cpus") or "")  # Intel hybrid: the E cores
+    efficient = set(
+        parse_cpu_list(read_text(root / "sys/devices/cpu_atom/cpus") or "")
+    )  # Intel hybrid: the E cores
     allowed = allowed - efficient or allowed
     speed = {cpu: _speed(cpus / f"cpu{cpu}") for cpu in allowed}
     fastest = max(speed.values(), default=0.0)
@@ -43,7 +46,7 @@ def big_cores(allowed: set[int], root: Path = Path("/")) -> list[int]:
         if speed[cpu] < BIG_CORE_SHARE * fastest or cpu in seen:
             continue
         chosen.append(cpu)
-        seen |= _cpu_list(read_text(cpus / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu))
+        seen |= set(parse_cpu_list(read_text(cpus / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu)))
     return chosen
 
 
@@ -64,21 +67,29 @@ def _quota_of(folder: Path) -> float | None:
     return micros / float(read_text(folder / "cpu.cfs_period_us") or 100_000) if micros > 0 else None
 
 
-def _allowed() -> set[int]:
+def allowed_cpus() -> tuple[int, ...]:
+    """CPUs that this process may run on: a container or taskset can forbid some."""
     if sys.platform == "linux":
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
+
+
+def parse_cpu_list(text: str) -> tuple[int, ...]:
+    """CPU numbers of a list such as "0-3,6".
+
+    Raises:
+        ValueError: not such a list.
+    """
+    cpus: set[int] = set()
+    for part in filter(None, text.strip().split(",")):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not match:
+            raise ValueError(f"{text!r} is not a CPU list such as 0-3,6")
+        first = int(match[1])
+        cpus |= set(range(first, int(match[2] or first) + 1))
+    return tuple(sorted(cpus))
 
 
 def _speed(folder: Path) -> float:
     """A core's relative speed; 0 where the machine does not tell, so that all its cores are equal."""
     return float(read_text(folder / "cpu_capacity") or read_text(folder / "cpufreq/cpuinfo_max_freq") or 0)
-
-
-def _cpu_list(text: str) -> set[int]:
-    """CPU numbers of a list such as "0-3,6"."""
-    cpus: set[int] = set()
-    for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        cpus |= set(range(int(first), int(last or first) + 1))
-    return cpus

@@ -14,9 +14,11 @@ from pathlib import Path
 from edgekv.backends import open_backend, open_language
 from edgekv.backends.base import Backend, Interrupted
 from edgekv.backends.channel import ChannelClosed, Op, Pipe, SharedLogits, Status
+from edgekv.backends.memory import release_heap
 from edgekv.errors import BackendError, EdgeKVError
 from edgekv.language import Language
 
+LONG_TEXT = 4096  # bytes; the work of encoding more is worth giving back
 PIECE = 512  # tokens between two looks at the abort flag, for engines that cannot look themselves
 
 
@@ -31,6 +33,7 @@ def main(read_fd: int, write_fd: int, memory_fd: int, config: str) -> None:
         pipe.send_reply(Status.ERROR, 0, _describe(error))
         return
     shared.map_rows(backend.n_vocab)
+    release_heap()
     about = {
         "name": backend.name,
         "n_ctx": backend.n_ctx,
@@ -94,15 +97,18 @@ class _Server:
 
     @functools.cached_property
     def _language(self) -> Language:
-        return open_language(self._backend, self._path)
+        language = open_language(self._backend, self._path)
+        release_heap()
+        return language
 
     def _text(self, op: Op, numbers: list[int]) -> str:
         language = self._language
         if op is Op.ENCODE:
             text = bytes(numbers[2:]).decode()
-            return json.dumps(
-                language.encode(text, add_special=bool(numbers[0]), parse_special=bool(numbers[1]))
-            )
+            ids = language.encode(text, add_special=bool(numbers[0]), parse_special=bool(numbers[1]))
+            if len(text) > LONG_TEXT:
+                release_heap()
+            return json.dumps(ids)
         if op is Op.TOKEN:
             shown = language.token_bytes(numbers[0]).decode("latin-1")
             return json.dumps([shown, language.is_control(numbers[0])])

@@ -121,7 +121,7 @@ def parse_depths(text: str) -> tuple[int, ...]:
 
 def parse_cpus(text: str) -> tuple[int, ...]:
     """CPU numbers from "0-3,6"."""
-    from edgekv.devices.cores import parse_cpu_list
+    from edgekv.backends.threads import parse_cpu_list
 
     try:
         return parse_cpu_list(text)

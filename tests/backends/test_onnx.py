@@ -17,7 +17,7 @@ from edgekv.export.onnx import OnnxOptions, write_onnx
 
 from edgekv.backends import open_backend
 from edgekv.backends.base import Interrupted
-from edgekv.backends.onnx import SLOT_STEP, OnnxBackend
+from edgekv.backends.onnx import SLOT_STEP, OnnxBackend, _slots
 from edgekv.errors import BackendError, InputError, ModelFileError
 from edgekv.onnx_folder import DATA, GRAPH, MANIFEST, check_folder
 from edgekv.source import open_source
@@ -95,6 +95,28 @@ def test_interrupt_ends_a_prefill(engine: OnnxBackend) -> None:
 
 def test_cache_bytes_are_those_of_the_manifest(folder: Path, engine: OnnxBackend) -> None:
     assert engine.cache_nbytes() == 300 * check_folder(folder).model.cache_nbytes
+
+
+def test_a_cache_takes_memory_as_rows_are_written() -> None:
+    slots = _slots((1, 16, 8192, 64), np.float32)  # 2 MiB a head, as large as a huge page
+    assert not slots.any(), "which reads all of it"
+    before = _anonymous_nbytes()
+    slots[:, :, :4] = 1.0
+    assert 16 * 1024 <= _anonymous_nbytes() - before < 4 * 2**20, "of 32 MiB"
+
+
+def test_a_prompt_leaves_no_second_token_table(folder: Path) -> None:
+    engine = OnnxBackend(folder, n_ctx=300, n_threads=1)
+    engine.prefill(TOKENS)
+    maps = Path("/proc/self/smaps").read_text().split(f"{folder.resolve() / DATA}\n")[1:]
+    assert maps, "the weights are mapped"
+    assert sum(int(part.split("Rss:")[1].split()[0]) for part in maps) == 0
+    engine.close()
+
+
+def _anonymous_nbytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def test_a_folder_opens_on_its_own(folder: Path, tiny_llama: Path) -> None:

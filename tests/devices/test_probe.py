@@ -6,8 +6,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from edgekv.devices.cores import allowed_cpus, core_groups, parse_cpu_list
+from edgekv.devices.cores import core_groups
 from edgekv.devices.probe import emulator, isa_flags, meminfo, probe
+
+from edgekv.backends.threads import allowed_cpus, parse_cpu_list
 
 MakeRoot = Callable[[dict[str, str]], Path]
 

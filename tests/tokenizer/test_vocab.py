@@ -13,6 +13,7 @@ from edgekv.bpe import BYTE_OF_LETTER
 from edgekv.errors import ModelFileError, UnsupportedError
 from edgekv.gguf_check import read_header
 from edgekv.tokenizer import Tokenizer
+from edgekv.vocab import PackedTexts, read_vocab
 
 Comparison = Callable[[Path], Any]
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -117,8 +118,10 @@ def test_smollm2_roles_and_pieces(smollm2: Path, compared: Comparison) -> None:
 
 
 def test_decoding_gives_the_text_back(smollm2: Path, mixed_text: Callable[..., str]) -> None:
-    tokenizer = Tokenizer.from_metadata(read_header(smollm2).metadata)
-    missing = {byte for letter, byte in BYTE_OF_LETTER.items() if letter not in tokenizer._vocab.ids}
+    metadata = read_header(smollm2).metadata
+    tokenizer = Tokenizer.from_metadata(metadata)
+    letters = read_vocab(metadata).ids
+    missing = {byte for letter, byte in BYTE_OF_LETTER.items() if letter not in letters}
     text = "".join(c for c in mixed_text(300_000, seed=10) if not missing & set(c.encode()))
     assert tokenizer.decode(tokenizer.encode(text)) == text
     ids = tokenizer.encode("<|im_start|>user\nHi<|im_end|>", parse_special=True)
@@ -171,3 +174,10 @@ def test_vocabularies_that_cannot_be_used(tmp_path: Path) -> None:
         build(model="llama", tokens=["a", "b", "c"], add_space_prefix=False).encode("x")
     with pytest.raises(IndexError, match="outside the vocabulary of 3"):
         build(model="llama", tokens=["a", "b", "c"]).token_bytes(3)
+
+
+def test_packed_texts_are_the_texts() -> None:
+    texts = ["", "a", "Ġthe", "🏳️‍🌈", "", "\udc80", "zoë"]
+    packed = PackedTexts(texts)
+    assert [packed[i] for i in range(len(packed))] == texts
+    assert len(PackedTexts([])) == 0
