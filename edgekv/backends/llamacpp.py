@@ -54,6 +54,9 @@ class EnginePerf:
 class LlamaCppBackend:
     """edgekv.backends.base.Backend over llama.cpp; flash attention on, nothing ever shifted.
 
+    Where a second copy of the weights would not fit beside what is needed, they are not repacked for the CPU's dot
+    products: prefill is slower then.
+
     On a GPU the engine decides on flash attention itself: where the card has no kernel for a latent's widths,
     forcing it would send every layer's attention back to the CPU.
 
@@ -97,13 +100,17 @@ class LlamaCppBackend:
         if header.metadata.get("general.architecture") == "plm":
             n_ubatch = 1  # src/models/plm.cpp hands V over in two dims: more tokens abort the process
         self._api = llama()
+        repack = repacking_is_safe()
         if n_gpu_layers == 0 or not self._api.llama_supports_gpu_offload():
             wanted = n_ctx or _default_n_ctx(header)
-            require_memory(path, header, wanted, cache_type, min(n_ubatch or default_ubatch(), wanted))
+            spare = require_memory(
+                path, header, wanted, cache_type, min(n_ubatch or default_ubatch(), wanted)
+            )
+            repack &= spare is None or spare >= sum(tensor.nbytes for tensor in header.tensors)
         del header
         self._abort = abort_flag if abort_flag is not None else ctypes.create_string_buffer(2)
         self._context: Any = None
-        self._model = self._load(path, n_gpu_layers)
+        self._model = self._load(path, n_gpu_layers, repack)
         self._context = self._open_context(path, n_ctx, types, n_threads, n_ubatch, n_gpu_layers)
         self._memory = self._api.llama_get_memory(self._context)
         self._cache_nbytes = exact_cache_nbytes(self._memory) or LOG.cache_nbytes()
@@ -208,10 +215,10 @@ class LlamaCppBackend:
             self._api.llama_model_free(self._model)
             self._model = None
 
-    def _load(self, path: Path, n_gpu_layers: int) -> Any:
+    def _load(self, path: Path, n_gpu_layers: int, repack: bool) -> Any:
         params = self._api.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
-        params.use_extra_bufts = repacking_is_safe()
+        params.use_extra_bufts = repack
         LOG.clear()
         model = self._api.llama_model_load_from_file(os.fsencode(path), params)
         if not model:

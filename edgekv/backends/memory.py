@@ -24,8 +24,8 @@ NARROWER = ("q8_0", "q4_0")
 
 def require_memory(
     path: Path, header: GGUFHeader, n_ctx: int, cache_type: str, n_ubatch: int, root: Path = Path("/")
-) -> None:
-    """Do nothing if weights, cache and buffers fit, or if that cannot be known.
+) -> int | None:
+    """Make sure that weights, cache and buffers fit; the bytes left beside them, None if that cannot be known.
 
     `root` holds proc and sys.
 
@@ -40,11 +40,13 @@ def require_memory(
         ModelFileError,
         UnsupportedError,
     ):  # llama.cpp runs more than EdgeKV knows, and refuses in its words
-        return
+        return None
     weights = sum(tensor.nbytes for tensor in header.tensors)
     needed = _needed_nbytes(spec, weights, n_ctx, cache_type, n_ubatch)
-    if left is None or needed is None or needed <= left:
-        return
+    if left is None or needed is None:
+        return None
+    if needed <= left:
+        return left - needed
     cache = spec.kv_bytes_per_token(cache_type) * n_ctx
     raise InputError(
         f"{path} with {n_ctx} tokens of {cache_type} cache needs about {needed / MIB:,.0f} MiB ({weights / MIB:,.0f} "

@@ -57,6 +57,17 @@ def test_cgroup_v1_writes_a_huge_number_for_no_limit(tmp_path: Path) -> None:
     assert available_nbytes(tmp_path) == 601 * MIB
 
 
+def test_what_is_left_beside_a_model_is_told(tiny_llama: Path, tmp_path: Path) -> None:
+    header = read_header(tiny_llama)
+    left = [
+        require_memory(tiny_llama, header, 256, "f16", 128, system(tmp_path / str(n), n)) for n in (300, 400)
+    ]
+    assert left[0] is not None
+    assert left[1] == left[0] + 100 * MIB
+    assert 0 < left[0] < 300 * MIB
+    assert require_memory(tiny_llama, header, 256, "f16", 128, tmp_path) is None
+
+
 class TestRefusal:
     def ask(self, model: Path, root: Path, n_ctx: int = 8192, cache_type: str = "f16") -> None:
         require_memory(model, read_header(model), n_ctx, cache_type, 128, root)
