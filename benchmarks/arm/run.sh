@@ -1,5 +1,5 @@
 #!/bin/bash
-# `make arm`: EdgeKV on an emulated Cortex-A53, A72 and A76; about 15 minutes after root.sh, root rights needed.
+# `make arm`: EdgeKV on an emulated Cortex-A53, A72 and A76; about 25 minutes after root.sh, root rights needed.
 #   benchmarks/arm/run.sh CACHE PYTHON        writes devices/reports/emulated-CORE.json and CACHE/results/
 set -euo pipefail
 cache=$1 python=$2
@@ -18,6 +18,12 @@ cp "$original" "$root/models/smollm2.gguf"
 healed=$sources/models/smollm2-135m-instruct-128.safetensors
 "$python" -m edgekv convert "$original" -o "$root/models/smollm2-mla-q4_0.gguf" --weights q4_0 --force --healed "$healed"
 "$python" -m edgekv convert "$original" -o "$root/models/mla-f32.gguf" --weights f32 --force --healed "$healed"
+"$python" -m pip install --quiet 'onnx>=1.19'  # to export; the boards do without
+for kind in "fp32 f32" "int4 int8"; do
+    read -r weights cache_type <<<"$kind"
+    "$python" -m edgekv export onnx "$root/models/mla-f32.gguf" -o "$root/models/onnx-$weights" --weights $weights \
+        --cache $cache_type --force
+done
 cp "$here/outputs.py" "$root/models/"
 
 same=0
@@ -31,13 +37,16 @@ for core in cortex-a53 cortex-a72 cortex-a76; do
         /tests/backends/test_memory.py /tests/backends/test_isolated.py /tests/test_spec.py /tests/test_sampling.py
     "${board[@]}" -m edgekv chat /models/smollm2-mla-q4_0.gguf -c 8192 -p "What is the capital of France?" \
         -n 8 --temp 0 -t 1 --stats
+    "${board[@]}" -m edgekv chat /models/onnx-int4 -c 8192 -p "What is the capital of France?" -n 8 --temp 0 -t 1 --stats
     "${board[@]}" -m edgekv bench /models/smollm2.gguf /models/smollm2-mla-q4_0.gguf -d 0,64 -p 8 -n 4 -r 2 -t 1 \
         --context 8192 -o "/models/$core.json" --force
     cp "$root/models/$core.json" "$sources/devices/reports/emulated-$core.json"
     # Quantized weights round activations to 8 bits in each core's own order: only unquantized ones can be equal.
-    for engine in llama.cpp reference; do
-        "$python" "$here/outputs.py" run "$root/models/mla-f32.gguf" $engine "$results/x86-$engine.npz" 8
-        "${board[@]}" /models/outputs.py run /models/mla-f32.gguf $engine /models/out.npz 8
+    for engine in llama.cpp reference onnx; do
+        model=mla-f32.gguf
+        [ $engine = onnx ] && model=onnx-fp32
+        "$python" "$here/outputs.py" run "$root/models/$model" $engine "$results/x86-$engine.npz" 8
+        "${board[@]}" /models/outputs.py run /models/$model $engine /models/out.npz 8
         echo -n "$core $engine: "
         "$python" "$here/outputs.py" compare "$results/x86-$engine.npz" "$root/models/out.npz" || same=1
     done
