@@ -30,7 +30,7 @@ class WorkerProcess:
         # Closed in close(): it lives as long as the process that writes it.
         self._log = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "edgekv.devices.worker"],
+            [sys.executable, "-P", "-m", "edgekv.devices.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -87,6 +87,14 @@ def test_a_worker_that_dies_is_explained() -> None:
             worker.ask("memory")
 
 
+def test_a_worker_runs_the_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "edgekv").mkdir()
+    (tmp_path / "edgekv/__init__.py").write_text("raise SystemExit('the current directory is in the way')\n")
+    monkeypatch.chdir(tmp_path)
+    with WorkerProcess("somewhere else") as worker:
+        assert worker.ask("runtime") > 0
+
+
 def test_a_dead_candidate_does_not_take_the_others_along(
     smollm2: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
