@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from pathlib import Path
 
 from edgekv.backends.cgroups import cgroup_folders, read_text
 from edgekv.errors import InputError, ModelFileError, UnsupportedError
-from edgekv.footprint import CELLS, footprint
+from edgekv.footprint import CELLS, SMALL_RAM_NBYTES, footprint
 from edgekv.gguf_layout import GGUFHeader
 from edgekv.gguf_spec import spec_from_gguf
 from edgekv.spec import ModelSpec
@@ -126,6 +127,12 @@ def _cached_nbytes(folder: Path) -> int:
     fields = dict(line.split(" ", 1) for line in (read_text(folder / "memory.stat") or "").splitlines())
     both = ("inactive_file", "active_file")
     return sum(int(fields.get(f"total_{name}", fields.get(name, 0))) for name in both)
+
+
+def is_small_machine() -> bool:
+    """Whether memory is worth more than speed here: below 2 GB of RAM, or of what a container grants."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(total, memory_limit_nbytes() or total) < SMALL_RAM_NBYTES
 
 
 def release_heap() -> None:

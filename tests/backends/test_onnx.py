@@ -98,7 +98,7 @@ def test_cache_bytes_are_those_of_the_manifest(folder: Path, engine: OnnxBackend
 
 
 def test_a_cache_takes_memory_as_rows_are_written() -> None:
-    slots = _slots((1, 16, 8192, 64), np.float32)  # 2 MiB a head, as large as a huge page
+    slots = _slots((1, 16, 8192, 64), np.float32, small_pages=True)  # 2 MiB a head, as large as a huge page
     assert not slots.any(), "which reads all of it"
     before = _anonymous_nbytes()
     slots[:, :, :4] = 1.0
