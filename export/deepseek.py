@@ -21,6 +21,7 @@ import numpy as np
 from edgekv.export.safetensors_file import DType, LazyTensor
 
 from edgekv.convert.norm_trick import is_folded
+from edgekv.convert.value_gauge import with_balanced_values
 from edgekv.errors import UnsupportedError
 from edgekv.source import Array, TensorSource
 from edgekv.spec import MLA, LayerSpec, ModelSpec
@@ -121,6 +122,8 @@ def tensors(source: TensorSource, dtype: DType) -> list[LazyTensor]:
     """
     spec = source.spec
     attention, _ = check_exportable(spec)
+    if dtype == "float16":
+        source = with_balanced_values(source)
     scale = float(np.sqrt(NORM_EPS / spec.norm_eps))
     # A tied head reads the scaled embeddings: the final norm undoes that.
     final = 1 / scale if spec.tied_embeddings else 1.0
@@ -131,7 +134,7 @@ def tensors(source: TensorSource, dtype: DType) -> list[LazyTensor]:
     if not spec.tied_embeddings:
         entries.append(_scaled(source, "output.weight", "lm_head.weight", 1.0))
     for i in range(spec.n_layers):
-        entries += _block(source, i, attention, _factors(source, i, attention, scale, dtype), dtype)
+        entries += _block(source, i, attention, _factors(source, i, attention, scale, dtype))
     return entries
 
 
@@ -161,7 +164,7 @@ def _factors(
 
 
 def _block(
-    source: TensorSource, layer: int, attention: MLA, factors: Mapping[str, float], dtype: DType
+    source: TensorSource, layer: int, attention: MLA, factors: Mapping[str, float]
 ) -> list[LazyTensor]:
     ours, theirs = f"blk.{layer}.", f"model.layers.{layer}."
     present = frozenset(source.names())
@@ -173,7 +176,6 @@ def _block(
     kv_a, output = f"{ours}attn_kv_a_mqa.weight", f"{ours}attn_output.weight"
     h, r = attention.n_heads, attention.kv_lora_rank
     width = h * (attention.nope_dim + attention.value_dim)
-    balanced = dtype == "float16"
     return [
         *entries,
         LazyTensor(
@@ -181,14 +183,8 @@ def _block(
             source.shape(kv_a),
             partial(_compression, source, kv_a, r, factors["latent"], factors.get("rope_key", 1.0)),
         ),
-        LazyTensor(
-            f"{theirs}self_attn.kv_b_proj.weight", (width, r), partial(_joint, source, ours, balanced)
-        ),
-        LazyTensor(
-            f"{theirs}self_attn.o_proj.weight",
-            source.shape(output),
-            partial(_output, source, ours, factors["attn_output"], balanced),
-        ),
+        LazyTensor(f"{theirs}self_attn.kv_b_proj.weight", (width, r), partial(_joint, source, ours)),
+        _scaled(source, output, f"{theirs}self_attn.o_proj.weight", factors["attn_output"]),
     ]
 
 
@@ -201,30 +197,8 @@ def _compression(source: TensorSource, name: str, rank: int, latent: float, rope
     return np.concatenate([rows[:rank] * np.float32(latent), rows[rank:] * np.float32(rope_key)])
 
 
-def _joint(source: TensorSource, prefix: str, balanced: bool) -> Array:
+def _joint(source: TensorSource, prefix: str) -> Array:
     """kv_b_proj (H * (N + V), R): each head's keys, then its values."""
     k_b = source.load(f"{prefix}attn_k_b.weight")  # (H, R, N)
     v_b = source.load(f"{prefix}attn_v_b.weight")  # (H, V, R)
-    if balanced:
-        v_b = v_b * _value_gains(source, prefix)[:, :, None]
     return np.concatenate([k_b.swapaxes(1, 2), v_b], axis=1).reshape(-1, k_b.shape[1])
-
-
-def _output(source: TensorSource, prefix: str, factor: float, balanced: bool) -> Array:
-    """o_proj (D, H * V)."""
-    rows = source.load(f"{prefix}attn_output.weight") * np.float32(factor)
-    return rows / _value_gains(source, prefix).reshape(-1) if balanced else rows
-
-
-def _value_gains(source: TensorSource, prefix: str) -> Array:
-    """Powers of two (H, V) that make each value as large as what reads it.
-
-    Fitted outputs may leave a value in the ten thousands and its weight in attn_output as small: the product
-    is the same, but float16 overflows at 65504.
-    """
-    v_b = source.load(f"{prefix}attn_v_b.weight")  # (H, V, R)
-    readers = np.linalg.norm(source.load(f"{prefix}attn_output.weight"), axis=0).reshape(v_b.shape[:2])
-    values = np.linalg.norm(v_b, axis=-1)
-    known = (values > 0) & (readers > 0)
-    ratio = np.where(known, readers, 1) / np.where(known, values, 1)
-    return np.asarray(np.exp2(np.round(np.log2(ratio) / 2)), np.float32)

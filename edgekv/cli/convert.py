@@ -55,6 +55,7 @@ def command(model: Path, output: Path, as_json: bool, verify: bool, force: bool,
     edgekv convert model.gguf -o third.gguf --kv-lora-rank 64 --rope-dim 64 --calib book.txt
     edgekv convert model.gguf -o third.gguf --healed third.safetensors --verify
     """
+    from edgekv.convert.value_gauge import with_balanced_values
     from edgekv.export.gguf import write_gguf
     from edgekv.files import check_output
     from edgekv.source import open_source
@@ -64,6 +65,7 @@ def command(model: Path, output: Path, as_json: bool, verify: bool, force: bool,
     losses: list[LayerLoss] = []
     with tempfile.TemporaryDirectory(prefix="edgekv-convert-") as spill:
         converted, notes = _converted(source, Path(spill), losses, as_json, options)
+        converted = with_balanced_values(converted)
         with progress("writing", as_json) as advance:
             write_gguf(
                 converted, output, options["weights"], notes, force, lambda name, i, n: advance(i + 1, n)
