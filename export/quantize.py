@@ -12,12 +12,12 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from edgekv.export.staged import staged_gguf
+from edgekv.export.staged import LATENT_ENCODER, StagedGGUF, staged_gguf
 from edgekv.quant.presets import PRESETS, Preset, fell_back
 from edgekv.quant.tensor_error import RelativeError, StoredTensor, relative_error
 from numpy.typing import NDArray
 
-from edgekv.backends.quantizer import Quantizer, Ready
+from edgekv.backends.quantizer import Quantizer
 from edgekv.convert.calibration import windows_from_files
 from edgekv.convert.norm_trick import is_folded
 from edgekv.errors import BackendError, InputError, ModelFileError, UnsupportedError
@@ -109,12 +109,12 @@ def quantize_gguf(
     quantizer: Quantizer,
     force: bool,
     progress: Progress,
-    ready: Ready | None = None,
+    staged: StagedGGUF | None = None,
 ) -> list[TensorReport]:
     """Write `output` and compare it with `source`, tensor by tensor.
 
     Args:
-        ready: where `source` is still being written, waits for one tensor (edgekv.export.staged).
+        staged: the source, where it is still being written.
 
     Raises:
         InputError: the preset needs an importance matrix.
@@ -129,7 +129,7 @@ def quantize_gguf(
         def advance(done: int, total: int) -> None:
             progress(done, 2 * total)  # then they are compared
 
-        _quantize(source, header, partial, preset, importance, quantizer, advance, ready)
+        _quantize(source, header, partial, preset, importance, quantizer, advance, staged)
         return _compare(source, header, partial, preset, importance, quantizer.n_threads, progress)
 
 
@@ -137,7 +137,7 @@ def write_mix(source: TensorSource, output: Path, preset_name: str, force: bool,
     """Write a source as GGUF in one of llama.cpp's presets, all errors weighed alike; raises as quantize_gguf."""
     with staged_gguf(source, output) as staged, atomic_path(output, force) as partial:
         header, quantizer = read_header(staged.path), Quantizer(staged.path)
-        _quantize(staged.path, header, partial, PRESETS[preset_name], {}, quantizer, progress, staged.wait)
+        _quantize(staged.path, header, partial, PRESETS[preset_name], {}, quantizer, progress, staged)
 
 
 def _quantize(
@@ -148,35 +148,32 @@ def _quantize(
     importance: Mapping[str, Array],
     quantizer: Quantizer,
     progress: Progress,
-    ready: Ready | None,
+    staged: StagedGGUF | None,
 ) -> None:
-    read: set[str] = set()
-
-    def wait(name: str) -> None:
-        if ready is not None:
-            ready(name)
-        read.add(name)
-
-    kept = _kept(source, header, wait)
-    quantizer.quantize(partial, preset.file_type, importance, kept, progress, wait if ready else None)
-    if ready is not None and not read >= {tensor.name for tensor in header.tensors}:
+    if staged is None:
+        quantizer.quantize(partial, preset.file_type, importance, _kept(source, header), progress)
+        return
+    for tensor in header.tensors:
+        if tensor.name.endswith(LATENT_ENCODER):
+            staged.wait(tensor.name)
+    kept = _kept(source, header)
+    quantizer.quantize(partial, preset.file_type, importance, kept, progress, staged.go_on_to)
+    staged.go_on_to("")
+    if staged.unread:
         raise BackendError(
             "this llama.cpp does not tell what it reads; install llama-cpp-python 0.3.36, or export the model as "
             "a GGUF first and quantize that"
         )
 
 
-def _kept(source: Path, header: GGUFHeader, ready: Ready) -> dict[str, int]:
+def _kept(source: Path, header: GGUFHeader) -> dict[str, int]:
     """Tensors that keep their type: latent encoders folded for their norm, lost under f16 scales."""
     folded = {}
     ranks = {tensor.name: tensor.dims[0] for tensor in header.tensors if "attn_kv_a_norm" in tensor.name}
     for tensor in header.tensors:
         rank = ranks.get(tensor.name.replace("attn_kv_a_mqa", "attn_kv_a_norm"))
         whole = tensor.ggml_type in ("F32", "BF16")
-        if not (rank and whole) or tensor.name in ranks:
-            continue
-        ready(tensor.name)
-        if is_folded(_stored(source, tensor).rows(0, rank)):
+        if rank and whole and tensor.name not in ranks and is_folded(_stored(source, tensor).rows(0, rank)):
             folded[tensor.name] = int(gguf.GGMLQuantizationType[tensor.ggml_type])
     return folded
 
@@ -223,4 +220,4 @@ def _stored(path: Path, tensor: TensorInfo) -> StoredTensor:
     """A tensor mapped by itself: with it goes its memory."""
     rows = int(np.prod(tensor.dims[1:]))
     data = np.memmap(path, np.uint8, "r", tensor.offset, (rows, tensor.nbytes // rows))
-    return StoredTensor(data, tensor.ggml_type, tensor.dims[0])
+    return StoredTensor(data, tensor.ggml_type, tensor.dims[0], int(np.prod(tensor.dims[2:])))

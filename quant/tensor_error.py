@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import gguf
 import numpy as np
@@ -16,11 +17,12 @@ SAMPLE_CHUNKS = 24  # a larger tensor is compared in so many places, evenly spre
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor's bytes: data (rows, bytes a row), a GGML type name, and how many columns a row has."""
+    """A tensor's bytes: data (rows of all matrices, bytes a row), a GGML type name, columns of a row."""
 
     data: NDArray[np.uint8]
     ggml_type: str
     columns: int
+    matrices: int = 1
 
     def rows(self, start: int, stop: int) -> Array:
         """Some rows in float32.
@@ -52,30 +54,32 @@ def relative_error(before: StoredTensor, after: StoredTensor, importance: Array 
     Raises:
         NotImplementedError: gguf-py cannot read one of the types.
     """
-    columns = before.columns
-    weights = np.ones((1, columns)) if importance is None else importance.reshape(-1, columns)
-    n_rows = len(before.data) // len(weights)  # of one matrix
-    sums = np.zeros((2, len(weights), columns))  # errors and squares
+    columns, n_rows = before.columns, len(before.data) // before.matrices  # of one matrix
+    sums = np.zeros((2, before.matrices, columns))  # errors and squares
     compared = 0
-    for start, stop in _places(n_rows, len(weights), max(1, CHUNK_VALUES // columns)):
+    for start, stop in compared_rows((before.matrices, n_rows, columns)):
         original = before.rows(start, stop)
         difference = original - after.rows(start, stop)
         sums[0, start // n_rows] += np.square(difference, out=difference).sum(axis=0)
         sums[1, start // n_rows] += np.square(original, out=difference).sum(axis=0)
         compared += stop - start
     errors, squares = sums
-    weighted = (
-        None
-        if importance is None
-        else _root(float((errors * weights).sum()), float((squares * weights).sum()))
-    )
-    return RelativeError(
-        _root(float(errors.sum()), float(squares.sum())), weighted, compared / len(before.data)
-    )
+    weighted = None
+    if importance is not None:
+        weights = importance.reshape(before.matrices, columns)
+        weighted = _root(float((errors * weights).sum()), float((squares * weights).sum()))
+    rms = _root(float(errors.sum()), float(squares.sum()))
+    return RelativeError(rms, weighted, compared / len(before.data))
 
 
-def _places(n_rows: int, n_matrices: int, step: int) -> list[tuple[int, int]]:
-    """Rows (start, stop) to compare, never across matrices: all, or evenly spread ones of a large tensor."""
+def compared_rows(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Rows (start, stop) to compare of a tensor (..., rows, columns), counted over its matrices.
+
+    All rows, or evenly spread ones of a large tensor.
+    """
+    *outer, columns = shape
+    n_rows, n_matrices = (outer[-1], prod(outer[:-1])) if outer else (1, 1)
+    step = max(1, CHUNK_VALUES // columns)
     starts = [m * n_rows + row for m in range(n_matrices) for row in range(0, n_rows, step)]
     if len(starts) > SAMPLE_CHUNKS:
         starts = [starts[i] for i in np.linspace(0, len(starts) - 1, SAMPLE_CHUNKS).round().astype(int)]

@@ -77,7 +77,7 @@ def command(
     with contextlib.ExitStack() as stack:
         staged = None
         if model.is_dir():
-            staged = stack.enter_context(staged_gguf(open_with_tokenizer(model), output))
+            staged = stack.enter_context(staged_gguf(open_with_tokenizer(model), output, wanted))
         path = staged.path if staged else model
         header, quantizer = quantizable_header(path), Quantizer(path, threads)
         if staged and wanted:
@@ -89,8 +89,7 @@ def command(
             with progress("measuring importance", as_json) as advance:
                 importance = quantizer.measure(windows, advance)
         with progress("quantizing", as_json) as advance:
-            ready = staged.wait if staged else None
-            reports = quantize_gguf(path, output, weights, importance, quantizer, force, advance, ready)
+            reports = quantize_gguf(path, output, weights, importance, quantizer, force, advance, staged)
         nbytes = (path.stat().st_size, output.stat().st_size)
     requantized = any(tensor.ggml_type not in WHOLE for tensor in header.tensors)
     if as_json:

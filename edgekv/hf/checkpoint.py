@@ -134,8 +134,8 @@ def all_finite(values: NDArray[Any]) -> bool:
 
     Twice the bits drops the sign; what has all ones in its exponent is then largest.
     """
-    bits = values.reshape(-1).view(np.uint32 if values.dtype == np.float32 else np.uint16)
-    least = bits.dtype.type({"<f4": 0xFF000000, "<u2": 0xFF00, "<f2": 0xF800}[values.dtype.str])
+    bits: NDArray[Any] = values.reshape(-1).view(np.uint32 if values.dtype == np.float32 else np.uint16)
+    least = {"<f4": 0xFF000000, "<u2": 0xFF00, "<f2": 0xF800}[values.dtype.str]
     return all(
         int((bits[start : start + CHUNK_VALUES] << 1).max()) < least
         for start in range(0, bits.size, CHUNK_VALUES)

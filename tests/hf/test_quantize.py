@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from edgekv.cli.main import cli
 from edgekv.errors import ModelFileError
 from edgekv.files import STALE_AFTER_S
 from edgekv.hf.source import HFSource
+from edgekv.source import LazySource
 
 from .conftest import Zoo
 
@@ -82,6 +84,19 @@ def test_everything_is_there_after_wait_all(zoo: Zoo, tmp_path: Path) -> None:
         staged.wait_all(nothing)
         assert staged.path.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["whole.gguf"]
+
+
+def test_room_is_given_back(tmp_path: Path, make_llama: Callable[..., LazySource]) -> None:
+    """A tensor that was read leaves only the rows that are compared; errors are those of the whole file."""
+    source, whole = make_llama(filler=2**15), tmp_path / "whole.gguf"  # an embedding of 2 million values
+    write_gguf(source, whole, "f32", {}, False, nothing)
+    wanted = quantize_gguf(whole, tmp_path / "a.gguf", "q8_0", {}, Quantizer(whole, 1), False, nothing)
+    with staged_gguf(source, tmp_path / "b.gguf") as staged:
+        jobs = tmp_path / "b.gguf", "q8_0", {}, Quantizer(staged.path, 1), False, nothing, staged
+        assert quantize_gguf(staged.path, *jobs) == wanted
+        allocated = staged.path.stat().st_blocks * 512
+    assert sys.platform != "linux" or allocated < whole.stat().st_size / 2
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
 def test_killed_and_started_again(zoo: Zoo, tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ from edgekv.quant.tensor_error import StoredTensor, relative_error
 from gguf import GGMLQuantizationType as QuantType
 
 
-def stored(array: np.ndarray, name: str) -> StoredTensor:
+def stored(array: np.ndarray, name: str, matrices: int = 1) -> StoredTensor:
     raw = gguf.quants.quantize(array, QuantType[name])
-    return StoredTensor(np.frombuffer(raw.tobytes(), np.uint8).reshape(len(array), -1), name, array.shape[1])
+    return StoredTensor(
+        np.frombuffer(raw.tobytes(), np.uint8).reshape(len(array), -1), name, array.shape[1], matrices
+    )
 
 
 @pytest.mark.parametrize("chunk", [2**18, 5 * 64])
@@ -22,7 +24,7 @@ def test_definition(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     array = rng.standard_normal((24, 64)).astype(np.float32)  # two matrices of 12 rows
     importance = rng.uniform(0.1, 5, (2, 64)).astype(np.float32)
     after = gguf.quants.dequantize(gguf.quants.quantize(array, QuantType.Q4_0), QuantType.Q4_0)
-    found = relative_error(stored(array, "F32"), stored(array, "Q4_0"), importance.reshape(-1))
+    found = relative_error(stored(array, "F32", 2), stored(array, "Q4_0", 2), importance.reshape(-1))
     errors, squares = (array - after) ** 2, array**2
     weights = np.repeat(importance, 12, axis=0)
     assert found.rms == pytest.approx(np.sqrt(errors.sum() / squares.sum()), rel=1e-5)
@@ -59,9 +61,10 @@ def test_large_tensors_are_sampled(n_matrices: int, monkeypatch: pytest.MonkeyPa
     array = rng.standard_normal((n_matrices * 1000, 64)).astype(np.float32)
     array *= np.linspace(0.1, 3, len(array), dtype=np.float32)[:, None]
     importance = rng.uniform(0.1, 5, n_matrices * 64).astype(np.float32)
-    sampled = relative_error(stored(array, "F32"), stored(array, "Q4_0"), importance)
+    tensors = stored(array, "F32", n_matrices), stored(array, "Q4_0", n_matrices)
+    sampled = relative_error(*tensors, importance)
     monkeypatch.setattr(tensor_error, "SAMPLE_CHUNKS", 10**6)
-    whole = relative_error(stored(array, "F32"), stored(array, "Q4_0"), importance)
+    whole = relative_error(*tensors, importance)
     assert whole.compared == 1
     assert sampled.compared == pytest.approx(24 * 4 / len(array))
     assert sampled.rms == pytest.approx(whole.rms, rel=0.05)
