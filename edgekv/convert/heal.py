@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from edgekv.convert.distill.loop import Healer, Progress
 
-CALIBRATION_TOKENS = 65536
+CALIBRATION_TOKENS = 16384  # for a start: phase 1 fits the same layers on the same kind of text, much further
 HELD_OUT = 32  # sequences kept for evaluation when no text is given for it
 MAX_STEPS = 10**9
 
@@ -152,7 +152,7 @@ def _begin(job: HealJob, device: torch.device, report: Report) -> tuple[HealedRe
         check_base(job.start, before, job.source)
         if before.attention != job.attention:
             raise InputError(f"{job.start} holds {before.attention}, the job asks for {job.attention}")
-        return record, tensors
+        return dataclasses.replace(record, earlier=before if before.steps_done else None), tensors
     return record, _convert(job, report)
 
 

@@ -95,6 +95,7 @@ class HealedRecord:
     evaluations: tuple[Evaluation, ...]
     curve: tuple[CurvePoint, ...]
     made_with: str  # versions and device
+    earlier: HealedRecord | None = None  # the training that this one began from, if any
 
     @property
     def attention(self) -> MLA:

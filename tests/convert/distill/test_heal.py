@@ -115,6 +115,16 @@ def test_steps_0_writes_the_conversion_and_start_takes_it_up(tiny_gguf, text_fil
         heal(tiny_gguf, out, text_file, *other)
 
 
+def test_a_second_training_keeps_the_record_of_the_first(tiny_gguf, text_file, unhealed, tmp_path):
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    heal(tiny_gguf, first, text_file, "--steps", "2", "--start", str(unhealed))
+    heal(tiny_gguf, second, text_file, "--steps", "3", "--start", str(first), "--seq-len", "128")
+    record = read_healed(second)[0]
+    assert record.earlier == read_healed(first)[0]
+    assert (record.recipe.seq_len, record.earlier.recipe.seq_len) == (128, 64)
+    assert record.earlier.earlier is None  # an unhealed start was no training
+
+
 @pytest.mark.parametrize("options", [["--optimizer", "muon", "--train", "all"], ["--cache", "q4_0"]])
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
     tiny_gguf, text_file, unhealed, tmp_path, options
