@@ -189,7 +189,13 @@ def _yarn_keys(spec: ModelSpec, rope: RopeSpec) -> dict[str, MetaValue]:
     assert rope.yarn is not None
     yarn = rope.yarn
     if (yarn.beta_fast, yarn.beta_slow) != (32.0, 1.0):
-        _refuse(spec, "llama.cpp's YaRN has its ramp between 32 turns and 1")
+        _refuse(
+            spec,
+            f"llama.cpp's YaRN has its ramp between 32 turns and 1, the model {yarn.beta_fast:g} and "
+            f"{yarn.beta_slow:g}",
+            "with beta_fast 32 and beta_slow 1 in config.json it goes out as llama.cpp's own converter has it, "
+            "another model than was trained",
+        )
     wanted = 1.0 if gguf_arch(spec) == "deepseek2" else 1 + 0.1 * log(yarn.factor)
     if not isclose(rope.magnitude, wanted, rel_tol=1e-6):
         _refuse(spec, f"llama.cpp's YaRN has an attention factor of {wanted:g}, the model {rope.magnitude:g}")

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from edgekv.gguf_spec import MAX_LAYERS
 from edgekv.hf.checkpoint import read_json
 from edgekv.hf.fields import Fields
+from edgekv.hf.kin import why_not
 from edgekv.hf.rope import attention_scale_of_yarn, read_rope, trained_context
 from edgekv.spec import GQA, MLA, Experts, LayerSpec, ModelSpec, RopeLayout
 
@@ -29,7 +30,8 @@ def read_spec(folder: Path) -> ModelSpec:
     config = Fields(read_json(path), path)
     kind = config.text("model_type")
     if kind not in FAMILIES:
-        config.unsupported(f"model type {kind!r}", f"EdgeKV reads {', '.join(FAMILIES)}; choose one of these")
+        what, remedy = why_not(kind, tuple(FAMILIES))
+        config.unsupported(what, remedy)
     if "quantization_config" in config.values:
         method = (config.values["quantization_config"] or {}).get("quant_method", "unknown")
         config.unsupported(
@@ -55,7 +57,7 @@ def read_spec(folder: Path) -> ModelSpec:
     return _scaled(spec, config)
 
 
-_TIED = ("gemma2", "gemma3_text", "minicpm3", "smollm3")  # unless the config says otherwise
+_TIED = ("gemma2", "gemma3_text", "minicpm3", "smollm3", "youtu")  # unless the config says otherwise
 
 
 def _llama(config: Fields, layer: int) -> LayerSpec:
@@ -121,12 +123,30 @@ def _gemma3(config: Fields, layer: int) -> LayerSpec:
 
 
 def _deepseek(config: Fields, layer: int) -> LayerSpec:
-    """DeepSeek V2 and V3 (arXiv 2405.04434, 2412.19437)."""
-    layout: RopeLayout = "interleaved" if config.flag("rope_interleave", True) else "half"
-    spec = _swiglu(config, _mla(config, layout))
+    """DeepSeek V2 and V3 (arXiv 2405.04434, 2412.19437), and Kimi K2 (arXiv 2507.20534), which is a V3."""
     dense = config.integer("first_k_dense_replace", 0, least=0)
     config.require("moe_layer_freq", (1,), "experts in some of the layers")
+    spec = _youtu(config, layer)
     return spec if layer < dense else replace(spec, experts=_experts(config))
+
+
+def _glm_lite(config: Fields, layer: int) -> LayerSpec:
+    """GLM-4.7-Flash: a DeepSeek V3 whose config lists which layers have experts, all but the first by default."""
+    kinds = config.values.get("mlp_layer_types")
+    if kinds is None:
+        sparse = layer > 0
+    elif isinstance(kinds, list) and layer < len(kinds) and kinds[layer] in ("dense", "sparse"):
+        sparse = kinds[layer] == "sparse"
+    else:
+        config.fail("mlp_layer_types", "'dense' or 'sparse' for every layer")
+    spec = _youtu(config, layer)
+    return replace(spec, experts=_experts(config)) if sparse else spec
+
+
+def _youtu(config: Fields, layer: int) -> LayerSpec:
+    """Youtu-LLM (arXiv 2512.24618): the attention of DeepSeek V3 before a dense feed-forward."""
+    layout: RopeLayout = "interleaved" if config.flag("rope_interleave", True) else "half"
+    return _swiglu(config, _mla(config, layout))
 
 
 def _minicpm3(config: Fields, layer: int) -> LayerSpec:
@@ -166,7 +186,7 @@ def _gemma_attention(config: Fields, kind: str) -> GQA:
 
 
 def _experts(config: Fields) -> Experts:
-    v3 = config.text("model_type") == "deepseek_v3"
+    v3 = config.text("model_type") != "deepseek_v2"
     if not v3:
         config.require("norm_topk_prob", (False,), "DeepSeek-V2 with normed expert weights")
         config.require("topk_method", ("greedy", "group_limited_greedy"), "another choice of experts")
@@ -241,6 +261,9 @@ FAMILIES: Mapping[str, tuple[str, Reader]] = MappingProxyType(
         "gemma3_text": ("gemma3", _gemma3),
         "deepseek_v2": ("deepseek2", _deepseek),
         "deepseek_v3": ("deepseek2", _deepseek),
+        "kimi_k2": ("deepseek2", _deepseek),
+        "glm4_moe_lite": ("deepseek2", _glm_lite),
+        "youtu": ("deepseek2", _youtu),
         "minicpm3": ("minicpm3", _minicpm3),
     }
 )

@@ -121,7 +121,48 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_scaling": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
         },
     ),
+    # Kimi K2 says so of itself and is a DeepSeek V3 in transformers too; its experts are in one group.
+    "kimi-k2": (
+        "DeepseekV3",
+        {
+            **_LATENT,
+            **_EXPERTS,
+            "q_lora_rank": 24,
+            "n_group": 1,
+            "topk_group": 1,
+            "routed_scaling_factor": 2.827,
+            "rope_theta": 50000.0,
+            "rope_scaling": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
+    "kimi-k2-ramp": (
+        "DeepseekV3",
+        {
+            **_LATENT,
+            **_EXPERTS,
+            "n_group": 1,
+            "topk_group": 1,
+            "rope_theta": 50000.0,
+            "rope_scaling": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 1},
+        },
+    ),
+    "glm-lite": (
+        "Glm4MoeLite",
+        {
+            **_LATENT,
+            **{key: value for key, value in _EXPERTS.items() if key != "first_k_dense_replace"},
+            "q_lora_rank": 24,
+            "v_head_dim": 32,
+            "rope_theta": 1e6,
+            "mlp_layer_types": ["dense", "dense", "sparse"],
+        },
+    ),
+    "youtu": ("Youtu", {**_LATENT, "q_lora_rank": 24}),
 }
+MODEL_TYPES = {
+    "kimi-k2": "kimi_k2",
+    "kimi-k2-ramp": "kimi_k2",
+}  # in config.json, where it is not transformers'
 
 
 # As the models' own tokenizer.json have them.
@@ -193,6 +234,9 @@ class Zoo:
                     buffer.copy_(torch.randn_like(buffer) * 0.2)
             logits = model(torch.tensor(TOKENS)[None]).logits[0].numpy()
         model.save_pretrained(self._root / name)
+        if name in MODEL_TYPES:
+            path = self._root / name / "config.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": MODEL_TYPES[name]}))
         tokenizer = byte_level(QWEN2, size=N_VOCAB - 8)
         tokenizer.save(str(self._root / name / "tokenizer.json"))
         settings = {"bos_token": "<|bos|>", "eos_token": "<|im_end|>", "chat_template": "{{ messages }}"}

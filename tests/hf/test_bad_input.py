@@ -166,6 +166,13 @@ def test_config_without_a_field(folder: Path, field: str, edit_config: Edit) -> 
         ({"mlp_bias": True}, UnsupportedError, "feed-forward with biases"),
         ({"attention_bias": True}, ModelFileError, "attn_q.bias is missing"),
         ({"model_type": "mamba"}, UnsupportedError, "'mamba' is not supported; EdgeKV reads llama"),
+        (
+            {"model_type": "glm_moe_dsa"},
+            UnsupportedError,
+            "an indexer picks .*; llama.cpp's convert_hf_to_gguf",
+        ),
+        ({"model_type": "kimi_linear"}, UnsupportedError, "linear attention, which keeps a state"),
+        ({"model_type": "longcat_flash"}, UnsupportedError, "two attentions .*; llama.cpp has no graph"),
         ({"rope_parameters": {"rope_type": "dynamic"}}, UnsupportedError, "RoPE scaling 'dynamic'"),
         ({"rope_parameters": {"rope_type": "llama3"}}, ModelFileError, "rope_parameters.factor is missing"),
         ({"rope_parameters": 3}, ModelFileError, "rope_parameters is 3, an object"),
@@ -176,6 +183,19 @@ def test_config_that_contradicts(
 ) -> None:
     edit_config(folder, **fields)
     refused(folder, kind, phrase)
+
+
+def test_layers_that_predict_tokens_further_on_are_left_behind(zoo: Zoo, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(zoo.folder("glm-lite"), tmp_path / "model"))
+    change(folder, **{"model.layers.3.eh_proj.weight": np.ones((64, 128), np.float32)})
+    assert HFSource(folder).names() == HFSource(zoo.folder("glm-lite")).names()
+
+
+@pytest.mark.parametrize("kinds", [["dense", "sparse"], ["dense", "sparse", "other"], "sparse"])
+def test_layers_of_an_unknown_kind(kinds: object, zoo: Zoo, tmp_path: Path, edit_config: Edit) -> None:
+    folder = Path(shutil.copytree(zoo.folder("glm-lite"), tmp_path / "model"))
+    edit_config(folder, mlp_layer_types=kinds)
+    refused(folder, ModelFileError, "mlp_layer_types is")
 
 
 def test_tensor_missing_and_one_too_many(folder: Path) -> None:

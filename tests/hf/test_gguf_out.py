@@ -21,7 +21,7 @@ from edgekv.tokenizer import Tokenizer
 
 from .conftest import MODELS, TOKENS, Zoo
 
-REFUSED = {"deepseek2-grouped": "two best experts"}
+REFUSED = {"deepseek2-grouped": "two best experts", "kimi-k2-ramp": "ramp between 32 turns and 1.*beta_fast"}
 WINDOWS = {"mistral": 24, "phi": 24, "qwen2-window": 20}  # llama.cpp has none for these
 
 
