@@ -62,7 +62,7 @@ _ROLE_TEXTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "fim_sep": ("<|file_sep|>",),
     }
 )
-_END_TEXTS = (
+END_TEXTS = (
     *(
         "<|eot_id|>",
         "<|im_end|>",
@@ -148,7 +148,7 @@ def read_vocab(metadata: Mapping[str, MetaValue], default_bos: bool = True) -> V
 def _stop_ids(ids: Mapping[str, int], roles: Mapping[str, int], attributes: list[int]) -> frozenset[int]:
     """Tokens that end generation; makes them control tokens in `attributes`, as llama.cpp does."""
     stop = {roles[role] for role in ("fim_pad", "fim_rep", "fim_sep") if role in roles}
-    for text in _END_TEXTS:
+    for text in END_TEXTS:
         if text in ids:
             stop.add(ids[text])
             attributes[ids[text]] |= CONTROL

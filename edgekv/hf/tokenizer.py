@@ -1,4 +1,4 @@
-"""From tokenizer.json to the key-value pairs that a GGUF keeps a tokenizer in.
+"""From a folder's tokenizer to the key-value pairs that a GGUF keeps it in; tokenizer.json is read here.
 
 Special tokens, merges and chat template are read by gguf-py (gguf.SpecialVocab). Which of llama.cpp's
 pre-tokenizers a tokenizer has is found by what it does to a text that tells them apart, and the outcome is
@@ -7,28 +7,22 @@ proved: EdgeKV's tokenizer, which gives llama.cpp's tokens, has to give those of
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import gguf
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import pre_tokenizers
 
 from edgekv.bpe import SPACE
-from edgekv.errors import EdgeKVError, ModelFileError, UnsupportedError
+from edgekv.errors import ModelFileError, UnsupportedError
 from edgekv.hf.checkpoint import read_json
+from edgekv.hf.sentencepiece import NAME, read_sentencepiece
+from edgekv.hf.special import PROBE, looks_special, prove, read_special, special_pairs
 from edgekv.pre_tokenize import PRE_TYPES, splitters
 from edgekv.source import MetaValue, TensorSource, open_source
-from edgekv.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
-PROBE = (
-    "Hello world, it's 3 apples or 1234567 PEARS: don't, DON'T, we'LL! \n\n  \n\t two\ttabs   three spaces \r\n"
-    "café naïve Übermut, да, Ελλάδα 東京都に行く。你好世界 안녕하세요 สวัสดี हिन्दी 🙂👍🏽 $5.00+7% #tag @you "
-    "snake_case camelCase HTTPServer /path/to/file.py <html> {json: [1, 22, 333, 4444]} ...!!! x^2 != y ~ `z`\n"
-)
 _PREFERRED = ("llama-bpe", "qwen2", "smollm", "gpt-2", "deepseek-v3", "deepseek-llm", "tekken", "gpt-4o")
 
 
@@ -41,7 +35,9 @@ def open_with_tokenizer(path: Path) -> TensorSource:
     """
     source = open_source(path)
     if "tokenizer.ggml.tokens" not in source.metadata:
-        raise ModelFileError(f"{path}: holds no tokenizer; download tokenizer.json into the folder")
+        raise ModelFileError(
+            f"{path}: holds no tokenizer; download tokenizer.json into the folder, or tokenizer.model"
+        )
     return source
 
 
@@ -49,21 +45,21 @@ def read_tokenizer(folder: Path, n_vocab: int) -> dict[str, MetaValue]:
     """The tokenizer of a model folder as GGUF key-value pairs; none for a folder without any tokenizer.
 
     Args:
-        folder: holds tokenizer.json, tokenizer_config.json and whatever the chat template is in.
+        folder: holds tokenizer.json or tokenizer.model, tokenizer_config.json and whatever the chat template is in.
         n_vocab: rows of the embedding; ids without a token are filled up.
 
     Raises:
+        InputError: there is only a tokenizer.model, and the sentencepiece library is not installed.
         ModelFileError: a file is malformed, or has more tokens than the model.
         UnsupportedError: llama.cpp would not tokenize as the tokenizer does.
     """
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        if (folder / "tokenizer.model").is_file():
-            raise UnsupportedError(
-                f"{folder}: has a tokenizer.model and no tokenizer.json; write one with transformers: "
-                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-            )
-        return {}
+    if path.is_file():
+        return _read_json(path, n_vocab)
+    return read_sentencepiece(folder, n_vocab) if (folder / NAME).is_file() else {}
+
+
+def _read_json(path: Path, n_vocab: int) -> dict[str, MetaValue]:
     document = read_json(path)
     try:
         tokenizer = HFTokenizer.from_file(str(path))
@@ -82,8 +78,14 @@ def read_tokenizer(folder: Path, n_vocab: int) -> dict[str, MetaValue]:
         "tokenizer.ggml.tokens": texts,
         "tokenizer.ggml.token_type": _types(texts, tokenizer, document),
     }
-    pairs |= _special(folder, n_vocab, tokenizer, bool(model.get("byte_fallback")))
-    _prove(pairs, tokenizer, path)
+    special = read_special(path.parent, n_vocab, merges=not model.get("byte_fallback"))
+    if model.get("byte_fallback"):
+        first = tokenizer.encode("a", add_special_tokens=False).tokens[0]
+        pairs["tokenizer.ggml.add_space_prefix"] = first.startswith(SPACE)
+    else:
+        pairs["tokenizer.ggml.merges"] = special.merges
+    pairs |= special_pairs(path.parent, texts, special, _framed(tokenizer))
+    prove(pairs, tokenizer.encode(PROBE, add_special_tokens=False).ids, path)
     return pairs
 
 
@@ -109,18 +111,11 @@ def _types(texts: list[str], tokenizer: HFTokenizer, document: dict[str, Any]) -
         is_byte = fallback and len(text) == 6 and text.startswith("<0x") and text.endswith(">")
         kinds[i] = BYTE if is_byte else NORMAL
     for i, token in tokenizer.get_added_tokens_decoder().items():
-        kinds[i] = CONTROL if token.special or _looks_special(token.content) else USER_DEFINED
+        kinds[i] = CONTROL if token.special or looks_special(token.content) else USER_DEFINED
     unknown = document["model"].get("unk_token")
     if fallback and unknown in ids:
         kinds[ids[unknown]] = UNKNOWN
     return kinds
-
-
-def _looks_special(text: str) -> bool:
-    """Control tokens that some models do not mark; the same rule as in llama.cpp's converter."""
-    ends = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
-    named = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
-    return text in named or any(text.startswith(a) and text.endswith(b) for a, b in ends)
 
 
 def _byte_level(tokenizer: HFTokenizer, model: dict[str, Any], path: Path) -> dict[str, MetaValue]:
@@ -169,52 +164,7 @@ def _pre_type(tokenizer: HFTokenizer, ignore_merges: bool, path: Path) -> str:
     )
 
 
-def _special(folder: Path, n_vocab: int, tokenizer: HFTokenizer, is_spm: bool) -> dict[str, MetaValue]:
-    """Special token ids, whether text begins and ends with one, merges and chat templates."""
-    try:
-        special = gguf.SpecialVocab(folder, load_merges=not is_spm, n_vocab=n_vocab)
-    except (ValueError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ModelFileError(
-            f"{folder}: tokenizer.json or tokenizer_config.json cannot be read: {error!r}; download them again"
-        ) from None
-    pairs: dict[str, MetaValue] = {} if is_spm else {"tokenizer.ggml.merges": special.merges}
-    for role, token in special.special_token_ids.items():
-        if key := getattr(gguf.Keys.Tokenizer, f"{role.upper()}_ID", None):
-            pairs[key] = token
-    plain = tokenizer.encode("a", add_special_tokens=False).ids
-    framed = tokenizer.encode("a").ids
-    adds = {"bos": framed[:1] != plain[:1], "eos": framed[-1:] != plain[-1:]} | special.add_special_token
-    for role in ("bos", "eos"):
-        pairs[f"tokenizer.ggml.add_{role}_token"] = bool(adds[role]) and role in special.special_token_ids
-    if is_spm:
-        pairs["tokenizer.ggml.add_space_prefix"] = (
-            tokenizer.encode("a", add_special_tokens=False).tokens[0].startswith(SPACE)
-        )
-    return pairs | _templates(special.chat_template)
-
-
-def _templates(template: Any) -> dict[str, MetaValue]:
-    if not isinstance(template, list):
-        return {gguf.Keys.Tokenizer.CHAT_TEMPLATE: template} if isinstance(template, str) else {}
-    named = {str(entry["name"]): str(entry["template"]) for entry in template}
-    pairs: dict[str, MetaValue] = {
-        gguf.Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name): text for name, text in named.items()
-    }
-    pairs[gguf.Keys.Tokenizer.CHAT_TEMPLATES] = list(named)
-    if default := named.get("default") or next(iter(named.values()), None):
-        pairs[gguf.Keys.Tokenizer.CHAT_TEMPLATE] = default
-    return pairs
-
-
-def _prove(pairs: dict[str, MetaValue], tokenizer: HFTokenizer, path: Path) -> None:
-    """Raise unless EdgeKV's tokenizer gives tokenizer.json's tokens for PROBE."""
-    try:
-        given = Tokenizer.from_metadata(pairs).encode(PROBE)
-    except EdgeKVError as error:
-        raise type(error)(f"{path}: {error}") from None
-    wanted = tokenizer.encode(PROBE, add_special_tokens=False).ids
-    if given != wanted:
-        at = next((i for i, (a, b) in enumerate(zip(given, wanted, strict=False)) if a != b), -1)
-        raise UnsupportedError(
-            f"{path}: llama.cpp would give other tokens, first in place {at}; choose a model that llama.cpp knows"
-        )
+def _framed(tokenizer: HFTokenizer) -> dict[str, bool]:
+    """Whether the tokenizer puts a token before a text and one behind it."""
+    plain, framed = tokenizer.encode("a", add_special_tokens=False).ids, tokenizer.encode("a").ids
+    return {"bos": framed[:1] != plain[:1], "eos": framed[-1:] != plain[-1:]}

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
-from edgekv.hf.tokenizer import PROBE
+from edgekv.hf.special import PROBE
 
 N_VOCAB = 288
 TOKENS = np.random.default_rng(3).integers(0, N_VOCAB, 80)

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from edgekv.errors import ModelFileError, UnsupportedError
-from edgekv.hf.tokenizer import PROBE, read_tokenizer
+from edgekv.hf.special import PROBE
+from edgekv.hf.tokenizer import read_tokenizer
 from edgekv.source import open_source
 from edgekv.tokenizer import Tokenizer
 
@@ -130,6 +131,20 @@ def test_several_chat_templates(tmp_path: Path) -> None:
     assert pairs["tokenizer.chat_template.tool_use"] == "B"
 
 
+def test_further_ends_of_text(tmp_path: Path) -> None:
+    """As GLM has them; those that llama.cpp knows by their text need no key."""
+    tokenizer = byte_level(LLAMA3, ignore_merges=True)
+    tokenizer.add_special_tokens(["<|user|>", "<|observation|>"])
+    ends = [tokenizer.token_to_id(t) for t in ("<|im_end|>", "<|user|>", "<|observation|>")]
+    save(tokenizer, tmp_path, eos_token="<|im_end|>")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    pairs = check(tmp_path, tokenizer, 420)
+    assert [pairs[f"tokenizer.ggml.{role}_token_id"] for role in ("eos", "eot", "eom")] == ends
+    assert set(ends) <= Tokenizer.from_metadata(pairs).stop_ids
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends[:1]}))
+    assert "tokenizer.ggml.eot_token_id" not in check(tmp_path, tokenizer, 420)
+
+
 def test_more_tokens_than_the_model_has(tmp_path: Path) -> None:
     save(byte_level(QWEN2), tmp_path)
     with pytest.raises(ModelFileError, match=r"has 404 tokens and the model 300"):
@@ -153,9 +168,6 @@ def test_tokenizers_that_llama_cpp_would_change(tmp_path: Path) -> None:
 
 def test_no_or_broken_tokenizer(tmp_path: Path) -> None:
     assert read_tokenizer(tmp_path, 10) == {}
-    (tmp_path / "tokenizer.model").write_bytes(b"\x0a")
-    with pytest.raises(UnsupportedError, match=r"no tokenizer.json; write one"):
-        read_tokenizer(tmp_path, 10)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelFileError, match="not a sound tokenizer"):
         read_tokenizer(tmp_path, 10)
