@@ -40,9 +40,6 @@ def _qwen(keys: Keys, shapes: Shapes, layer: int) -> LayerSpec:
 
 
 def _phi3(keys: Keys, shapes: Shapes, layer: int) -> LayerSpec:
-    context = keys.integer("context_length")
-    if keys.integer("rope.scaling.original_context_length", context) < context:
-        keys.unsupported("phi3 whose rope factors change within its context")
     window = keys.integer("attention.sliding_window", 0, least=0)
     attention = _gqa(keys, shapes, "half")
     rope = replace(attention.rope, magnitude=keys.number("rope.scaling.attn_factor", 1.0))
@@ -169,9 +166,6 @@ def _experts(keys: Keys, shapes: Shapes, layer: int) -> Experts:
 
 def _minicpm3(keys: Keys, shapes: Shapes, layer: int) -> LayerSpec:
     """MiniCPM3 (llama.cpp src/models/minicpm3.cpp): low-rank queries, LongRoPE factors, NEOX pairs."""
-    context = keys.integer("context_length")
-    if keys.integer("rope.scaling.original_context_length", context) < context:
-        keys.unsupported("minicpm3 whose rope factors change within its context")
     attention = replace(_plain_mla(keys, "half"), q_lora_rank=keys.integer("attention.q_lora_rank"))
     magnitude = keys.number("rope.scaling.attn_factor", 1.0)
     return _layer(keys, replace(attention, rope=replace(attention.rope, magnitude=magnitude)))

@@ -50,7 +50,7 @@ def spec_from_gguf(
         layers=read_layers(keys, shapes, n_layers),
         dim=dim,
         vocab=shapes.get("token_embd.weight", (0,))[0],
-        context_length=keys.integer("context_length"),
+        context_length=_trained_context(keys, shapes),
         norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
         tied_embeddings="output.weight" not in shapes,
         **_scales(keys, dim, n_layers),
@@ -80,6 +80,14 @@ def _architecture(metadata: Mapping[str, MetaValue], path: Path) -> str:
             f"{path}: is one of {splits} parts of a model; join them with `llama-gguf-split --merge`"
         )
     return arch
+
+
+def _trained_context(keys: Keys, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Tokens within which one set of frequencies holds: LongRoPE has a second one beyond (ROPE_FACTORS)."""
+    context = keys.integer("context_length")
+    if ROPE_FACTORS[0] not in shapes:
+        return context
+    return min(context, keys.integer("rope.scaling.original_context_length", context))
 
 
 def _scales(keys: Keys, dim: int, n_layers: int) -> dict[str, float]:

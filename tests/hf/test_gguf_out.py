@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -56,6 +57,16 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(name: str, zoo: Zoo, 
     with pytest.raises(UnsupportedError, match=REFUSED[name]):
         export(zoo, name, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["phi-longrope", "minicpm3-longrope"])
+def test_longrope_is_read_within_its_first_range(name: str, zoo: Zoo, tmp_path: Path) -> None:
+    """llama.cpp's converter gives the whole context, beyond whose first part other factors hold."""
+    path = export(zoo, name, tmp_path)
+    trained = open_source(path).spec
+    field = gguf.GGUFReader(path, "r+").fields[f"{trained.arch}.context_length"]
+    field.parts[field.data[0]][0] = 4 * trained.context_length
+    assert open_source(path).spec == trained
 
 
 def test_command_writes_a_complete_model(zoo: Zoo, tmp_path: Path) -> None:
