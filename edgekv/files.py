@@ -62,10 +62,11 @@ def scratch_path(path: Path) -> Iterator[Path]:
         raise OutputError(
             f"cannot write in {path.parent}: {error.strerror}; choose another folder"
         ) from error
+    os.close(handle)
     partial = Path(name)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # until this process ends, however it does
-        yield partial
+        with _locked(partial):
+            yield partial
     except OSError as error:
         raise OutputError(
             f"writing {path} failed: {error.strerror or error}; nothing was left behind, free some space and "
@@ -73,15 +74,32 @@ def scratch_path(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(partial: Path, flags: int = 0) -> Iterator[None]:
+    """Lock a file or folder until the block ends, or this process does, however that comes.
+
+    Raises:
+        OSError: it is gone, or with LOCK_NB somebody has the lock.
+    """
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | flags)
+        yield
+    finally:
         os.close(handle)
 
 
 def _sweep(path: Path) -> None:
-    """Remove what killed processes left of `path`: partial files, a minute old, that nobody has locked."""
-    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        with contextlib.suppress(OSError), stale.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if time.time() - os.fstat(file.fileno()).st_mtime > STALE_AFTER_S:
+    """Remove what killed processes left of `path`: partial files or folders, a minute old, that nobody has locked."""
+    for stale in path.absolute().parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with contextlib.suppress(OSError), _locked(stale, fcntl.LOCK_NB):
+            if time.time() - stale.stat().st_mtime <= STALE_AFTER_S:
+                continue
+            if stale.is_dir():
+                shutil.rmtree(stale)
+            else:
                 stale.unlink()
 
 
@@ -89,14 +107,15 @@ def _sweep(path: Path) -> None:
 def atomic_folder(folder: Path, force: bool, marker: str) -> Iterator[Path]:
     """A temporary folder beside `folder`, renamed onto it when the block ends well and removed when not.
 
-    With `force` an existing folder is replaced, if it is empty or holds the file `marker`: nobody else's
-    folder is ever deleted.
+    What a killed process leaves is hidden, and removed by the next one that writes `folder`. With `force` an
+    existing folder is replaced, if it is empty or holds the file `marker`: nobody else's folder is ever deleted.
 
     Raises:
         OutputError: the parent is missing or not writable, `folder` exists without `force` or is not of this
             kind, the disk is full.
     """
     _check_folder(folder, force, marker)
+    _sweep(folder)
     try:
         partial = Path(
             tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.absolute().parent)
@@ -106,7 +125,8 @@ def atomic_folder(folder: Path, force: bool, marker: str) -> Iterator[Path]:
             f"cannot write in {folder.absolute().parent}: {error.strerror}; choose another folder"
         ) from error
     try:
-        yield partial
+        with _locked(partial):
+            yield partial
         os.chmod(partial, 0o755)
         if folder.exists():
             old = partial.with_suffix(".old")

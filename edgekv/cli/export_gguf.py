@@ -51,15 +51,21 @@ def command(model: Path, output: Path, weights: str, force: bool, as_json: bool)
             write_mix(source, output, weights, force, advance)
         else:
             write_gguf(source, output, chosen, {}, force, lambda name, i, n: advance(i + 1, n))
-    written = open_source(output).spec.arch
+    written = open_source(output).spec
     nbytes = output.stat().st_size
     if as_json:
-        found = {"output": str(output), "architecture": written, "weights": chosen, "bytes": nbytes}
+        found = {"output": str(output), "architecture": written.arch, "weights": chosen, "bytes": nbytes}
+        found |= {"context_length": written.context_length}
         click.echo(json.dumps(found, indent=1))
-    else:
-        click.echo(f"wrote {output} ({nbytes / 2**20:,.1f} MiB): {written}, {chosen}")
-        if written in JOINT_KV_B:
-            click.echo(
-                f"llama.cpp caches the keys and values of {written} decompressed; edgekv export onnx caches "
-                "its latent"
-            )
+        return
+    click.echo(f"wrote {output} ({nbytes / 2**20:,.1f} MiB): {written.arch}, {chosen}")
+    if written.context_length < source.spec.context_length:
+        click.echo(
+            f"context {written.context_length:,} instead of {source.spec.context_length:,} tokens: llama.cpp's "
+            f"{written.arch!r} attends to all of them, where the model has a sliding window"
+        )
+    if written.arch in JOINT_KV_B:
+        click.echo(
+            f"llama.cpp caches the keys and values of {written.arch} decompressed; edgekv export onnx caches "
+            "its latent"
+        )

@@ -100,6 +100,16 @@ def test_minicpm3_keeps_its_latent_where_llama_cpp_can(zoo: Zoo, tmp_path: Path)
     assert "edgekv export onnx caches its latent" in " ".join(result.output.split())
 
 
+def test_a_shorter_context_is_told(zoo: Zoo, tmp_path: Path) -> None:
+    args = ["export", "gguf", str(zoo.folder("mistral")), "-o", str(tmp_path / "x.gguf")]
+    said = " ".join(CliRunner().invoke(cli, args, catch_exceptions=False).output.split())
+    assert "context 24 instead of 256 tokens: llama.cpp's 'llama' attends to all" in said
+    found = json.loads(CliRunner().invoke(cli, [*args, "--force", "--json"], catch_exceptions=False).output)
+    assert found["context_length"] == 24
+    args[2:] = [str(zoo.folder("qwen2")), "-o", str(tmp_path / "y.gguf")]
+    assert "instead of" not in CliRunner().invoke(cli, args, catch_exceptions=False).output
+
+
 def test_a_failure_leaves_nothing_behind(zoo: Zoo, tmp_path: Path) -> None:
     def fail(name: str, i: int, n: int) -> None:
         if i == n // 2:

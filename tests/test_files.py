@@ -1,0 +1,56 @@
+"""What a killed process leaves is hidden, and gone after the next run; what another one writes stays."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from edgekv.files import STALE_AFTER_S, atomic_folder, atomic_path
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from edgekv import files
+path = Path(sys.argv[2])
+context = files.atomic_path(path, True) if sys.argv[1] == "file" else files.atomic_folder(path, True, "marker")
+with context as partial:
+    (partial if sys.argv[1] == "file" else partial / "marker").write_text("half")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def write(kind: str, path: Path) -> None:
+    if kind == "file":
+        with atomic_path(path, True) as partial:
+            partial.write_text("whole")
+    else:
+        with atomic_folder(path, True, "marker") as partial:
+            (partial / "marker").write_text("whole")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_kill_leaves(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", WRITER, kind, str(path)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"writing\n"
+    (partial,) = tmp_path.iterdir()
+    assert partial.name.startswith(".out.")
+    os.utime(partial, (time.time() - 2 * STALE_AFTER_S,) * 2)
+    write(kind, path)
+    assert {partial, path} == set(tmp_path.iterdir())  # somebody is writing it still
+
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    os.utime(partial, (time.time() - 2 * STALE_AFTER_S,) * 2)
+    write(kind, path)
+    assert list(tmp_path.iterdir()) == [path]
+    assert (path if kind == "file" else path / "marker").read_text() == "whole"
