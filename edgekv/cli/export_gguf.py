@@ -40,6 +40,7 @@ def command(model: Path, output: Path, weights: str, force: bool, as_json: bool)
     from edgekv.export.quantize import write_mix
     from edgekv.files import check_output
     from edgekv.gguf_spec import JOINT_KV_B
+    from edgekv.hf.text_part import reads_pictures
     from edgekv.hf.tokenizer import open_with_tokenizer
     from edgekv.source import open_source
 
@@ -59,6 +60,8 @@ def command(model: Path, output: Path, weights: str, force: bool, as_json: bool)
         click.echo(json.dumps(found, indent=1))
         return
     click.echo(f"wrote {output} ({nbytes / 2**20:,.1f} MiB): {written.arch}, {chosen}")
+    if model.is_dir() and reads_pictures(model):
+        click.echo("what reads pictures stays behind: llama.cpp takes it from a file of its own (mmproj)")
     if written.context_length < source.spec.context_length:
         click.echo(
             f"context {written.context_length:,} instead of {source.spec.context_length:,} tokens: llama.cpp's "

@@ -12,10 +12,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 from edgekv.gguf_spec import MAX_LAYERS
-from edgekv.hf.checkpoint import read_json
 from edgekv.hf.fields import Fields
 from edgekv.hf.kin import why_not
 from edgekv.hf.rope import attention_scale_of_yarn, read_rope, trained_context
+from edgekv.hf.text_part import text_fields
 from edgekv.spec import GQA, MLA, Experts, LayerSpec, ModelSpec, RopeLayout
 
 
@@ -26,8 +26,7 @@ def read_spec(folder: Path) -> ModelSpec:
         ModelFileError: it is missing, or a field is missing or impossible.
         UnsupportedError: the model is sound, but EdgeKV would not compute it as it is meant.
     """
-    path = folder / "config.json"
-    config = Fields(read_json(path), path)
+    config = text_fields(folder)
     kind = config.text("model_type")
     if kind not in FAMILIES:
         what, remedy = why_not(kind, tuple(FAMILIES))

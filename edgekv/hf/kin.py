@@ -27,9 +27,6 @@ _KIN: Mapping[str, tuple[str, str]] = MappingProxyType(
         ),
         "longcat_flash": ("each layer has two attentions and experts beside them", _NOWHERE),
         "axk1": ("its experts' sum is normed, which llama.cpp's 'deepseek2' leaves out", _NOWHERE),
-        "deepseek_vl_v2": ("it reads pictures", _ELSEWHERE),
-        "kimi_vl": ("it reads pictures", _ELSEWHERE),
-        "kimi_k25": ("it reads pictures", _ELSEWHERE),
     }
 )
 

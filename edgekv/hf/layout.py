@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.hf.checkpoint import Checkpoint
+from edgekv.hf.text_part import text_name
 from edgekv.source import Array
 from edgekv.spec import GQA, MLA, ModelSpec
 
@@ -48,12 +49,13 @@ def recipes(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[dict[str, Recipe],
     experts: dict[str, dict[int, str]] = {}
     mapping = gguf.get_tensor_name_map(_ARCHS[spec.arch], spec.n_layers)
     for name in checkpoint.names():
-        if _has_no_use(name, spec):
+        plain = text_name(name)
+        if plain is None or _has_no_use(plain, spec):
             continue
-        if match := _EXPERT.fullmatch(name):
+        if match := _EXPERT.fullmatch(plain):
             experts.setdefault(f"{match[1]}.{match[3]}.weight", {})[int(match[2])] = name
             continue
-        known = name.replace("e_score_correction_bias", "e_score_correction.bias")
+        known = plain.replace("e_score_correction_bias", "e_score_correction.bias")
         mapped = mapping.get_name(known, try_suffixes=(".weight", ".bias"))
         if mapped is None:
             unknown.append(name)

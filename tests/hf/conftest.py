@@ -159,6 +159,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "youtu": ("Youtu", {**_LATENT, "q_lora_rank": 24}),
 }
+_EYES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+WITH_PICTURES: dict[str, tuple[str, str, dict[str, Any]]] = {  # name: (family, language model, vision_config)
+    "gemma3-pictures": ("Gemma3", "gemma3", {**_EYES, "image_size": 28, "patch_size": 14}),
+    "mistral3-pictures": (
+        "Mistral3",
+        "mistral",
+        {**_EYES, "head_dim": 16, "image_size": 28, "patch_size": 14},
+    ),
+}
 MODEL_TYPES = {
     "kimi-k2": "kimi_k2",
     "kimi-k2-ramp": "kimi_k2",
@@ -219,12 +228,8 @@ class Zoo:
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        family, fields = MODELS[name]
-        config_name = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
-        config = getattr(transformers, config_name)(**{**_BASE, **fields})
-        config._attn_implementation = "eager"
         torch.manual_seed(0)
-        model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+        model = _random_model(name)
         with torch.no_grad():
             for key, parameter in model.named_parameters():
                 if "norm" in key or key.endswith("bias"):  # zeros or ones, which would hide a mistake
@@ -242,6 +247,23 @@ class Zoo:
         settings = {"bos_token": "<|bos|>", "eos_token": "<|im_end|>", "chat_template": "{{ messages }}"}
         (self._root / name / "tokenizer_config.json").write_text(json.dumps(settings))
         return logits
+
+
+def _random_model(name: str) -> Any:
+    """A model of transformers, in evaluation."""
+    import transformers
+
+    if name in WITH_PICTURES:
+        family, text, vision = WITH_PICTURES[name]
+        parts = {"text_config": {**_BASE, **MODELS[text][1]}, "vision_config": vision}
+        config = getattr(transformers, f"{family}Config")(**parts)
+        kind = "ForConditionalGeneration"
+    else:
+        family, fields = MODELS[name]
+        config_name = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
+        config, kind = getattr(transformers, config_name)(**{**_BASE, **fields}), "ForCausalLM"
+    config._attn_implementation = "eager"
+    return getattr(transformers, f"{family}{kind}")(config).eval()
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from edgekv.errors import InputError, ModelFileError, UnsupportedError
 from edgekv.hf.checkpoint import SINGLE
+from edgekv.hf.config import read_spec
 from edgekv.hf.source import HFSource
 
 from .conftest import Zoo
@@ -189,6 +190,31 @@ def test_layers_that_predict_tokens_further_on_are_left_behind(zoo: Zoo, tmp_pat
     folder = Path(shutil.copytree(zoo.folder("glm-lite"), tmp_path / "model"))
     change(folder, **{"model.layers.3.eh_proj.weight": np.ones((64, 128), np.float32)})
     assert HFSource(folder).names() == HFSource(zoo.folder("glm-lite")).names()
+
+
+def test_the_language_model_of_a_model_of_pictures(zoo: Zoo, tmp_path: Path, edit_config: Edit) -> None:
+    """Names as in memory, and a text_config that leaves out what transformers fills in."""
+    name = "gemma3-pictures"
+    folder = Path(shutil.copytree(zoo.folder(name), tmp_path / "model"))
+    path = folder / SINGLE
+    stored = load_file(path)
+    save_file(
+        {f"model.{n}".replace(".language_model.model.", ".language_model."): t for n, t in stored.items()},
+        path,
+    )
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    edit_config(folder, text_config={key: value for key, value in text.items() if key != "model_type"})
+    source, wanted = HFSource(folder), HFSource(zoo.folder(name))
+    assert source.spec.layers == wanted.spec.layers
+    assert all(np.array_equal(source.load(tensor), wanted.load(tensor)) for tensor in wanted.names())
+    del text["num_attention_heads"], text["vocab_size"]
+    edit_config(folder, text_config=text)
+    assert read_spec(folder).layers[0].attention.n_heads == 8
+    assert read_spec(folder).vocab == 262_208
+    edit_config(folder, text_config=None)
+    refused(folder, ModelFileError, "text_config is missing, an object")
+    edit_config(folder, text_config=text | {"model_type": "mllama_text_model"})
+    refused(folder, UnsupportedError, "'mllama_text_model' is not supported")
 
 
 @pytest.mark.parametrize("kinds", [["dense", "sparse"], ["dense", "sparse", "other"], "sparse"])

@@ -20,10 +20,15 @@ from edgekv.ops import log_softmax
 from edgekv.source import open_source
 from edgekv.tokenizer import Tokenizer
 
-from .conftest import MODELS, TOKENS, Zoo
+from .conftest import MODELS, TOKENS, WITH_PICTURES, Zoo
 
 REFUSED = {"deepseek2-grouped": "two best experts", "kimi-k2-ramp": "ramp between 32 turns and 1.*beta_fast"}
-WINDOWS = {"mistral": 24, "phi": 24, "qwen2-window": 20}  # llama.cpp has none for these
+WINDOWS = {
+    "mistral": 24,
+    "phi": 24,
+    "qwen2-window": 20,
+    "mistral3-pictures": 24,
+}  # llama.cpp has none for these
 
 
 def export(zoo: Zoo, name: str, folder: Path, weights: str = "f32") -> Path:
@@ -32,7 +37,7 @@ def export(zoo: Zoo, name: str, folder: Path, weights: str = "f32") -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in REFUSED])
+@pytest.mark.parametrize("name", [name for name in (*MODELS, *WITH_PICTURES) if name not in REFUSED])
 def test_llama_cpp_gives_transformers_distribution(name: str, zoo: Zoo, tmp_path: Path) -> None:
     path = export(zoo, name, tmp_path)
     read = open_source(path)
@@ -100,12 +105,14 @@ def test_minicpm3_keeps_its_latent_where_llama_cpp_can(zoo: Zoo, tmp_path: Path)
     assert "edgekv export onnx caches its latent" in " ".join(result.output.split())
 
 
-def test_a_shorter_context_is_told(zoo: Zoo, tmp_path: Path) -> None:
+def test_what_is_left_out_is_told(zoo: Zoo, tmp_path: Path) -> None:
     args = ["export", "gguf", str(zoo.folder("mistral")), "-o", str(tmp_path / "x.gguf")]
     said = " ".join(CliRunner().invoke(cli, args, catch_exceptions=False).output.split())
     assert "context 24 instead of 256 tokens: llama.cpp's 'llama' attends to all" in said
     found = json.loads(CliRunner().invoke(cli, [*args, "--force", "--json"], catch_exceptions=False).output)
     assert found["context_length"] == 24
+    args[2:] = [str(zoo.folder("gemma3-pictures")), "-o", str(tmp_path / "z.gguf")]
+    assert "reads pictures stays behind" in CliRunner().invoke(cli, args, catch_exceptions=False).output
     args[2:] = [str(zoo.folder("qwen2")), "-o", str(tmp_path / "y.gguf")]
     assert "instead of" not in CliRunner().invoke(cli, args, catch_exceptions=False).output
 

@@ -8,10 +8,10 @@ import pytest
 from edgekv.hf.source import HFSource
 from edgekv.model import ReferenceModel
 
-from .conftest import MODELS, TOKENS, Zoo
+from .conftest import MODELS, TOKENS, WITH_PICTURES, Zoo
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *WITH_PICTURES])
 def test_reference_gives_transformers_logits(name: str, zoo: Zoo) -> None:
     model = ReferenceModel(HFSource(zoo.folder(name)))
     cache = model.new_cache(len(TOKENS))
