@@ -4,19 +4,22 @@
 
 FOLDER receives a random Llama in four shards (kept for the next run), and for a while a GGUF of it. In turns, each
 in a fresh process: `edgekv export gguf` as stored; for each of --weights llama_model_quantize with its defaults on that
-GGUF, `edgekv quantize` on the GGUF and on the folder. MB/s are of input, 10^6 bytes; RSS is the largest sum over a
-process and its children, shared pages counted in each. Files are in the page cache where they fit.
+GGUF, `edgekv quantize` on the GGUF and on the folder. MB/s are of input, 10^6 bytes; processor time is what other work
+disturbs least; RSS is the largest sum over a process and its children, shared pages counted in each. Files are in the
+page cache where they fit.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -97,9 +100,17 @@ def write_shard(path: Path, layout: dict[str, tuple[int, ...]], dtype: str, rng:
             (values.astype(np.float16) if dtype == "F16" else values).tofile(file)
 
 
-def watch(command: list[str]) -> tuple[float, int]:
-    """Seconds that a command takes, and the largest RSS of it and its children."""
-    started, peak = time.perf_counter(), 0
+class Run(NamedTuple):
+    """What a command took; RSS is the largest sum over it and its children."""
+
+    seconds: float
+    cpu_seconds: float
+    rss_nbytes: int
+
+
+def watch(command: list[str]) -> Run:
+    """Run a command to its end."""
+    started, cpu_before, peak = time.perf_counter(), cpu_seconds(), 0
     process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while process.poll() is None:
         try:
@@ -110,7 +121,13 @@ def watch(command: list[str]) -> tuple[float, int]:
         time.sleep(0.02)
     if process.returncode:
         raise SystemExit(f"{command} failed: {process.stderr.read().decode()[-500:]}")
-    return time.perf_counter() - started, peak
+    return Run(time.perf_counter() - started, cpu_seconds() - cpu_before, peak)
+
+
+def cpu_seconds() -> float:
+    """Processor time of all children that have ended, theirs included."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def jobs(folder: Path, weights: list[str], threads: int) -> dict[str, list[str]]:
@@ -149,18 +166,18 @@ def main() -> None:
     make_checkpoint(args.folder, args.gigabytes * 1e9, args.dtype)
     nbytes = sum(path.stat().st_size for path in args.folder.glob("*.safetensors"))
     print(f"{nbytes / 1e9:.2f} GB of {args.dtype}, {args.rounds} rounds, {args.threads} threads\n")
-    found: dict[str, list[tuple[float, int]]] = {}
+    found: dict[str, list[Run]] = {}
     for _ in range(args.rounds):
         for name, command in jobs(args.folder, args.weights, args.threads).items():
             found.setdefault(name, []).append(watch(command))
-            print(f"{name}: {found[name][-1][0]:.1f} s", file=sys.stderr, flush=True)
-    print("| | s: median (all) | MB/s of input | peak RSS, MB |\n| --- | --- | ---: | ---: |")
+            print(f"{name}: {found[name][-1].seconds:.1f} s", file=sys.stderr, flush=True)
+    print("| | s: median (all) | MB/s of input | CPU, s | peak RSS, MB |\n| --- | --- | ---: | ---: | ---: |")
     for name, runs in found.items():
-        seconds = [run[0] for run in runs]
-        median = statistics.median(seconds)
-        spread = ", ".join(f"{value:.1f}" for value in sorted(seconds))
+        seconds = sorted(run.seconds for run in runs)
+        median, cpu = statistics.median(seconds), statistics.median(run.cpu_seconds for run in runs)
+        spread, rss = ", ".join(f"{value:.1f}" for value in seconds), max(run.rss_nbytes for run in runs)
         print(
-            f"| {name} | {median:.1f} ({spread}) | {nbytes / 1e6 / median:.0f} | {max(r[1] for r in runs) / 1e6:.0f} |"
+            f"| {name} | {median:.1f} ({spread}) | {nbytes / 1e6 / median:.0f} | {cpu:.1f} | {rss / 1e6:.0f} |"
         )
     for name in ("whole.gguf", "out.gguf"):
         (args.folder / name).unlink()

@@ -112,8 +112,6 @@ def _rope(keys: Keys, dim: int, layout: RopeLayout) -> RopeSpec:
     if not isinstance(factor, int | float) or isinstance(factor, bool) or not factor > 0:
         keys.fail(f"key {keys.arch}.rope.scaling.factor is {factor!r}, a positive number was expected")
     if kind == "linear":
-        if keys.arch == "deepseek2":  # llama.cpp would scale its scores as for YaRN
-            keys.unsupported("deepseek2 with a RoPE factor without YaRN")
         return replace(plain, factors=(float(factor),) * (dim // 2))
     if kind != "yarn":
         keys.unsupported(f"RoPE scaling {kind!r}")
@@ -132,6 +130,8 @@ def _mla(keys: Keys, shapes: Shapes, layer: int) -> LayerSpec:
             keys.fail(f"deepseek2.attention.{key} is {value}, the latent cache implies {implied}")
     rope = _rope(keys, rope_dim, "interleaved")
     scale = 0.0
+    if rope.factors:
+        scale = linear_score_scale(rope.factors[0], head_dim)
     multiplier = keys.optional("rope.scaling.yarn_log_multiplier")
     if rope.yarn and isinstance(multiplier, float) and multiplier:
         scale = (1 + multiplier * log(rope.yarn.factor)) ** 2 * head_dim**-0.5
@@ -147,6 +147,11 @@ def _mla(keys: Keys, shapes: Shapes, layer: int) -> LayerSpec:
     if layer < keys.integer("leading_dense_block_count", 0, least=0):
         return _layer(keys, attention)
     return replace(_layer(keys, attention), experts=_experts(keys, shapes, layer))
+
+
+def linear_score_scale(factor: float, head_dim: int) -> float:
+    """What `deepseek2` multiplies scores by where RoPE is scaled by `factor`, as if that were YaRN's."""
+    return float((1 + 0.1 * log(factor)) ** 2 / sqrt(head_dim))
 
 
 def _experts(keys: Keys, shapes: Shapes, layer: int) -> Experts:

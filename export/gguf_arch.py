@@ -13,7 +13,7 @@ import numpy as np
 from edgekv.export.minicpm3 import can_fold, folded
 
 from edgekv.errors import UnsupportedError
-from edgekv.gguf_layers import GEMMA_27B, NOPE_INTERVAL, SIGMOID
+from edgekv.gguf_layers import GEMMA_27B, NOPE_INTERVAL, SIGMOID, linear_score_scale
 from edgekv.gguf_spec import JOINT_KV_B, ROPE_FACTORS, ROPE_FREQS
 from edgekv.source import Array, LazySource, MetaValue, TensorSource
 from edgekv.spec import GQA, MLA, ModelSpec, RopeSpec
@@ -213,10 +213,12 @@ def _latent_keys(spec: ModelSpec, attention: MLA) -> dict[str, MetaValue]:
         _refuse(spec, f"llama.cpp takes a model of {spec.n_layers} layers for one without low-rank queries")
     if attention.rope.dim and attention.rope.layout != "interleaved":
         _refuse(spec, "its rope pairs are not neighbours")
-    if attention.rope.factors:
+    factors = attention.rope.factors
+    if factors and not _is_linear(attention.rope):
         _refuse(spec, "its graph takes no rope factors")
-    if attention.scale and not attention.rope.yarn:
-        _refuse(spec, "its scores have a scale of their own")
+    wanted = linear_score_scale(factors[0], attention.head_dim) if factors else attention.head_dim**-0.5
+    if not attention.rope.yarn and not isclose(attention.score_scale, wanted, rel_tol=1e-6):
+        _refuse(spec, f"its scores are scaled by {attention.score_scale:g}, llama.cpp's by {wanted:g}")
     keys: dict[str, MetaValue] = {
         "attention.head_count_kv": 1,
         "attention.q_lora_rank": attention.q_lora_rank,

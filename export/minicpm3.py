@@ -1,7 +1,8 @@
 """MiniCPM3 as `deepseek2`, which caches its latent where llama.cpp's own `minicpm3` decompresses keys and values.
 
-Possible without LongRoPE factors, which `deepseek2` cannot take. MiniCPM's scales (arXiv 2404.06395, appendix A)
-go into the weights they multiply, and rope dims become neighbours.
+Possible where all LongRoPE factors are one, a linear scaling; `deepseek2` takes no others. MiniCPM's scales (arXiv
+2404.06395, appendix A) go into the weights they multiply, LongRoPE's magnitude into the queries, and rope dims become
+neighbours.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from functools import partial
 
 import numpy as np
 
+from edgekv.gguf_layers import linear_score_scale
 from edgekv.source import Array, LazySource, TensorSource
 from edgekv.spec import MLA, ModelSpec
 
@@ -21,7 +23,7 @@ def can_fold(spec: ModelSpec) -> bool:
     attention = spec.layers[0].attention
     if spec.arch != "minicpm3" or not isinstance(attention, MLA) or attention.scale:
         return False
-    return replace(attention.rope, factors=()).is_plain and set(attention.rope.factors) <= {1.0}
+    return attention.rope.yarn is None and len(set(attention.rope.factors)) <= 1
 
 
 def folded(source: TensorSource) -> TensorSource:
@@ -35,7 +37,9 @@ def folded(source: TensorSource) -> TensorSource:
             out.add(name, source.shape(name), _scaled(source, name, spec.embedding_scale))
         elif tensor in scales:
             out.add(name, source.shape(name), _scaled(source, name, scales[tensor]))
-        elif tensor in ("attn_q_b.weight", "attn_kv_a_mqa.weight"):
+        elif tensor == "attn_q_b.weight":
+            out.add(name, source.shape(name), partial(_queries, source, name))
+        elif tensor == "attn_kv_a_mqa.weight":
             out.add(name, source.shape(name), partial(_neighbours, source, name))
         elif name != "output.weight":
             out.borrow(source, name)
@@ -47,8 +51,11 @@ def folded(source: TensorSource) -> TensorSource:
 def _plain_spec(spec: ModelSpec) -> ModelSpec:
     layers = []
     for layer in spec.layers:
-        rope = replace(layer.attention.rope, layout="interleaved", factors=())
-        layers.append(replace(layer, attention=replace(layer.attention, rope=rope)))
+        attention = layer.attention
+        factors = () if set(attention.rope.factors) <= {1.0} else attention.rope.factors
+        rope = replace(attention.rope, layout="interleaved", factors=factors, magnitude=1.0)
+        scale = linear_score_scale(factors[0], attention.head_dim) if factors else 0.0
+        layers.append(replace(layer, attention=replace(attention, rope=rope, scale=scale)))
     return replace(
         spec,
         arch="deepseek2",
@@ -62,6 +69,18 @@ def _plain_spec(spec: ModelSpec) -> ModelSpec:
 
 def _scaled(source: TensorSource, name: str, scale: float) -> Callable[[], Array]:
     return lambda: source.load(name) * np.float32(scale)
+
+
+def _queries(source: TensorSource, name: str) -> Array:
+    """attn_q_b whose scores come out as `deepseek2` scales them: rope's magnitude and its linear factor undone."""
+    attention = source.spec.layers[0].attention
+    assert isinstance(attention, MLA)
+    rope, weight = attention.rope, _neighbours(source, name)
+    heads = weight.reshape(attention.n_heads, attention.head_dim, -1)
+    heads[:, attention.nope_dim :] *= np.float32(rope.magnitude**2)  # of the queries and of the key
+    factor = rope.factors[0] if rope.factors else 1.0
+    heads *= np.float32(attention.score_scale / linear_score_scale(factor, attention.head_dim))
+    return weight
 
 
 def _neighbours(source: TensorSource, name: str) -> Array:

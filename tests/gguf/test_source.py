@@ -227,6 +227,15 @@ def test_dense_deepseek2_opens(tmp_path: Path) -> None:
     assert attention == MLA(2, 6, 3, 4, RopeSpec(10000.0, 2))
 
 
+def test_deepseek2_scales_scores_with_its_rope(tmp_path: Path) -> None:
+    """As deepseek2.cpp does, whose graph takes every factor for YaRN's."""
+    keys = MLA_KEYS | {"rope.scaling.factor": 4.0}
+    write_tiny(tmp_path / "tiny.gguf", keys, MLA_SHAPES, arch="deepseek2")
+    attention = GGUFSource(tmp_path / "tiny.gguf").spec.layers[0].attention
+    assert attention.rope.factors == (4.0,)
+    assert attention.score_scale == pytest.approx((1 + 0.1 * np.log(4)) ** 2 / 5**0.5)
+
+
 @pytest.mark.parametrize(
     ("changes", "kind", "phrase"),
     [
@@ -239,7 +248,7 @@ def test_dense_deepseek2_opens(tmp_path: Path) -> None:
         ({"attention.value_length": 8}, ModelFileError, "value_length is 8"),
         ({"attention.kv_lora_rank": 0}, ModelFileError, "kv_lora_rank"),
         ({"attention.value_length_mla": 3}, ModelFileError, "attn_v_b.weight has shape"),
-        ({"rope.scaling.factor": 4.0}, UnsupportedError, "without YaRN"),
+        ({"rope.scaling.factor": -4.0}, ModelFileError, "a positive number"),
     ],
 )
 def test_deepseek2_keys_that_contradict_the_tensors(

@@ -96,6 +96,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_scaling": {**_LONGROPE, "original_max_position_embeddings": 256},
         },
     ),
+    "minicpm3-equal": (
+        "MiniCPM3",
+        {
+            **_LATENT,
+            "q_lora_rank": 24,
+            "initializer_range": 0.1,
+            "rope_scaling": {
+                **dict.fromkeys(("short_factor", "long_factor"), [3.0] * 8),
+                "rope_type": "longrope",
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
     "deepseek2-lite": ("DeepseekV2", {**_LATENT, **_EXPERTS, "topk_method": "greedy", "rope_scaling": _YARN}),
     "deepseek2-grouped": (
         "DeepseekV2",
