@@ -23,6 +23,7 @@ from edgekv.pre_tokenize import PRE_TYPES, splitters
 from edgekv.source import MetaValue, TensorSource, open_source
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
+_TIKTOKEN = "tiktoken.model"
 _PREFERRED = ("llama-bpe", "qwen2", "smollm", "gpt-2", "deepseek-v3", "deepseek-llm", "tekken", "gpt-4o")
 
 
@@ -56,7 +57,15 @@ def read_tokenizer(folder: Path, n_vocab: int) -> dict[str, MetaValue]:
     path = folder / "tokenizer.json"
     if path.is_file():
         return _read_json(path, n_vocab)
-    return read_sentencepiece(folder, n_vocab) if (folder / NAME).is_file() else {}
+    if (folder / NAME).is_file():
+        return read_sentencepiece(folder, n_vocab)
+    if (folder / _TIKTOKEN).is_file():
+        raise UnsupportedError(
+            f"{folder}: has Kimi's {_TIKTOKEN}; llama.cpp's 'kimi-k2' cuts words at combining marks (Hindi, Thai), "
+            "Kimi's own tokenizer does not: tokens would differ; llama.cpp's convert_hf_to_gguf.py writes it all the "
+            "same, and `edgekv quantize` takes that GGUF"
+        )
+    return {}
 
 
 def _read_json(path: Path, n_vocab: int) -> dict[str, MetaValue]:

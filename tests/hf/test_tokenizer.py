@@ -168,6 +168,11 @@ def test_tokenizers_that_llama_cpp_would_change(tmp_path: Path) -> None:
 
 def test_no_or_broken_tokenizer(tmp_path: Path) -> None:
     assert read_tokenizer(tmp_path, 10) == {}
+    (tmp_path / "tiktoken.model").write_bytes(b"IQ== 0\n")
+    with pytest.raises(
+        UnsupportedError, match=r"'kimi-k2' cuts words at combining marks.*; llama.cpp's convert"
+    ):
+        read_tokenizer(tmp_path, 10)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelFileError, match="not a sound tokenizer"):
         read_tokenizer(tmp_path, 10)
