@@ -49,6 +49,10 @@ def read_header(path: Path) -> GGUFHeader:
         ModelFileError: the file is not a sound GGUF, or it cannot be read.
     """
     try:
+        if (path / "config.json").is_file():
+            raise ModelFileError(
+                f"{path}: is a model folder, and llama.cpp runs GGUF; make one: edgekv export gguf {path} -o MODEL.gguf"
+            )
         if path.is_dir():
             raise ModelFileError(f"{path}: is a folder; name the .gguf file inside it")
         if path.exists() and not path.is_file():

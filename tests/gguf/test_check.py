@@ -188,6 +188,10 @@ def test_what_is_not_a_file(tmp_path: Path) -> None:
         check_gguf(tmp_path / "absent.gguf")
     with pytest.raises(ModelFileError, match="is a folder"):
         check_gguf(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text("{}")
+    with pytest.raises(ModelFileError, match=r"make one: edgekv export gguf .*folder -o"):
+        check_gguf(tmp_path / "folder")
     (tmp_path / "plain").write_bytes(b"x")
     with pytest.raises(ModelFileError, match="cannot be read"):
         check_gguf(tmp_path / "plain" / "model.gguf")
