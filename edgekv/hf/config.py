@@ -80,9 +80,6 @@ def _qwen3(config: Fields, layer: int) -> LayerSpec:
 
 
 def _phi3(config: Fields, layer: int) -> LayerSpec:
-    rope = config.inner("rope_parameters")
-    for fields in (config, rope) if rope else (config,):
-        fields.require("partial_rotary_factor", (1, 1.0), "a rotary embedding of a part of each head")
     return _swiglu(config, replace(_gqa(config), window=config.integer("sliding_window", 0, least=0)))
 
 

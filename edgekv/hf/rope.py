@@ -25,6 +25,8 @@ def read_rope(
     fields = config.inner("rope_parameters") or config.inner("rope_scaling")
     if fields and kind and (of_kind := fields.inner(kind)):
         fields = of_kind
+    for part in (config, fields) if fields else (config,):
+        part.require("partial_rotary_factor", (1, 1.0), "a rotary embedding of a part of each head")
     theta = config.number("rope_theta", default_theta)
     if not fields:
         return RopeSpec(theta, dim, layout)

@@ -175,6 +175,8 @@ def test_config_without_a_field(folder: Path, field: str, edit_config: Edit) -> 
         ({"model_type": "kimi_linear"}, UnsupportedError, "linear attention, which keeps a state"),
         ({"model_type": "longcat_flash"}, UnsupportedError, "two attentions .*; llama.cpp has no graph"),
         ({"rope_parameters": {"rope_type": "dynamic"}}, UnsupportedError, "RoPE scaling 'dynamic'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, UnsupportedError, "a part of each head"),
+        ({"partial_rotary_factor": 0.75}, UnsupportedError, "a part of each head"),
         ({"rope_parameters": {"rope_type": "llama3"}}, ModelFileError, "rope_parameters.factor is missing"),
         ({"rope_parameters": 3}, ModelFileError, "rope_parameters is 3, an object"),
     ],
