@@ -12,9 +12,7 @@ from edgekv.hf.fields import Fields
 
 # model_type of the whole: of its language model, where text_config does not say. In all of these it is a causal
 # model like any other; pictures come in as embeddings.
-_WHOLES = MappingProxyType(
-    {"gemma3": "gemma3_text", "mistral3": "mistral", "kimi_k25": "kimi_k2", "kimi_vl": "deepseek_v3"}
-)
+_WHOLES = MappingProxyType({"gemma3": "gemma3_text", "mistral3": "mistral", "kimi_k25": "kimi_k2"})
 _SHARED = ("tie_word_embeddings", "quantization_config")  # fields of the whole model that rule the part
 _DEFAULTS: Mapping[Any, Mapping[str, Any]] = MappingProxyType(
     {  # Gemma3TextConfig's, of which Google's folders leave out most
@@ -63,5 +61,7 @@ def text_name(name: str) -> str | None:
         return None
     for prefix in _PREFIXES:
         if name.startswith(prefix):
-            return "model." + name.removeprefix(prefix)
+            plain = "model." + name.removeprefix(prefix)
+            # transformers 5.23 saves Kimi K2.5 so: its renaming of the picture part's layers meets the text's too.
+            return plain.replace("model.blocks.", "model.layers.")
     return name.removeprefix("language_model.") if name.startswith(_HEAD) else name

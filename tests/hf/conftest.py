@@ -175,6 +175,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 _EYES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 WITH_PICTURES: dict[str, tuple[str, str, dict[str, Any]]] = {  # name: (family, language model, vision_config)
     "gemma3-pictures": ("Gemma3", "gemma3", {**_EYES, "image_size": 28, "patch_size": 14}),
+    "kimi-k25": ("Kimi_K25", "kimi-k2", {**_EYES, "patch_size": 14, "pos_emb_height": 4, "pos_emb_width": 4}),
     "mistral3-pictures": (
         "Mistral3",
         "mistral",
