@@ -16,6 +16,7 @@ _TRIM = (
     "if a shorter context will do, set max_position_embeddings to the window and sliding_window to null in "
     "config.json"
 )
+_AVOIDABLE = ("a sliding window", "layers that differ")  # some have windows, and the others have not
 _WHY: Mapping[str, tuple[str, str]] = MappingProxyType(
     {  # of ModelSpec.peculiarities: (why, what to do)
         "QK-norm": (
@@ -40,20 +41,19 @@ _WHY: Mapping[str, tuple[str, str]] = MappingProxyType(
 
 
 def obstacle(spec: ModelSpec) -> str | None:
-    """Why the model cannot be converted and what to do, or None if it can."""
+    """Why the model cannot be converted and what to do, or None if it can.
+
+    What a user can take away is named only where nothing else stands in the way.
+    """
     if isinstance(spec.layers[0].attention, MLA):
         return f"{spec.name} already has MLA; convert takes a GQA or MHA model"
     found = spec.peculiarities
-    if not found:
-        return _layout_obstacle(spec)
-    name = next((name for name in _WHY if name in found), found[0])
+    lasting = [name for name in found if name not in _AVOIDABLE]
+    name = next((name for name in _WHY if name in lasting), lasting[0] if lasting else None)
+    if name is None and spec.layers[0].attention.rope.layout != "interleaved":
+        return f"{spec.name} ({spec.arch}) pairs dims for RoPE by halves, which convert does not read; {_AS_IT_IS}"
+    name = name or next(iter(found), None)
+    if name is None:
+        return None
     why, remedy = _WHY.get(name, ("a deepseek2 graph does not compute it", _AS_IT_IS))
     return f"{spec.name} has {name} and cannot become MLA: {why}; {remedy}"
-
-
-def _layout_obstacle(spec: ModelSpec) -> str | None:
-    if spec.layers[0].attention.rope.layout == "interleaved":
-        return None
-    return (
-        f"{spec.name} ({spec.arch}) pairs dims for RoPE by halves, which convert does not read; {_AS_IT_IS}"
-    )

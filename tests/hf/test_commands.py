@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from edgekv.cli.main import cli
 from edgekv.errors import UnsupportedError
+from edgekv.hf.source import HFSource
+from edgekv.model import ReferenceModel
 from edgekv.source import open_source
 
-from .conftest import Zoo
+from .conftest import TOKENS, Zoo
 
 
 def run(*args: object) -> str:
@@ -48,6 +53,29 @@ def test_convert_refuses_with_a_reason(name: str, zoo: Zoo, tmp_path: Path) -> N
     with pytest.raises(UnsupportedError, match=r"cannot become MLA: .*; |already has MLA"):
         CliRunner().invoke(cli, args, catch_exceptions=False)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "phrase"),
+    [
+        ("mistral", "set max_position_embeddings to the window"),
+        ("gemma2", "attention softcapping and cannot"),
+        ("phi", "pairs dims for RoPE by halves"),
+        ("qwen2-window", "biases on queries"),
+    ],
+)
+def test_a_window_is_blamed_where_it_alone_stands_in_the_way(name: str, phrase: str, zoo: Zoo) -> None:
+    assert phrase in json.loads(run("inspect", zoo.folder(name), "--json"))["obstacle"]
+
+
+def test_a_window_that_was_taken_away(zoo: Zoo, tmp_path: Path, edit_config: Callable[..., None]) -> None:
+    """What the refusal of Mistral advises leaves nothing in the way, and computes the same within the window."""
+    folder = Path(shutil.copytree(zoo.folder("mistral"), tmp_path / "model"))
+    edit_config(folder, max_position_embeddings=24, sliding_window=None)
+    assert json.loads(run("inspect", folder, "--json"))["could_become"]
+    model = ReferenceModel(HFSource(folder))
+    logits = model.logits(model.hidden(TOKENS[:24], model.new_cache(24)))
+    assert np.abs(logits - zoo.logits("mistral")[:24]).max() <= 1e-4
 
 
 def test_convert(zoo: Zoo, tmp_path: Path) -> None:
