@@ -118,7 +118,7 @@ def watch(command: list[str]) -> Run:
             peak = max(peak, sum(member.memory_info().rss for member in family))
         except psutil.Error:
             pass
-        time.sleep(0.02)
+        time.sleep(0.1)
     if process.returncode:
         raise SystemExit(f"{command} failed: {process.stderr.read().decode()[-500:]}")
     return Run(time.perf_counter() - started, cpu_seconds() - cpu_before, peak)
@@ -170,7 +170,7 @@ def main() -> None:
     for _ in range(args.rounds):
         for name, command in jobs(args.folder, args.weights, args.threads).items():
             found.setdefault(name, []).append(watch(command))
-            print(f"{name}: {found[name][-1].seconds:.1f} s", file=sys.stderr, flush=True)
+            print(f"{name}: {found[name][-1]}", file=sys.stderr, flush=True)
     print("| | s: median (all) | MB/s of input | CPU, s | peak RSS, MB |\n| --- | --- | ---: | ---: | ---: |")
     for name, runs in found.items():
         seconds = sorted(run.seconds for run in runs)

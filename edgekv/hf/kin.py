@@ -22,7 +22,7 @@ _KIN: Mapping[str, tuple[str, str]] = MappingProxyType(
         "kimi_linear": (_LINEAR, _ELSEWHERE),
         "glm5_next_text": (_LINEAR, _ELSEWHERE),
         "mistral4": (
-            "its queries grow with their position (llama_4_scaling_beta), which the latent's graph leaves out",
+            "its queries grow with their position (llama_4_scaling_beta), which EdgeKV does not compute",
             _ELSEWHERE,
         ),
         "longcat_flash": ("each layer has two attentions and experts beside them", _NOWHERE),
