@@ -1,0 +1,91 @@
+#!/bin/bash
+# EdgeKV on a CUDA card, on a machine that reaches no network: benchmarks/cuda/README.md. In the repository's root:
+#   benchmarks/cuda/run.sh build WHEELS               llama.cpp with CUDA, from the sdist in the folder WHEELS
+#   benchmarks/cuda/run.sh models [ORIGINAL.gguf]     the files to measure; beside the build if need be
+#   benchmarks/cuda/run.sh bench REPORTS              JSON reports into the folder REPORTS
+# All of it lives in $EDGEKV_CUDA (default /tmp/edgekv-cuda); nothing is installed outside.
+set -euo pipefail
+work=${EDGEKV_CUDA:-/tmp/edgekv-cuda} sources=$(cd "$(dirname "$0")/../.." && pwd)
+site=$work/site models=$work/models tree=$work/tree
+mkdir -p "$site" "$models" "$tree/edgekv"
+# As wheels would lay it out, from the files as they are.
+for path in "$sources"/edgekv/*; do ln -sfn "$path" "$tree/edgekv/"; done
+for room in quant export devices; do ln -sfn "$sources/$room" "$tree/edgekv/$room"; done
+
+# PyTorch's wheels hold cuBLAS where the toolkit has none; the driver's library is wherever the loader finds it.
+pip_cuda=$(python3 -c "import nvidia; print(*(f'{path}/cu13' for path in nvidia.__path__))" 2>/dev/null || true)
+first_of() { { ls "$@" 2>/dev/null || true; } | head -1; }
+toolkit=$(dirname "$(dirname "$(first_of /usr/local/cuda/bin/nvcc /usr/local/cuda-*/bin/nvcc)")")
+library_of() { first_of "$toolkit"/lib64/lib"$1".so* "$toolkit"/lib/lib"$1".so* "${pip_cuda:-/none}"/lib/lib"$1".so*; }
+cublas=$(library_of cublas)
+cublas_lt=$(library_of cublasLt)
+driver=$(first_of /usr/local/nvidia/lib*/libcuda.so* /usr/lib/x86_64-linux-gnu/libcuda.so*)
+export PYTHONPATH=$tree:$site
+export LD_LIBRARY_PATH=${cublas:+$(dirname "$cublas"):}$toolkit/lib64:${LD_LIBRARY_PATH:-}
+
+build() { # build WHEELS
+    local header flags
+    header=$(first_of "$toolkit"/include/cublas_v2.h "${pip_cuda:-/none}"/include/cublas_v2.h)
+    flags="-DGGML_CUDA=on -DCMAKE_CUDA_ARCHITECTURES=90 -DGGML_CUDA_NCCL=off -DLLAVA_BUILD=OFF
+        -DCUDAToolkit_ROOT=$toolkit -DCUDA_cublas_LIBRARY=$cublas -DCUDA_cublasLt_LIBRARY=$cublas_lt
+        -DCMAKE_CUDA_FLAGS=-I$(dirname "$header")"
+    if [ -n "$driver" ]; then flags+=" -DCUDA_cuda_driver_LIBRARY=$driver"; else flags+=" -DGGML_CUDA_NO_VMM=ON"; fi
+    python3 -m pip install --quiet --no-index --no-deps --upgrade --target "$site" "$1"/*.whl
+    CUDACXX=$toolkit/bin/nvcc CMAKE_BUILD_PARALLEL_LEVEL=$(nproc) CMAKE_ARGS="$flags ${CMAKE_ARGS:-}" \
+        python3 -m pip install --no-index --no-deps --no-build-isolation --upgrade --target "$site" \
+        --config-settings=build-dir="$work/build" -v "$1"/llama_cpp_python-*.tar.gz
+    gpu_there
+}
+
+gpu_there() {
+    python3 -c "from edgekv.backends.llama_native import llama
+print('llama.cpp:', llama().llama_print_system_info().decode())
+print('offloads to a card:', bool(llama().llama_supports_gpu_offload()))"
+}
+
+models() { # models [ORIGINAL.gguf]
+    if [ -n "${1:-}" ]; then
+        cp "$1" "$models/smollm2.gguf"
+        for healed in "$sources"/models/*.safetensors; do
+            name=$(basename "$healed" .safetensors)
+            python3 -m edgekv convert "$1" -o "$models/${name/-instruct/}.gguf" --force --healed "$healed"
+        done
+    fi
+    python3 "$sources/benchmarks/cuda/llama_1b.py" "$models"
+}
+
+# One report a cache type and pair of models: each has its time, so that a slow one costs no other its report.
+measure() { # measure NAME SECONDS CACHE REPEATS MODEL...
+    local name=$1 seconds=$2 cache=$3 repeats=$4 started=$SECONDS
+    shift 4
+    ls "$@" >/dev/null || return 0
+    timeout -k 5 "$seconds" python3 -m edgekv bench "$@" -c "$cache" -d 0,2048,7600 -p 512 -n 32 -r "$repeats" \
+        -o "$reports/$name.json" --force >"$reports/$name.txt" 2>"$work/$name.log" ||
+        { echo "$name: exit code $?"; tail -3 "$work/$name.log"; }
+    echo "$name: $((SECONDS - started)) s"
+}
+
+bench() { # bench REPORTS
+    reports=$1
+    mkdir -p "$reports"
+    gpu_there
+    local latents=("$models"/smollm2-135m-*.gguf) pair=("$models"/llama-1b-q8_0.gguf "$models"/llama-1b-mla-256-q8_0.gguf)
+    measure cuda-llama-1b-f16 80 f16 5 "${pair[@]}"
+    measure cuda-smollm2-f16 80 f16 5 "$models/smollm2.gguf" "${latents[@]}"
+    # Does the card compute what the reference does?
+    timeout 60 python3 -m edgekv verify "${latents[0]}" --cache-type f16 --tokens 128 --tolerance 0.05 --json \
+        >"$reports/cuda-verify.json" || echo "verify: exit code $?"
+    measure cuda-llama-1b-q8_0 60 q8_0 3 "${pair[@]}"
+    measure cuda-smollm2-q8_0 60 q8_0 3 "$models/smollm2.gguf" "${latents[@]}"
+    measure cuda-smollm2-q4_0 60 q4_0 3 "$models/smollm2.gguf" "${latents[@]}"
+    measure cuda-llama-1b-q4_0 60 q4_0 3 "${pair[@]}"
+    for model in "${pair[@]}"; do
+        timeout 40 python3 "$sources/benchmarks/cuda/profile.py" "$model" 7600 \
+            >"$reports/cuda-profile-$(basename "$model" .gguf).json" || echo "profile: exit code $?"
+    done
+}
+
+case ${1:-} in
+    build | models | bench) "$@" ;;
+    *) sed -n '2,6s/^# //p' "$0" >&2; exit 2 ;;
+esac
