@@ -3,7 +3,7 @@
 #   benchmarks/cuda/run.sh build WHEELS               llama.cpp with CUDA, from the sdist in the folder WHEELS
 #   benchmarks/cuda/run.sh models [ORIGINAL.gguf]     the files to measure; beside the build if need be
 #   benchmarks/cuda/run.sh bench REPORTS              JSON reports into the folder REPORTS
-# All of it lives in $EDGEKV_CUDA (default /tmp/edgekv-cuda); nothing is installed outside.
+# All of it lives in $EDGEKV_CUDA (default /tmp/edgekv-cuda); nothing is installed outside. $DEPTHS: 0,2048,7600.
 set -euo pipefail
 work=${EDGEKV_CUDA:-/tmp/edgekv-cuda} sources=$(cd "$(dirname "$0")/../.." && pwd)
 site=$work/site models=$work/models tree=$work/tree
@@ -54,14 +54,16 @@ models() { # models [ORIGINAL.gguf]
     python3 "$sources/benchmarks/cuda/llama_1b.py" "$models"
 }
 
+there() { ls "$@" >/dev/null; } # says which are not
+
 # One report a cache type and pair of models: each has its time, so that a slow one costs no other its report.
 measure() { # measure NAME SECONDS CACHE REPEATS MODEL...
     local name=$1 seconds=$2 cache=$3 repeats=$4 started=$SECONDS
     shift 4
-    ls "$@" >/dev/null || return 0
-    timeout -k 5 "$seconds" python3 -m edgekv bench "$@" -c "$cache" -d 0,2048,7600 -p 512 -n 32 -r "$repeats" \
+    there "$@" || return 0
+    timeout -k 5 "$seconds" python3 -m edgekv bench "$@" -c "$cache" -d "${DEPTHS:-0,2048,7600}" -p 512 -n 32 -r "$repeats" \
         -o "$reports/$name.json" --force >"$reports/$name.txt" 2>"$work/$name.log" ||
-        { echo "$name: exit code $?"; tail -3 "$work/$name.log"; }
+        { echo "$name: exit code $?"; tail -3 "$work/$name.log"; rm -f "$reports/.$name".*.partial; }
     echo "$name: $((SECONDS - started)) s"
 }
 
@@ -73,13 +75,14 @@ bench() { # bench REPORTS
     measure cuda-llama-1b-f16 80 f16 5 "${pair[@]}"
     measure cuda-smollm2-f16 80 f16 5 "$models/smollm2.gguf" "${latents[@]}"
     # Does the card compute what the reference does?
-    timeout 60 python3 -m edgekv verify "${latents[0]}" --cache-type f16 --tokens 128 --tolerance 0.05 --json \
-        >"$reports/cuda-verify.json" || echo "verify: exit code $?"
+    there "${latents[0]}" && { timeout 60 python3 -m edgekv verify "${latents[0]}" --cache-type f16 --tokens 128 \
+        --tolerance 0.05 --json >"$reports/cuda-verify.json" || echo "verify: exit code $?"; }
     measure cuda-llama-1b-q8_0 60 q8_0 3 "${pair[@]}"
     measure cuda-smollm2-q8_0 60 q8_0 3 "$models/smollm2.gguf" "${latents[@]}"
     measure cuda-smollm2-q4_0 60 q4_0 3 "$models/smollm2.gguf" "${latents[@]}"
     measure cuda-llama-1b-q4_0 60 q4_0 3 "${pair[@]}"
     for model in "${pair[@]}"; do
+        there "$model" || continue
         timeout 40 python3 "$sources/benchmarks/cuda/profile.py" "$model" 7600 \
             >"$reports/cuda-profile-$(basename "$model" .gguf).json" || echo "profile: exit code $?"
     done
