@@ -26,7 +26,7 @@ def main() -> None:
     decode_ms(backend)  # warm: the kernels are loaded, the CUDA graph is captured
     plain_ms = decode_ms(backend)
     backend.trim(depth)
-    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as seen:
         profiled_ms = decode_ms(backend)
     times_us: Counter[str] = Counter()
     counts: Counter[str] = Counter()
@@ -43,6 +43,7 @@ def main() -> None:
         "kernels": [
             {"name": name[:160], "us_a_token": round(us, 2), "launches_a_token": counts[name] / TOKENS}
             for name, us in times_us.most_common(25)
+            if us
         ],
     }
     print(json.dumps(report, indent=1))
