@@ -12,8 +12,11 @@ import click
 @click.option("--markdown", "form", flag_value="markdown", help="Print Markdown tables.")
 @click.option("--json", "form", flag_value="json", help="Print all runs and warnings as JSON.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page with charts here.")
-@click.option("--force", is_flag=True, help="Replace the page if it exists.")
-def command(reports: tuple[Path, ...], form: str | None, html: Path | None, force: bool) -> None:
+@click.option("--svg", type=click.Path(path_type=Path), help="Draw all runs as one picture here.")
+@click.option("--force", is_flag=True, help="Replace what exists.")
+def command(
+    reports: tuple[Path, ...], form: str | None, html: Path | None, svg: Path | None, force: bool
+) -> None:
     """Compare reports of `edgekv bench` or `llama-bench -o json`, from any machines.
 
     Prints speed, memory and where each figure comes from. The page holds charts as well; it is one file
@@ -21,7 +24,7 @@ def command(reports: tuple[Path, ...], form: str | None, html: Path | None, forc
 
     \b
     edgekv compare run.json
-    edgekv compare pi5.json pi4.json --html boards.html
+    edgekv compare pi5.json pi4.json --html boards.html --svg boards.svg
     edgekv compare run.json llama-bench.json --markdown >> notes.md
     """
     from edgekv.devices import compare
@@ -34,6 +37,12 @@ def command(reports: tuple[Path, ...], form: str | None, html: Path | None, forc
         with atomic_path(html, force) as partial:
             partial.write_text(html_page(sources), encoding="utf-8")
         click.echo(f"page: {html}", err=True)
+    if svg is not None:
+        from edgekv.devices.picture import picture
+
+        with atomic_path(svg, force) as partial:
+            partial.write_text(picture(sources), encoding="utf-8")
+        click.echo(f"picture: {svg}", err=True)
     if form == "json":
         click.echo(compare.as_json(sources))
     elif form == "markdown":
