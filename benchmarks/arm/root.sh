@@ -75,6 +75,5 @@ rm -rf "$root/edgekv"
 wheel=$(mktemp -d)
 $slowly "$python" -m pip wheel --quiet --no-deps --wheel-dir "$wheel" "$sources"
 install edgekv --no-deps "$wheel"/*.whl
-rm -rf "$wheel" "$root/tests" "$root/models"
+rm -rf "$wheel" "$root/tests"
 cp -r "$sources/tests" "$root/tests"
-mkdir -p "$root/models"
