@@ -5,12 +5,13 @@ Both mirror src/llama-vocab.cpp: llm_tokenizer_bpe_session and llm_tokenizer_spm
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from array import array
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
-from tokenizers import Regex, models, pre_tokenizers
-from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import Regex, pre_tokenizers
 
 from edgekv.errors import ModelFileError
 from edgekv.pre_tokenize import PreType, splitters
@@ -25,38 +26,40 @@ _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 BYTE_OF_LETTER: Mapping[str, int] = {chr(byte): byte for byte in _PRINTABLE} | {
     chr(256 + i): byte for i, byte in enumerate(_OTHERS)
 }
+KNOWN_WORDS = 1 << 13  # words whose tokens are kept: text repeats most of its words
+GONE = -1  # a token that became part of the one before it
 SPACE = "\u2581"  # SentencePiece's visible space
 
 
 class ByteLevel:
-    """GPT-2's byte-level BPE on Hugging Face's `tokenizers`; `tokenizer` is the one that runs."""
+    """GPT-2's byte-level BPE; Hugging Face's `tokenizers` cuts the text into words.
+
+    Its own BPE is as fast, but holds each token as two strings and each merge in a hash map: 20 MB for 49,152 tokens,
+    which a small board needs for the model.
+    """
 
     def __init__(self, vocab: Vocab, metadata: Mapping[str, MetaValue], kind: PreType) -> None:
-        lines = metadata.get("tokenizer.ggml.merges")
-        if not isinstance(lines, list):
-            raise ModelFileError(
-                "the vocabulary has no merges (tokenizer.ggml.merges); export the model again"
-            )
-        # A merge is "left right", and of two equal ones the first counts.
-        pairs = dict.fromkeys(tuple(str(line).split(" ", 1)) for line in lines)
-        merges = [(pair[0], pair[1]) for pair in pairs if len(pair) == 2]
-        try:
-            model = models.BPE(vocab=dict(vocab.ids), merges=merges, ignore_merges=kind.ignore_merges)
-        except Exception as error:  # the extension raises nothing narrower
-            raise ModelFileError(
-                f"the merges do not fit the vocabulary: {error}; export the model again"
-            ) from None
-        steps = [*splitters(kind), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-        # A byte without a token vanishes, yet what stood on its two sides must not merge.
-        if missing := "".join(letter for letter in BYTE_OF_LETTER if letter not in vocab.ids):
-            codes = "".join(rf"\x{{{ord(letter):x}}}" for letter in missing)
-            steps.append(pre_tokenizers.Split(Regex(f"[{codes}]"), "isolated"))
-        self.tokenizer = HFTokenizer(model)
-        self.tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+        self._merges = Merges(vocab.ids, merge_lines(metadata))
+        self._letters = {letter: vocab.ids[letter] for letter in BYTE_OF_LETTER if letter in vocab.ids}
+        self._whole_words = vocab.ids if kind.ignore_merges else {}
+        self._known: dict[str, tuple[int, ...]] = {}
+        self._words = word_splitter(vocab, kind)
 
     def encode(self, text: str, after_special: bool) -> list[int]:
         """Tokens of a text; what stands before it does not matter here."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = []
+        for word, _ in self._words.pre_tokenize_str(text):
+            if (found := self._known.get(word)) is None:
+                if len(self._known) >= KNOWN_WORDS:
+                    self._known.clear()
+                found = self._known[word] = self._encode_word(word)
+            ids += found
+        return ids
+
+    def _encode_word(self, word: str) -> tuple[int, ...]:
+        if (whole := self._whole_words.get(word)) is not None:
+            return (whole,)
+        return self._merges.apply([self._letters[letter] for letter in word if letter in self._letters])
 
     def piece(self, text: str) -> bytes:
         """The bytes that a token's text spells."""
@@ -64,6 +67,78 @@ class ByteLevel:
             bytes([BYTE_OF_LETTER[letter]]) if letter in BYTE_OF_LETTER else letter.encode()
             for letter in text
         )
+
+
+def merge_lines(metadata: Mapping[str, MetaValue]) -> Sequence[object]:
+    """The merges of a GGUF, "left right", the most urgent first.
+
+    Raises:
+        ModelFileError: it has none.
+    """
+    lines = metadata.get("tokenizer.ggml.merges")
+    if not isinstance(lines, list):
+        raise ModelFileError("the vocabulary has no merges (tokenizer.ggml.merges); export the model again")
+    return lines
+
+
+def word_splitter(vocab: Vocab, kind: PreType) -> pre_tokenizers.PreTokenizer:
+    """What cuts a text into words, spelled in GPT-2's letters."""
+    steps = [*splitters(kind), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    # A byte without a token vanishes, yet what stood on its two sides must not merge.
+    if missing := "".join(letter for letter in BYTE_OF_LETTER if letter not in vocab.ids):
+        codes = "".join(rf"\x{{{ord(letter):x}}}" for letter in missing)
+        steps.append(pre_tokenizers.Split(Regex(f"[{codes}]"), "isolated"))
+    return pre_tokenizers.Sequence(steps)
+
+
+class Merges:
+    """Pairs of tokens that become one, by rank: sorted arrays, 16 bytes a merge."""
+
+    def __init__(self, ids: Mapping[str, int], lines: Sequence[object]) -> None:
+        """`lines` are "left right", the most urgent first; of two equal ones the first counts."""
+        found: dict[int, tuple[int, int]] = {}
+        for rank, line in enumerate(lines):
+            left, space, right = str(line).partition(" ")
+            try:
+                if space:
+                    found.setdefault(ids[left] << 32 | ids[right], (rank, ids[left + right]))
+            except KeyError as error:
+                raise ModelFileError(
+                    f"the merges do not fit the vocabulary: no token {error}; export the model again"
+                ) from None
+        pairs = sorted(found)
+        self._pairs = array("q", pairs)  # left << 32 | right
+        self._ranks = array("i", [found[pair][0] for pair in pairs])
+        self._merged = array("i", [found[pair][1] for pair in pairs])
+
+    def apply(self, ids: list[int]) -> tuple[int, ...]:
+        """Merge neighbours until no pair is left: the lowest rank first, then the leftmost. `ids` is used up."""
+        after = [*range(1, len(ids)), -1]
+        before = list(range(-1, len(ids) - 1))
+        queue: list[
+            tuple[int, int, int, int, int, int]
+        ] = []  # (rank, left, right, their tokens, the merged one)
+
+        def offer(left: int, right: int) -> None:
+            if left >= 0 and right >= 0:
+                pair = ids[left] << 32 | ids[right]
+                i = bisect_left(self._pairs, pair)
+                if i < len(self._pairs) and self._pairs[i] == pair:
+                    heappush(queue, (self._ranks[i], left, right, ids[left], ids[right], self._merged[i]))
+
+        for i in range(1, len(ids)):
+            offer(i - 1, i)
+        while queue:
+            _, left, right, was_left, was_right, merged = heappop(queue)
+            if ids[left] != was_left or ids[right] != was_right:
+                continue  # one of the two has been merged since
+            ids[left], ids[right] = merged, GONE
+            after[left] = after[right]
+            if after[right] >= 0:
+                before[after[right]] = left
+            offer(before[left], left)
+            offer(left, after[left])
+        return tuple(token for token in ids if token != GONE)
 
 
 class SentencePiece:

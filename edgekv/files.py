@@ -157,3 +157,15 @@ def _check_folder(folder: Path, force: bool, marker: str) -> None:
         raise OutputError(f"{folder} exists; pass --force to replace it, or choose another name")
     if not (folder / marker).is_file() and any(folder.iterdir()):
         raise OutputError(f"{folder} holds something else than an export; choose another folder")
+
+
+def forget_cached(path: Path) -> None:
+    """Write a file through to the disk and let the system drop its pages.
+
+    Linux keeps what was written at once in pages of megabytes, and maps one of them whole for the first row that a
+    process touches: 23 MiB more for a token table of 27 than after the file is read from the disk again.
+    """
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):  # Linux
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

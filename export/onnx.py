@@ -15,7 +15,7 @@ from edgekv.export.onnx_weights import BLOCK, LatentCache, Weights
 
 from edgekv import __version__
 from edgekv.errors import UnsupportedError
-from edgekv.files import atomic_folder
+from edgekv.files import atomic_folder, forget_cached
 from edgekv.onnx_folder import (
     DATA,
     GRAPH,
@@ -84,6 +84,7 @@ def write_onnx(
             files={path.name: _file_record(path) for path in sorted(partial.iterdir())},
         )
         (partial / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        forget_cached(partial / DATA)
     return manifest
 
 

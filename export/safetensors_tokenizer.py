@@ -7,8 +7,8 @@ from typing import Any
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 from tokenizers import Tokenizer as HFTokenizer
 
-from edgekv.bpe import SPACE, ByteLevel, SentencePiece
-from edgekv.pre_tokenize import PRE_TYPES
+from edgekv.bpe import SPACE, SentencePiece, merge_lines, word_splitter
+from edgekv.pre_tokenize import PRE_TYPES, PreType
 from edgekv.source import Metadata
 from edgekv.tokenizer import Tokenizer, eats_space
 from edgekv.vocab import CONTROL, UNKNOWN, USER_DEFINED, Vocab, read_vocab
@@ -25,7 +25,7 @@ def tokenizer_json(metadata: Metadata) -> str:
     if metadata["tokenizer.ggml.model"] == "gpt2":
         pre = PRE_TYPES[str(metadata.get("tokenizer.ggml.pre", "default"))]
         vocab = read_vocab(metadata, default_bos=pre.has_bos)
-        tokenizer = ByteLevel(vocab, metadata, pre).tokenizer
+        tokenizer = _byte_level(vocab, metadata, pre)
         tokenizer.decoder = decoders.ByteLevel()
     else:
         vocab = read_vocab(metadata)
@@ -62,6 +62,16 @@ def generation_config(metadata: Metadata) -> dict[str, Any]:
     if isinstance(padding := metadata.get("tokenizer.ggml.padding_token_id"), int):
         config["pad_token_id"] = padding
     return config
+
+
+def _byte_level(vocab: Vocab, metadata: Metadata, kind: PreType) -> HFTokenizer:
+    # A merge is "left right", and of two equal ones the first counts.
+    pairs = dict.fromkeys(tuple(str(line).split(" ", 1)) for line in merge_lines(metadata))
+    merges = [(pair[0], pair[1]) for pair in pairs if len(pair) == 2]
+    model = models.BPE(vocab=dict(vocab.ids), merges=merges, ignore_merges=kind.ignore_merges)
+    tokenizer = HFTokenizer(model)
+    tokenizer.pre_tokenizer = word_splitter(vocab, kind)
+    return tokenizer
 
 
 def _sentence_piece(vocab: Vocab, metadata: Metadata) -> HFTokenizer:

@@ -37,17 +37,26 @@ if [ ! -e "$cache/.debian" ]; then
 fi
 
 # llama.cpp from llama-cpp-python's source on PyPI, as wheels. The Cortex-A53 and A72 have one instruction set, the
-# A76 has dot products. One build folder serves both: only ggml's CPU library differs.
+# A76 has dot products. One source and one build folder serve both: only ggml's CPU library is compiled twice, and a
+# build that was stopped goes on.
+llama=$cache/llama.cpp
+if [ ! -e "$llama/llama_cpp_python-0.3.36" ]; then
+    mkdir -p "$llama"
+    "$python" -m pip install --quiet scikit-build-core # pip asks the source for its name before it keeps it
+    "$python" -m pip download --quiet --no-deps --no-build-isolation --no-binary llama-cpp-python --dest "$llama" \
+        llama-cpp-python==0.3.36
+    tar xzf "$llama"/llama_cpp_python-0.3.36.tar.gz -C "$llama"
+fi
 for arch in armv8-a armv8.2-a+dotprod+fp16; do
-    wheels=$cache/llama.cpp/$arch
+    wheels=$llama/$arch
     compgen -G "$wheels/*.whl" >/dev/null && continue
     echo "==> llama.cpp for $arch"
-    _PYTHON_HOST_PLATFORM=linux-aarch64 CMAKE_BUILD_PARALLEL_LEVEL=1 \
+    _PYTHON_HOST_PLATFORM=linux-aarch64 CMAKE_BUILD_PARALLEL_LEVEL=$(nproc) \
         CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
             -DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
             -DGGML_NATIVE=OFF -DGGML_CPU_ARM_ARCH=$arch -DLLAVA_BUILD=OFF" \
-        $slowly "$python" -m pip wheel --quiet --no-deps --no-cache-dir --no-binary llama-cpp-python \
-        --config-settings=build-dir="$cache/llama.cpp/build" --wheel-dir "$wheels" llama-cpp-python==0.3.36
+        $slowly "$python" -m pip wheel --quiet --no-deps --no-cache-dir --no-build-isolation \
+        --config-settings=build-dir="$llama/build" --wheel-dir "$wheels" "$llama/llama_cpp_python-0.3.36"
 done
 
 # The wheels that pip on a Raspberry Pi OS of 64 bits would take: aarch64, glibc 2.36, CPython 3.11.

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import models
 
-from edgekv.bpe import BYTE_OF_LETTER, SPACE
+from edgekv.bpe import BYTE_OF_LETTER, SPACE, Merges
+from edgekv.errors import ModelFileError
 from edgekv.pre_tokenize import PRE_TYPES
 
 Comparison = Callable[[Path], Any]
@@ -185,3 +187,27 @@ def test_sentencepiece_is_llama_cpps(
         check(" leading")
         plain = " Hello  there, été 你好 👋\n  x"
         assert tokenizer.decode(tokenizer.encode(plain)) == plain
+
+
+def test_merges_are_those_of_tokenizers() -> None:
+    """Random merges, on words long enough that their order matters; Hugging Face's BPE is the oracle."""
+    random_ = random.Random(3)
+    texts = list("abcd")
+    pairs: list[tuple[str, str]] = []
+    while len(texts) < 120:
+        pair = (random_.choice(texts), random_.choice(texts))
+        if "".join(pair) not in texts and len("".join(pair)) < 9:
+            texts.append("".join(pair))
+            pairs.append(pair)
+    ids = {text: i for i, text in enumerate(texts)}
+    theirs = models.BPE(vocab=ids, merges=pairs)
+    ours = Merges(ids, [" ".join(pair) for pair in pairs])
+    for length in (0, 1, 2, *random_.choices(range(3, 400), k=60)):
+        word = "".join(random_.choices("abcd", k=length))
+        expected = tuple(token.id for token in theirs.tokenize(word))
+        assert ours.apply([ids[letter] for letter in word]) == expected
+
+
+def test_a_merge_of_no_token_is_told() -> None:
+    with pytest.raises(ModelFileError, match="no token 'ab'"):
+        Merges({"a": 0, "b": 1}, ["a b"])
