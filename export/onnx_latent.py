@@ -27,29 +27,35 @@ class LatentAttention:
         self._tables = rotation(g, position_ids, spec.rope)
         positions = g.op("Reshape", position_ids, g.ints(-1))
         self._write_index = g.op("Slice", positions, g.ints(0), g.ints(1), g.ints(0))  # (1,): first new slot
-        self._mask = self._visible(mask, positions)  # (H*T, S)
+        self._mask = self._visible(mask, positions)  # (T, S)
+        self._score_shape = g.op(
+            "Concat", g.ints(spec.n_heads), g.op("Shape", self._mask), axis=0
+        )  # (H, T, S)
 
     def add(self, x: str, w: BlockWeights, layer: int, bits: Bits) -> str:
         g, spec, name = self._g, self._spec, f"layers.{layer}.attn"
         queries = self._queries(x, w, name, bits)  # (1, H, T, W)
         row = self._row(x, w, name, bits)  # (1, 1, T, W)
         mixed = self._attend(queries, row, layer)  # (H, T, W)
-        latents = g.op("Slice", mixed, g.ints(0), g.ints(spec.kv_lora_rank), g.ints(-1))
-        v_b = g.weight(f"{name}.v_b", w["attn_v_b.weight"].swapaxes(1, 2))  # (H, R, V)
-        values = g.op("Transpose", g.op("MatMul", latents, v_b), perm=[1, 0, 2])  # (T, H, V)
-        merged = g.op("Reshape", values, g.ints(1, -1, spec.n_heads * spec.value_dim))
-        return linear(g, merged, f"{name}.output", w["attn_output.weight"], bits)
+        values = g.op("Slice", mixed, g.ints(0), g.ints(spec.kv_lora_rank), g.ints(-1))  # (H, T, R)
+        v_b, w_o = w["attn_v_b.weight"], w["attn_output.weight"]  # (H, V, R), (D, H * V)
+        if spec.kv_lora_rank <= spec.value_dim:  # their product is no larger than w_o: v_b costs nothing then
+            by_head = w_o.reshape(-1, spec.n_heads, spec.value_dim).swapaxes(0, 1)  # (H, D, V)
+            w_o = (by_head @ v_b).swapaxes(0, 1).reshape(len(w_o), -1)  # (D, H * R)
+        else:
+            values = g.op("MatMul", values, g.weight(f"{name}.v_b", v_b.swapaxes(1, 2)))  # (H, T, V)
+        merged = g.op("Reshape", g.op("Transpose", values, perm=[1, 0, 2]), g.ints(1, -1, w_o.shape[1]))
+        return linear(g, merged, f"{name}.output", w_o, bits)
 
     def _visible(self, mask: str, positions: str) -> str:
-        """(H*T, S): 0 where a token may look, -inf at later slots and where attention_mask has a 0."""
+        """(T, S): 0 where a token may look, -inf at later slots and where attention_mask has a 0."""
         g = self._g
         n_slots = g.op("Squeeze", g.op("Shape", mask, start=1, end=2), g.ints(0))
         zero, one = g.constant(np.array(0, np.int64)), g.constant(np.array(1, np.int64))
         slots = g.op("Range", zero, n_slots, one)  # (S,)
         earlier = g.op("LessOrEqual", slots, g.op("Unsqueeze", positions, g.ints(1)))
         seen = g.op("And", earlier, g.op("Greater", mask, zero))
-        added = g.op("Where", seen, g.scalar(0.0), g.scalar(-np.inf))  # (T, S)
-        return g.op("Concat", *[added] * self._spec.n_heads, axis=0)
+        return g.op("Where", seen, g.scalar(0.0), g.scalar(-np.inf))
 
     def _queries(self, x: str, w: BlockWeights, name: str, bits: Bits) -> str:
         """Absorbed queries (1, H, T, W), scaled."""
@@ -88,9 +94,14 @@ class LatentAttention:
         flat = g.op("Reshape", queries, g.ints(-1, width))  # (H*T, W)
         rows = self._store(f"{layer}.key", row, np.float32, width)
         rows = g.op("Reshape", rows, g.ints(-1, width))  # (S, W)
-        scores = g.op("Gemm", flat, rows, self._mask, transB=1)
-        mixed = g.op("MatMul", g.op("Softmax", scores, axis=-1), rows)
-        return g.op("Reshape", mixed, g.ints(self._spec.n_heads, -1, width))
+        return self._attend_to(flat, rows)
+
+    def _attend_to(self, queries: str, rows: str) -> str:
+        """Queries (H*T, W) by rows (S, W), both float32: (H, T, W)."""
+        g = self._g
+        # The mask is added here and not by Gemm, which would want a copy of it for every head.
+        scores = g.op("Reshape", g.op("Gemm", queries, rows, transB=1), self._score_shape)
+        return g.op("MatMul", g.op("Softmax", g.op("Add", scores, self._mask), axis=-1), rows)
 
     def _store(self, name: str, new: str, dtype: type[np.generic], width: int) -> str:
         """Write new (1, 1, T, width) into a cache tensor; all its slots (1, 1, S, width)."""
@@ -116,8 +127,7 @@ class Int8LatentAttention(LatentAttention):
         super().__init__(g, spec, eps, mask, position_ids)
         self._zero_point = g.constant(np.array(128, np.uint8))
         self._one = g.scalar(1.0)
-        self._score_shape = g.op("Shape", self._mask)
-        n_slots = g.op("Slice", self._score_shape, g.ints(1), g.ints(2))
+        n_slots = g.op("Shape", self._mask, start=1)
         self._zero_points = g.op("Expand", self._zero_point, n_slots)
         n_tokens = g.op("Size", position_ids)
         self._is_one_token = g.op("Equal", n_tokens, g.constant(np.array(1, np.int64)))
@@ -137,17 +147,16 @@ class Int8LatentAttention(LatentAttention):
         return g.op("Reshape", mixed, g.ints(self._spec.n_heads, -1, width))
 
     def _attend_in_floats(self, queries: str, rows: str, scales: str) -> str:
-        """Attend to rows of codes (1, 1, S, W) with scales (1, S) that are expanded first: (H*T, W)."""
+        """Attend to rows of codes (1, 1, S, W) with scales (1, S) that are expanded first: (H, T, W)."""
         g, width = self._g, self._spec.cache_values
         codes = g.op("Reshape", rows, g.ints(-1, width))
         exact = g.op(
             "DequantizeLinear", codes, g.op("Reshape", scales, g.ints(-1)), self._zero_points, axis=0
         )
-        scores = g.op("Gemm", g.op("Reshape", queries, g.ints(-1, width)), exact, self._mask, transB=1)
-        return g.op("MatMul", g.op("Softmax", scores, axis=-1), exact)
+        return self._attend_to(g.op("Reshape", queries, g.ints(-1, width)), exact)
 
     def _attend_in_integers(self, queries: str, rows: str, scales: str) -> str:
-        """The same by products of integers: (1, H*T*W)."""
+        """The same for one token, by products of integers: (1, H*W)."""
         g = self._g
         scores = g.op("Add", g.op("Mul", self._scores(queries, rows), scales), self._mask)
         return self._mix(g.op("Softmax", scores, axis=-1), rows, scales)
@@ -159,25 +168,25 @@ class Int8LatentAttention(LatentAttention):
         return g.op("Max", g.op("Mul", peak, g.scalar(1 / levels)), g.scalar(TINY))
 
     def _scores(self, queries: str, rows: str) -> str:
-        """Queries (1, H, T, W) by rows of codes (1, 1, S, W), before the rows' scales: (H*T, S)."""
+        """Queries (1, H, 1, W) by rows of codes (1, 1, S, W), before the rows' scales: (H, S)."""
         g, width = self._g, self._spec.cache_values
-        scale = self._scale(queries, 63)  # (1, H, T, 1)
+        scale = self._scale(queries, 63)  # (1, H, 1, 1)
         exact = g.op("Div", queries, scale)
         high = g.op("Round", exact)
         low = g.op("Round", g.op("Mul", g.op("Sub", exact, high), g.scalar(64)))
-        digits = g.op("Cast", g.op("Concat", high, low, axis=1), to=INT8)  # (1, 2*H, T, W)
+        digits = g.op("Cast", g.op("Concat", high, low, axis=1), to=INT8)  # (1, 2*H, 1, W)
         digits = g.op("Reshape", g.op("Transpose", digits, perm=[3, 0, 1, 2]), g.ints(width, -1))
-        units = g.op("Reshape", g.op("Concat", scale, scale, axis=1), g.ints(-1))  # (2*H*T,)
+        units = g.op("Reshape", g.op("Concat", scale, scale, axis=1), g.ints(-1))  # (2*H,)
         products = g.op(
             "MatMulIntegerToFloat",
             *(rows, digits, self._one, units, self._zero_point),
             domain=MICROSOFT,
         )
-        by_digit = g.op("Transpose", products, perm=[0, 1, 3, 2])  # (1, 1, 2*H*T, S)
-        return g.op("Reshape", self._sum_digits(by_digit, 1 / 64), self._score_shape)
+        by_digit = g.op("Transpose", products, perm=[0, 1, 3, 2])  # (1, 1, 2*H, S)
+        return g.op("Reshape", self._sum_digits(by_digit, 1 / 64), g.ints(self._spec.n_heads, -1))
 
     def _mix(self, weights: str, rows: str, scales: str) -> str:
-        """Attention weights (H*T, S) by rows of codes (1, 1, S, W) and their scales (1, S): (1, H*T*W)."""
+        """Attention weights (H, S) by rows of codes (1, 1, S, W) and their scales (1, S): (1, H*W)."""
         g = self._g
         unit = g.op("Mul", g.op("ReduceMax", scales, keepdims=0), g.scalar(1 / 255))
         exact = g.op("Mul", weights, g.op("Div", scales, unit))  # 0 to 255
@@ -188,7 +197,7 @@ class Int8LatentAttention(LatentAttention):
             "MatMulIntegerToFloat",
             *(g.op("Concat", high, low, axis=0), rows, unit, self._one, "", self._zero_point),
             domain=MICROSOFT,
-        )  # (1, 1, 2*H*T, W)
+        )  # (1, 1, 2*H, W)
         return self._sum_digits(products, 1 / 255)
 
     def _sum_digits(self, x: str, low_unit: float) -> str:

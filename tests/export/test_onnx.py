@@ -22,7 +22,7 @@ from edgekv.gguf_check import read_header
 from edgekv.gguf_spec import block_tensor_shapes
 from edgekv.onnx_folder import DATA, GRAPH, MANIFEST, VOCABULARY, read_manifest
 from edgekv.source import LazySource, TensorSource, open_source
-from edgekv.spec import RopeSpec, Yarn
+from edgekv.spec import MLA, RopeSpec, Yarn
 from edgekv.tokenizer import Tokenizer
 
 TOKENS = [int(t) for t in np.random.default_rng(5).integers(0, 250, 200)]
@@ -173,6 +173,17 @@ def rounded_source(source: TensorSource, bits: int) -> LazySource:
         if array.ndim == 2:
             array = unpack(array, 8 if keeps_8 else bits)
         out.add_array(name, array)
+    for i, layer in enumerate(source.spec.layers):
+        mla = layer.attention
+        if isinstance(mla, MLA) and mla.kv_lora_rank <= mla.value_dim:
+            # v_b is multiplied into the output matrix, whose product is rounded.
+            w_o = source.load(f"blk.{i}.attn_output.weight").reshape(-1, mla.n_heads, mla.value_dim)
+            folded = np.einsum("dhv,hvr->dhr", w_o, source.load(f"blk.{i}.attn_v_b.weight"))
+            rounded = unpack(folded.reshape(len(w_o), -1), bits).reshape(folded.shape)
+            wide = np.pad(rounded, ((0, 0), (0, 0), (0, mla.value_dim - mla.kv_lora_rank)))
+            out.add_array(f"blk.{i}.attn_output.weight", wide.reshape(len(w_o), -1))
+            eye = np.eye(mla.value_dim, mla.kv_lora_rank, dtype=np.float32)
+            out.add_array(f"blk.{i}.attn_v_b.weight", np.stack([eye] * mla.n_heads))
     return out
 
 
