@@ -13,7 +13,7 @@ esac
 # onnxruntime's CPU detection crashes on the host's cpuinfo, which QEMU 7.2 passes through.
 cpuinfo=$(mktemp)
 trap 'rm -f "$cpuinfo"' EXIT
-for ((cpu = 0; cpu < $(nproc); cpu++)); do
+for ((cpu = 0; cpu < $(getconf _NPROCESSORS_ONLN); cpu++)); do
     printf 'processor\t: %d\nFeatures\t: %s\nCPU implementer\t: 0x41\nCPU architecture: 8\nCPU part\t: %s\n\n' \
         $cpu "$flags" $part
 done >"$cpuinfo"

@@ -51,7 +51,7 @@ for arch in armv8-a armv8.2-a+dotprod+fp16; do
     wheels=$llama/$arch
     compgen -G "$wheels/*.whl" >/dev/null && continue
     echo "==> llama.cpp for $arch"
-    _PYTHON_HOST_PLATFORM=linux-aarch64 CMAKE_BUILD_PARALLEL_LEVEL=$(nproc) \
+    _PYTHON_HOST_PLATFORM=linux-aarch64 CMAKE_BUILD_PARALLEL_LEVEL=$(getconf _NPROCESSORS_ONLN) \
         CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
             -DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
             -DGGML_NATIVE=OFF -DGGML_CPU_ARM_ARCH=$arch -DLLAVA_BUILD=OFF" \
