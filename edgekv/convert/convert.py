@@ -30,7 +30,7 @@ from edgekv.convert.windows import (
     View,
     attention_view,
     feed_forward,
-    gqa_output,
+    gqa_mixed,
     mixed_latents,
     probe,
     query_rows,
@@ -212,128 +212,138 @@ def converted_source(source: TensorSource, target: MLA, load: Callable[[str], Ar
     return out
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What the original layer makes of the windows.
+
+    queries (n, T, H, K) before RoPE, mixed (n, T, H * K) values, energy: the sum over tokens of |output|^2.
+    """
+
+    stats: LayerStats
+    views: dict[int, View]
+    queries: Array
+    mixed: Array
+    energy: float
+
+
 def _convert_layer(w: BlockWeights, job: _Job, layer: int) -> tuple[dict[str, Array], LayerLoss]:
     """Fit one layer and advance the hidden states through it."""
-    outputs = np.empty_like(job.states)  # what the layer has to give
-    stats, views = _observe(w, job, outputs)
-    maps = job.recipe.method(w, stats, job.gqa, job.target)
-    q = _fit_reading(w, job, maps, views, stats.covariance)
-    del views
-    mixed, found = _mix(w, job, maps, q, outputs)
+    seen = _observe(w, job)
+    maps = job.recipe.method(w, seen.stats, job.gqa, job.target)
+    q = _fit_reading(w, job, maps, seen)
+    seen.views.clear()
+    latents, fitted, held_out = _mix(w, job, maps, q, seen)
     v_b, w_o = maps.value, w["attn_output.weight"]
-    if found is not None:
+    if job.recipe.refit_output:
         heads = w_o.reshape(len(w_o), job.gqa.n_heads, job.gqa.head_dim)
         start = per_head(heads, maps.value.swapaxes(1, 2)).astype(np.float64)
-        v_b, refitted = fit_outputs(*found, start, job.target.value_dim)
+        v_b, refitted = fit_outputs(fitted, held_out, start, job.target.value_dim)
         w_o = refitted.reshape(len(w_o), -1)
-    error = _advance(w, job, outputs, mixed, v_b, w_o, last=layer == job.spec.n_layers - 1)
-    tensors = _tensors(q, maps, v_b, w_o, stats.covariance, job)
+    decode = _decoder(v_b, w_o)
+    error = (fitted + held_out).error(decode.astype(np.float64), seen.energy) / seen.energy
+    if layer < job.spec.n_layers - 1:
+        if job.recipe.sequential:
+            _advance(w, job, latents, decode)
+        else:
+            _advance(w, job, seen.mixed, np.ascontiguousarray(w["attn_output.weight"].T))
+    tensors = _tensors(q, maps, v_b, w_o, seen.stats.covariance, job)
     return tensors, LayerLoss(layer, maps.rope_kept, maps.latent_kept, error, maps.latent_kept_at)
 
 
-def _observe(w: BlockWeights, job: _Job, outputs: Array) -> tuple[LayerStats, dict[int, View]]:
-    """The original's attention outputs, into `outputs` (n, T, D), and the statistics of its inputs."""
-    d, probed = job.spec.dim, job.probed
+def _observe(w: BlockWeights, job: _Job) -> _Seen:
+    """The original layer on its inputs, and their statistics."""
+    d, probed, gqa = job.spec.dim, job.probed, job.gqa
+    n, length, _ = job.states.shape
+    queries = np.empty((n, length, gqa.n_heads, gqa.head_dim), np.float32)
+    mixed = np.empty((n, length, gqa.n_heads * gqa.head_dim), np.float32)
 
-    def share(windows: range) -> tuple[Matrix, Matrix, dict[int, View]]:
-        covariance, mixed, views = np.zeros((d, d)), np.zeros((d, d)), {}
+    def share(windows: range) -> tuple[Matrix, Matrix, Matrix, dict[int, View]]:
+        covariance, attended, views = np.zeros((d, d)), np.zeros((d, d)), {}
+        gram = np.zeros((mixed.shape[-1],) * 2)
         for i in windows:
             inputs = job.inputs(w, i)
-            outputs[i] = gqa_output(inputs, w, job.gqa)
+            queries[i], mixed[i] = gqa_mixed(inputs, w, gqa)
             covariance += inputs.T @ inputs
+            gram += mixed[i].T @ mixed[i]
             if i in probed:
-                views[i] = attention_view(inputs, w, job.gqa)
+                views[i] = attention_view(inputs, w, gqa)
                 attention = views[i].attention
                 pairs = (attention.swapaxes(1, 2) @ attention).mean(axis=0)  # E_h[p_h^T p_h], (S, S)
                 probed_inputs = inputs[: len(pairs)]
-                mixed += probed_inputs.T @ pairs @ probed_inputs / np.float32(len(pairs))
-        return covariance, mixed, views
+                attended += probed_inputs.T @ pairs @ probed_inputs / np.float32(len(pairs))
+        return covariance, attended, gram, views
 
-    found = job.workers.each(share, job.n_windows)
-    covariance = np.asarray(sum(part[0] for part in found)) / outputs[..., 0].size
-    mixed = np.asarray(sum(part[1] for part in found)) / len(probed)
-    views = {i: view for part in found for i, view in part[2].items()}
-    power = float(np.vdot(outputs, outputs)) / outputs[..., 0].size
-    scale = float(np.sqrt(power / job.gqa.n_heads))
-    return LayerStats(covariance, mixed, scale), views
-
-
-def _moments(
-    job: _Job, features: Callable[[int], Array], outputs: Array, width: int, start: int, stop: int
-) -> Moments:
-    """Moments of features(window) (T, width) with the layer's outputs, over windows start..stop-1."""
-    d = outputs.shape[-1]
-
-    def share(windows: range) -> Moments:
-        gram, cross = np.zeros((width, width), np.float32), np.zeros((width, d), np.float32)
-        for i in windows:
-            found = features(i)
-            gram += found.T @ found
-            cross += found.T @ outputs[i]
-        return Moments(gram.astype(np.float64), cross.astype(np.float64), len(windows) * outputs.shape[1])
-
-    nothing = Moments(np.zeros((width, width)), np.zeros((width, d)), 0)
-    return reduce(add, job.workers.each(share, stop, start), nothing)
+    found = job.workers.each(share, n)
+    covariance, attended, gram = (
+        np.asarray(sum(matrices)) for matrices in zip(*(part[:3] for part in found), strict=True)
+    )
+    w_o = w["attn_output.weight"].astype(np.float64)
+    energy = float(np.sum((w_o @ gram) * w_o))
+    scale = float(np.sqrt(energy / (n * length) / gqa.n_heads))
+    views = {i: view for part in found for i, view in part[3].items()}
+    stats = LayerStats(covariance / (n * length), attended / len(probed), scale)
+    return _Seen(stats, views, queries, mixed, energy)
 
 
-def _fit_reading(
-    w: BlockWeights, job: _Job, maps: LayerMaps, views: dict[int, View], covariance: Matrix
-) -> QueryRows:
+def _fit_reading(w: BlockWeights, job: _Job, maps: LayerMaps, seen: _Seen) -> QueryRows:
     """Each head's query rows, refitted on the probed windows."""
     w_q = w["attn_q.weight"].reshape(job.gqa.n_heads, job.gqa.head_dim, -1)
     reading = maps.reading
     if job.recipe.query_iterations:
-        probes = {i: probe(job.inputs(w, i), w_q, maps, view, job.target) for i, view in views.items()}
+        probes = {
+            i: probe(job.inputs(w, i), seen.queries[i], maps, view, job.target)
+            for i, view in seen.views.items()
+        }
         fitted = [probes[i] for i in sorted(probes) if i < job.n_fitted]
         held_out = [probes[i] for i in sorted(probes) if i >= job.n_fitted]
         iterations = job.recipe.query_iterations
         reading = fit_queries(reading, fitted, held_out, job.target, iterations, job.workers)
-    return query_rows(reading, w_q, covariance, job.target)
+    return query_rows(reading, w_q, seen.stats.covariance, job.target)
 
 
 def _mix(
-    w: BlockWeights, job: _Job, maps: LayerMaps, q: QueryRows, outputs: Array
-) -> tuple[Array, tuple[Moments, Moments] | None]:
-    """Mixed latents (n, T, H * R) of the converted layer, and, where outputs are refitted, their moments."""
-    n, length, _ = outputs.shape
+    w: BlockWeights, job: _Job, maps: LayerMaps, q: QueryRows, seen: _Seen
+) -> tuple[Array, Moments, Moments]:
+    """Mixed latents (n, T, H * R) of the converted layer, and their moments with the original's outputs.
+
+    The moments are of the fitted windows and of the held-out ones.
+    """
+    n, length, mixed_width = seen.mixed.shape
     width = job.gqa.n_heads * job.target.kv_lora_rank
-    mixed = np.empty((n, length, width), np.float32)
+    latents = np.empty((n, length, width), np.float32)
+    w_o = w["attn_output.weight"].astype(np.float64)
 
-    def features(window: int) -> Array:
-        mixed[window] = mixed_latents(job.inputs(w, window), q, maps, job.target).reshape(length, -1)
-        return np.asarray(mixed[window])
-
-    if job.recipe.refit_output:
-        bounds = (0, job.n_fitted), (job.n_fitted, n)
-        seen, held_out = (_moments(job, features, outputs, width, *some) for some in bounds)
-        return mixed, (seen, held_out)
-    job.workers.each(lambda windows: [features(i) for i in windows], n)
-    return mixed, None
-
-
-def _advance(
-    w: BlockWeights, job: _Job, outputs: Array, mixed: Array, v_b: Array, w_o: Array, last: bool
-) -> float:
-    """Take the hidden states through the layer, and give the share of the output's energy that is lost."""
-    h, v, r = v_b.shape
-    heads = w_o.reshape(-1, h, v)
-    decode = np.ascontiguousarray(
-        per_head(heads, v_b.swapaxes(1, 2)).reshape(len(w_o), h * r).T
-    )  # (H * R, D)
-
-    def share(windows: range) -> float:
-        error = 0.0
+    def share(windows: range) -> Moments:
+        gram, cross = np.zeros((width, width), np.float32), np.zeros((width, mixed_width), np.float32)
         for i in windows:
-            given = mixed[i] @ decode
-            difference = given - outputs[i]
-            error += float(np.vdot(difference, difference))
-            if not last:
-                attended = given if job.recipe.sequential else outputs[i]
-                job.states[i] = feed_forward(job.states[i] + attended, w, job.spec.norm_eps)
-        return error
+            latents[i] = mixed_latents(job.inputs(w, i), seen.queries[i], q.reading, maps, job.target)
+            gram += latents[i].T @ latents[i]
+            cross += latents[i].T @ seen.mixed[i]
+        return Moments(gram.astype(np.float64), cross @ w_o.T, len(windows) * length)
 
-    error = sum(job.workers.each(share, job.n_windows))
-    return error / float(np.vdot(outputs, outputs))
+    nothing = Moments(np.zeros((width, width)), np.zeros((width, len(w_o))), 0)
+    fitted, held_out = (
+        reduce(add, job.workers.each(share, stop, start), nothing)
+        for start, stop in ((0, job.n_fitted), (job.n_fitted, n))
+    )
+    return latents, fitted, held_out
+
+
+def _decoder(v_b: Array, w_o: Array) -> Array:
+    """The map from mixed latents to the layer's output, (H * R, D)."""
+    h, v, r = v_b.shape
+    blocks = per_head(w_o.reshape(-1, h, v), v_b.swapaxes(1, 2))
+    return np.ascontiguousarray(blocks.reshape(len(w_o), h * r).T)
+
+
+def _advance(w: BlockWeights, job: _Job, mixed: Array, decode: Array) -> None:
+    """Take the hidden states through the layer, whose attention gives mixed (n, T, F) @ decode (F, D)."""
+
+    def share(windows: range) -> None:
+        for i in windows:
+            job.states[i] = feed_forward(job.states[i] + mixed[i] @ decode, w, job.spec.norm_eps)
+
+    job.workers.each(share, job.n_windows)
 
 
 def _tensors(

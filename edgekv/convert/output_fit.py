@@ -14,7 +14,7 @@ import numpy as np
 from edgekv.convert.linalg import Matrix, ridge, sqrt_and_inverse
 from edgekv.source import Array
 
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the mean diagonal; the held-out part chooses
+RIDGES = (10.0, 1.0, 1e-1, 1e-2, 1e-3)  # of the mean diagonal; the held-out part chooses
 HELD_OUT = 0.2  # of the windows, the last ones, choose the ridge; the fit then uses all
 
 
@@ -32,6 +32,11 @@ class Moments:
     def behind(self, weight: Matrix) -> Moments:
         """The moments of features @ weight, weight (F, E)."""
         return Moments(weight.T @ self.gram @ weight, weight.T @ self.cross, self.n_tokens)
+
+    def error(self, weight: Matrix, energy: float) -> float:
+        """|targets - features @ weight|^2, weight (F, D), energy that of the targets; not below rounding."""
+        explained = float(np.sum(weight * (2 * self.cross - self.gram @ weight)))
+        return max(energy - explained, 0.0)
 
 
 def fit_outputs(seen: Moments, held_out: Moments, start: Matrix, value_dim: int) -> tuple[Array, Array]:
@@ -59,18 +64,14 @@ def _fit_towards(start: Matrix, seen: Moments, held_out: Moments) -> Matrix:
     """Ridge regression (D, F) drawn to `start`, which is kept where no ridge helps on the held-out part."""
     residual = seen.cross - seen.gram @ start.T
     held_residual = held_out.cross - held_out.gram @ start.T
-    values, vectors = np.linalg.eigh(seen.gram)
-    turned, held_turned = vectors.T @ residual, vectors.T @ held_residual
-    held_gram = vectors.T @ held_out.gram @ vectors
-    mean = values.mean()
-
-    def held_error(strength: float) -> float:
-        """|target - features @ fit|^2 on the held-out tokens, but for that of `start`."""
-        change = turned / (values + strength * mean)[:, None]
-        return float(np.sum(change * (held_gram @ change - 2 * held_turned)))
-
-    errors = {strength: held_error(strength) for strength in RIDGES}
-    best = min(errors, key=lambda strength: errors[strength])
-    if errors[best] >= 0:
+    best, least = None, 0.0
+    for strength in RIDGES:  # from the strongest: the error falls, then rises
+        change = ridge(seen.gram, residual, strength)
+        # |target - features @ fit|^2 on the held-out tokens, but for that of `start`
+        error = float(np.sum(change * (held_out.gram @ change - 2 * held_residual)))
+        if error >= least:
+            break
+        best, least = strength, error
+    if best is None:
         return start
     return start + ridge(seen.gram + held_out.gram, residual + held_residual, best).T

@@ -13,10 +13,12 @@ windows held out, which may be the start.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from edgekv.attention import QUERY_CHUNK
 from edgekv.convert.workers import Workers
 from edgekv.ops import apply_rope, per_head
 from edgekv.source import Array
@@ -72,10 +74,11 @@ def score_errors(maps: Array, probes: list[Probe], mla: MLA, workers: Workers) -
 
     def share(indices: range) -> Array:
         total = np.zeros(len(maps), np.float32)
-        for probe in (probes[i] for i in indices):
-            error = _score_errors(maps, probe, mla, targets=True)
-            weighted = probe.attention * error
-            total += np.einsum("hts,hts->h", weighted, error) - np.square(weighted.sum(axis=-1)).sum(axis=-1)
+        for i in indices:
+            for _, attention, error in _score_errors(maps, probes[i], mla, targets=True):
+                weighted = attention * error
+                total += np.einsum("hts,hts->h", weighted, error)
+                total -= np.square(weighted.sum(axis=-1)).sum(axis=-1)
         return total
 
     return np.asarray(sum(workers.each(share, len(probes)), np.zeros(len(maps), np.float32)))
@@ -89,13 +92,19 @@ def rotate_rope_part(x: Array, mla: MLA, sign: int) -> Array:
     return np.concatenate([x[..., :r], apply_rope(x[..., r:], positions, rope)], axis=-1)
 
 
-def _score_errors(maps: Array, probe: Probe, mla: MLA, targets: bool) -> Array:
-    """Scores (H, T, T) of the maps' readings, less the original's if `targets`."""
+def _score_errors(maps: Array, probe: Probe, mla: MLA, targets: bool) -> Iterator[tuple[slice, Array, Array]]:
+    """Scores of the maps' readings, less the original's if `targets`, a few queries (t) at a time.
+
+    Yields those queries, and on what they see (s) the original's attention and the scores, both (H, t, s): most of
+    the future, which carries no attention, is left out.
+    """
     reading = rotate_rope_part(per_head(probe.queries, maps), mla, +1).swapaxes(0, 1)  # (H, T, R + P)
-    error = reading @ probe.rows.T
-    if targets:
-        error -= probe.scores
-    return error
+    for start in range(0, len(probe.rows), QUERY_CHUNK):
+        stop = min(start + QUERY_CHUNK, len(probe.rows))
+        error = reading[:, start:stop] @ probe.rows[:stop].T
+        if targets:
+            error -= probe.scores[:, start:stop, :stop]
+        yield slice(start, stop), probe.attention[:, start:stop, :stop], error
 
 
 def _gradient(maps: Array, probes: list[Probe], mla: MLA, workers: Workers, targets: bool) -> Array:
@@ -104,10 +113,11 @@ def _gradient(maps: Array, probes: list[Probe], mla: MLA, workers: Workers, targ
     def share(indices: range) -> Array:
         total = np.zeros_like(maps)
         for probe in (probes[i] for i in indices):
-            error = _score_errors(maps, probe, mla, targets)
-            error *= probe.attention  # masked pairs carry no attention
-            error -= probe.attention * error.sum(axis=-1, keepdims=True)
-            pull = (error @ probe.rows).astype(np.float32, copy=False).swapaxes(0, 1)  # (T, H, R + P)
+            pull = np.empty((len(probe.rows), *maps.shape[:2]), np.float32)  # (T, H, R + P)
+            for queries, attention, error in _score_errors(maps, probe, mla, targets):
+                error *= attention  # masked pairs carry no attention
+                error -= attention * error.sum(axis=-1, keepdims=True)
+                pull[queries] = (error @ probe.rows[: queries.stop]).swapaxes(0, 1)
             total += rotate_rope_part(pull, mla, -1).transpose(1, 2, 0) @ probe.queries.swapaxes(0, 1)
         return total
 

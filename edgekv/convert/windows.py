@@ -28,10 +28,14 @@ class View:
 
 @dataclass(frozen=True)
 class QueryRows:
-    """attn_q (H, N + P, D) without the 1/sqrt(N + P) that the engine applies, and attn_k_b (H, R, N)."""
+    """attn_q (H, N + P, D) without the 1/sqrt(N + P) that the engine applies, and attn_k_b (H, R, N).
+
+    reading (H, R + P, K): both of them as maps of each head's original query.
+    """
 
     rows: Array
     k_b: Array
+    reading: Array
 
 
 def _project(x: Array, weight: Array, heads: int) -> Array:
@@ -46,11 +50,14 @@ def _rotated(x: Array, w: BlockWeights, gqa: GQA) -> tuple[Array, Array]:
     return q, k.swapaxes(0, 1)
 
 
-def gqa_output(x: Array, w: BlockWeights, gqa: GQA) -> Array:
-    """The original's attention output (T, D) for normed inputs x (T, D)."""
+def gqa_mixed(x: Array, w: BlockWeights, gqa: GQA) -> tuple[Array, Array]:
+    """The original's queries before RoPE (T, H, K), and its mixed values (T, H * K), of normed inputs x (T, D)."""
+    positions = np.arange(len(x))
+    queries = _project(x, w["attn_q.weight"], gqa.n_heads)
+    keys = apply_rope(_project(x, w["attn_k.weight"], gqa.n_kv_heads), positions, gqa.rope).swapaxes(0, 1)
     values = _project(x, w["attn_v.weight"], gqa.n_kv_heads).swapaxes(0, 1)
-    mixed = attend(*_rotated(x, w, gqa), values, gqa.head_dim**-0.5)
-    return mixed.reshape(len(x), -1) @ w["attn_output.weight"].T
+    mixed = attend(apply_rope(queries, positions, gqa.rope), keys, values, gqa.head_dim**-0.5)
+    return queries, mixed.reshape(len(x), -1)
 
 
 def attention_view(x: Array, w: BlockWeights, gqa: GQA) -> View:
@@ -65,11 +72,10 @@ def attention_view(x: Array, w: BlockWeights, gqa: GQA) -> View:
     return View(scores, attention)
 
 
-def probe(x: Array, w_q: Array, maps: LayerMaps, view: View, target: MLA) -> Probe:
-    """What the query fit needs of one window, x (T, D) the converted model's normed inputs."""
-    seen = x[: view.scores.shape[-1]]
-    queries = (seen @ w_q.reshape(-1, seen.shape[1]).T).reshape(len(seen), *w_q.shape[:2])
-    return Probe(queries, _cached_rows(seen, maps, target), view.scores, view.attention)
+def probe(x: Array, queries: Array, maps: LayerMaps, view: View, target: MLA) -> Probe:
+    """What the query fit needs of one window: x (T, D) the converted model's normed inputs, queries (T, H, K)."""
+    seen = view.scores.shape[-1]
+    return Probe(queries[:seen], _cached_rows(x[:seen], maps, target), view.scores, view.attention)
 
 
 def _cached_rows(x: Array, maps: LayerMaps, target: MLA) -> Array:
@@ -84,23 +90,25 @@ def query_rows(reading: Array, w_q: Array, covariance: Matrix, target: MLA) -> Q
     h, _, d = w_q.shape
     k_b = np.zeros((h, r, n), np.float32)
     rows = np.zeros((h, n + target.rope.dim, d), np.float32)
+    reading = reading.copy()
     for i in range(h):
         queries = w_q[i].astype(np.float64)
         root, inverse_root = sqrt_and_inverse(queries @ covariance @ queries.T)
         left, right = factor(reading[i, :r].astype(np.float64), root, inverse_root, n)
         k_b[i] = left
         rows[i] = np.concatenate([right, reading[i, r:]]) @ w_q[i]
-    return QueryRows(rows, k_b)
+        reading[i, :r] = left @ right
+    return QueryRows(rows, k_b, reading)
 
 
-def mixed_latents(x: Array, q: QueryRows, maps: LayerMaps, target: MLA) -> Array:
-    """Attention over the cached rows: each head's weighted sum of latents, (T, H, R)."""
-    n, r = target.nope_dim, target.kv_lora_rank
-    queries = (x @ q.rows.reshape(-1, x.shape[1]).T).reshape(len(x), *q.rows.shape[:2])
-    latent_part = per_head(queries[..., :n], q.k_b)
-    full = rotate_rope_part(np.concatenate([latent_part, queries[..., n:]], axis=-1), target, +1)
+def mixed_latents(x: Array, queries: Array, reading: Array, maps: LayerMaps, target: MLA) -> Array:
+    """Attention over the cached rows: each head's weighted sum of latents, (T, H * R).
+
+    x (T, D) normed inputs, queries (T, H, K) the original's, reading (H, R + P, K) what becomes of them.
+    """
     rows = _cached_rows(x, maps, target)[None]
-    return attend(full, rows, rows[..., :r], 1.0)
+    full = rotate_rope_part(per_head(queries, reading), target, +1)
+    return attend(full, rows, rows[..., : target.kv_lora_rank], 1.0).reshape(len(x), -1)
 
 
 def feed_forward(x: Array, w: BlockWeights, eps: float) -> Array:
