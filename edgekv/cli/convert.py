@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from edgekv.convert.convert import LayerLoss
     from edgekv.export.verify import Comparison
-    from edgekv.source import Metadata, TensorSource
+    from edgekv.source import Metadata, MetaValue, TensorSource
 
 PATH = click.Path(path_type=Path)
 WEIGHTS = ("keep", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -34,6 +34,8 @@ VERIFY_TOKENS = 256
 @click.option("--value-dim", type=int, help="Value dims a head.  [default: the head dim]")
 @click.option("--method", default="edgekv", show_default=True, type=click.Choice(["edgekv", "transmla"]),
               help="Training-free method; transmla is the published one, for comparison.")  # fmt: skip
+@click.option("--fold-biases", is_flag=True,
+              help="Convert a model with biases (Qwen2): write them into the weights, nearly.")  # fmt: skip
 @click.option("--healed", type=PATH, help="File of `edgekv heal` to build from, instead of fitting.")
 @click.option("--weights", default="keep", show_default=True, type=click.Choice(WEIGHTS),
               help="Weight format; keep leaves untouched tensors as they are and writes new ones in q8_0.")  # fmt: skip
@@ -88,13 +90,16 @@ def _converted(
     source: TensorSource, spill: Path, losses: list[LayerLoss], as_json: bool, options: dict[str, Any]
 ) -> tuple[TensorSource, Metadata]:
     """The converted source, from healed weights or by fitting, and the notes on how it was made."""
+    from edgekv.convert.biases import with_interleaved_pairs
     from edgekv.convert.convert import METHODS, convert, convertible_attention
     from edgekv.convert.target import resolve_target
     from edgekv.errors import InputError
 
-    gqa = convertible_attention(source.spec)
     if options["healed"]:
+        convertible_attention(source.spec)
         return _from_healed(options["healed"], source)
+    source = with_interleaved_pairs(source)
+    gqa = convertible_attention(source.spec, options["fold_biases"])
     sizes = ("target", "kv_lora_rank", "rope_dim", "nope_dim", "value_dim")
     target = resolve_target(gqa, *(options[name] for name in sizes))
     recipe = METHODS[options["method"]]
@@ -111,7 +116,7 @@ def _converted(
             advance(loss.layer + 1, source.spec.n_layers)
 
         converted = convert(source, target, windows, spill, recipe, layer_done)
-    notes = {
+    notes: dict[str, MetaValue] = {
         "edgekv.method": options["method"],
         "edgekv.calibration": ", ".join(path.name for path in options["calib"]) or "sampled from the model",
         "edgekv.calibration_tokens": int(windows.size),
@@ -119,6 +124,8 @@ def _converted(
         "edgekv.source_cache_values": source.spec.cache_values,
         "edgekv.output_error": [round(loss.output_error, 5) for loss in losses],
     }
+    if gqa.bias:
+        notes["edgekv.bias_error"] = [round(loss.bias_error, 5) for loss in losses]
     return converted, notes
 
 
@@ -209,11 +216,13 @@ def _loss_table(losses: list[LayerLoss]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("layer", "rope key keeps", "latent keeps", "output error")
+    biased = any(loss.bias_error for loss in losses)
+    table = Table(
+        "layer", "rope key keeps", "latent keeps", "output error", *["error of folded biases"] * biased
+    )
     for loss in losses:
-        table.add_row(
-            str(loss.layer), f"{loss.rope_kept:.1%}", f"{loss.latent_kept:.1%}", f"{loss.output_error:.3f}"
-        )
+        cells = f"{loss.rope_kept:.1%}", f"{loss.latent_kept:.1%}", f"{loss.output_error:.3f}"
+        table.add_row(str(loss.layer), *cells, *[f"{loss.bias_error:.1%}"] * biased)
     Console().print(table)
     curve = {
         rank: sum(x.latent_kept_at[rank] for x in losses) / len(losses) for rank in losses[0].latent_kept_at

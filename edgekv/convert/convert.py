@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekv.convert.biases import fold_biases
 from edgekv.convert.layer import LayerMaps, LayerStats, Method, complex_joint
 from edgekv.convert.linalg import Matrix
 from edgekv.convert.norm_trick import fold_norm
@@ -51,6 +52,7 @@ class LayerLoss:
     """What one layer lost. output_error: E|y' - y|^2 / E|y|^2 of the attention output, on calibration text.
 
     rope_kept and latent_kept are shares of energy before any refit; latent_kept_at: what other ranks would keep.
+    bias_error: the relative error of folded biases, which the others do not see; 0 where there are none.
     """
 
     layer: int
@@ -58,6 +60,7 @@ class LayerLoss:
     latent_kept: float
     output_error: float
     latent_kept_at: dict[int, float]
+    bias_error: float = 0.0
 
 
 Progress = Callable[[LayerLoss], None]
@@ -141,7 +144,7 @@ def convert(
         ModelFileError: a weight is not finite; the message names the tensor.
         OutputError: `spill` is full.
     """
-    gqa = convertible_attention(source.spec)
+    gqa = convertible_attention(source.spec, fold_biases=True)
     assert recipe.refit_output or target.value_dim == gqa.head_dim
     states = source.load("token_embd.weight")[windows]
     with workers() as crew:
@@ -166,19 +169,23 @@ def _save(path: Path, array: Array) -> None:
         ) from error
 
 
-def convertible_attention(spec: ModelSpec) -> GQA:
+def convertible_attention(spec: ModelSpec, fold_biases: bool = False) -> GQA:
     """The attention that all layers share, if a conversion can start from it.
 
     Raises:
         UnsupportedError: it cannot; the message says why.
     """
-    if (problem := obstacle(spec)) is not None:
+    if (problem := obstacle(spec, fold_biases)) is not None:
         raise UnsupportedError(problem)
     attention = spec.layers[0].attention
     assert isinstance(attention, GQA)
-    if attention.rope.dim != attention.head_dim or attention.rope.layout != "interleaved":
+    if attention.rope.dim != attention.head_dim:
         raise UnsupportedError(
             f"{spec.name} rotates {attention.rope.dim} of {attention.head_dim} dims a head; convert needs all"
+        )
+    if attention.rope.layout != "interleaved":
+        raise UnsupportedError(
+            f"{spec.name} ({spec.arch}) pairs dims for RoPE by halves, which only edgekv convert reads"
         )
     return attention
 
@@ -228,6 +235,9 @@ class _Seen:
 
 def _convert_layer(w: BlockWeights, job: _Job, layer: int) -> tuple[dict[str, Array], LayerLoss]:
     """Fit one layer and advance the hidden states through it."""
+    bias_error = 0.0
+    if job.gqa.bias:
+        w, bias_error = _without_biases(w, job)
     seen = _observe(w, job)
     maps = job.recipe.method(w, seen.stats, job.gqa, job.target)
     q = _fit_reading(w, job, maps, seen)
@@ -247,7 +257,32 @@ def _convert_layer(w: BlockWeights, job: _Job, layer: int) -> tuple[dict[str, Ar
         else:
             _advance(w, job, seen.mixed, np.ascontiguousarray(w["attn_output.weight"].T))
     tensors = _tensors(q, maps, v_b, w_o, seen.stats.covariance, job)
-    return tensors, LayerLoss(layer, maps.rope_kept, maps.latent_kept, error, maps.latent_kept_at)
+    loss = LayerLoss(layer, maps.rope_kept, maps.latent_kept, error, maps.latent_kept_at, bias_error)
+    return tensors, loss
+
+
+def _without_biases(w: BlockWeights, job: _Job) -> tuple[BlockWeights, float]:
+    """The layer with its biases folded into its weights, and the relative error of that."""
+    d = job.spec.dim
+
+    def share(windows: range) -> Moments:
+        gram, total = np.zeros((d, d), np.float32), np.zeros((d, 1), np.float32)
+        for i in windows:
+            inputs = job.inputs(w, i)
+            gram += inputs.T @ inputs
+            total[:, 0] += inputs.sum(axis=0)
+        n_tokens = len(windows) * job.states.shape[1]
+        return Moments(gram.astype(np.float64), total.astype(np.float64), n_tokens)
+
+    seen, held_out = _both_parts(job, share, Moments(np.zeros((d, d)), np.zeros((d, 1)), 0))
+    return fold_biases(w, job.gqa, seen, held_out)
+
+
+def _both_parts(job: _Job, share: Callable[[range], Moments], nothing: Moments) -> tuple[Moments, Moments]:
+    """The moments of the fitted windows and of the held-out ones."""
+    bounds = (0, job.n_fitted), (job.n_fitted, job.n_windows)
+    seen, held_out = (reduce(add, job.workers.each(share, stop, start), nothing) for start, stop in bounds)
+    return seen, held_out
 
 
 def _observe(w: BlockWeights, job: _Job) -> _Seen:
@@ -322,11 +357,7 @@ def _mix(
         return Moments(gram.astype(np.float64), cross @ w_o.T, len(windows) * length)
 
     nothing = Moments(np.zeros((width, width)), np.zeros((width, len(w_o))), 0)
-    fitted, held_out = (
-        reduce(add, job.workers.each(share, stop, start), nothing)
-        for start, stop in ((0, job.n_fitted), (job.n_fitted, n))
-    )
-    return latents, fitted, held_out
+    return latents, *_both_parts(job, share, nothing)
 
 
 def _decoder(v_b: Array, w_o: Array) -> Array:

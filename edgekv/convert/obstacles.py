@@ -17,6 +17,7 @@ _TRIM = (
     "config.json"
 )
 _AVOIDABLE = ("a sliding window", "layers that differ")  # some have windows, and the others have not
+BIASES = "biases on queries, keys and values"
 _WHY: Mapping[str, tuple[str, str]] = MappingProxyType(
     {  # of ModelSpec.peculiarities: (why, what to do)
         "QK-norm": (
@@ -24,9 +25,9 @@ _WHY: Mapping[str, tuple[str, str]] = MappingProxyType(
             "queries: every cached token would have to be decompressed",
             _AS_IT_IS,
         ),
-        "biases on queries, keys and values": (
+        BIASES: (
             "a key's bias is rotated with the key, and a deepseek2 graph has no place for it",
-            _AS_IT_IS,
+            f"edgekv convert --fold-biases writes them into the weights, nearly, and says how nearly; or {_AS_IT_IS}",
         ),
         "a sliding window": ("a deepseek2 graph attends to all tokens", _TRIM),
         "attention softcapping": ("a deepseek2 graph does not cap scores", _AS_IT_IS),
@@ -40,20 +41,17 @@ _WHY: Mapping[str, tuple[str, str]] = MappingProxyType(
 )
 
 
-def obstacle(spec: ModelSpec) -> str | None:
+def obstacle(spec: ModelSpec, fold_biases: bool = False) -> str | None:
     """Why the model cannot be converted and what to do, or None if it can.
 
     What a user can take away is named only where nothing else stands in the way.
     """
     if isinstance(spec.layers[0].attention, MLA):
         return f"{spec.name} already has MLA; convert takes a GQA or MHA model"
-    found = spec.peculiarities
-    lasting = [name for name in found if name not in _AVOIDABLE]
-    name = next((name for name in _WHY if name in lasting), lasting[0] if lasting else None)
-    if name is None and spec.layers[0].attention.rope.layout != "interleaved":
-        return f"{spec.name} ({spec.arch}) pairs dims for RoPE by halves, which convert does not read; {_AS_IT_IS}"
-    name = name or next(iter(found), None)
-    if name is None:
+    found = [what for what in spec.peculiarities if not (fold_biases and what == BIASES)]
+    if not found:
         return None
+    lasting = [what for what in found if what not in _AVOIDABLE] or found
+    name = next((name for name in _WHY if name in lasting), lasting[0])
     why, remedy = _WHY.get(name, ("a deepseek2 graph does not compute it", _AS_IT_IS))
     return f"{spec.name} has {name} and cannot become MLA: {why}; {remedy}"

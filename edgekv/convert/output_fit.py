@@ -42,7 +42,7 @@ class Moments:
 def fit_outputs(seen: Moments, held_out: Moments, start: Matrix, value_dim: int) -> tuple[Array, Array]:
     """v_b (H, V, R) and W_o (D, H, V) for features of H * R mixed latents and start (D, H, R)."""
     d, h, r = start.shape
-    fitted = _fit_towards(start.reshape(d, -1), seen, held_out)
+    fitted = fit_towards(start.reshape(d, -1), seen, held_out)
     gram = (seen.gram + held_out.gram) / (seen.n_tokens + held_out.n_tokens)
     v_b, w_o = np.zeros((h, value_dim, r)), np.zeros((d, h, value_dim))
     joint = np.zeros((h, r, h, value_dim))  # the v_b of all heads as one map of the features
@@ -56,11 +56,11 @@ def fit_outputs(seen: Moments, held_out: Moments, start: Matrix, value_dim: int)
         v_b[i, : top.shape[1]] = top.T @ inverse_root
         joint[i, :, i] = v_b[i].T
     values = joint.reshape(h * r, -1)
-    refitted = _fit_towards(w_o.reshape(d, -1), seen.behind(values), held_out.behind(values))
+    refitted = fit_towards(w_o.reshape(d, -1), seen.behind(values), held_out.behind(values))
     return v_b.astype(np.float32), refitted.reshape(d, h, value_dim).astype(np.float32)
 
 
-def _fit_towards(start: Matrix, seen: Moments, held_out: Moments) -> Matrix:
+def fit_towards(start: Matrix, seen: Moments, held_out: Moments) -> Matrix:
     """Ridge regression (D, F) drawn to `start`, which is kept where no ridge helps on the held-out part."""
     residual = seen.cross - seen.gram @ start.T
     held_residual = held_out.cross - held_out.gram @ start.T

@@ -58,10 +58,14 @@ def _step(x: Array, w: BlockWeights, spec: ModelSpec, cache: _LayerCache, positi
     a, n = cache.attention, x.shape[0]
     at = np.full(n, position)
     normed = rms_norm(x, w["attn_norm.weight"], spec.norm_eps)
-    q = apply_rope((normed @ w["attn_q.weight"].T).reshape(n, a.n_heads, a.head_dim), at, a.rope)
-    k = apply_rope((normed @ w["attn_k.weight"].T).reshape(n, a.n_kv_heads, a.head_dim), at, a.rope)
+
+    def heads(kind: str) -> Array:
+        flat = normed @ w[f"attn_{kind}.weight"].T
+        return (flat + w[f"attn_{kind}.bias"] if a.bias else flat).reshape(n, -1, a.head_dim)
+
+    q, k = apply_rope(heads("q"), at, a.rope), apply_rope(heads("k"), at, a.rope)
     cache.k[:, :, position] = k
-    cache.v[:, :, position] = (normed @ w["attn_v.weight"].T).reshape(k.shape)
+    cache.v[:, :, position] = heads("v")
     keys, values = cache.k[:, :, : position + 1], cache.v[:, :, : position + 1]
     grouped = q.reshape(n, a.n_kv_heads, -1, a.head_dim) * np.float32(a.head_dim**-0.5)
     scores = grouped @ keys.swapaxes(2, 3)  # (B, G, H/G, T)
