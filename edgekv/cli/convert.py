@@ -217,9 +217,7 @@ def _loss_table(losses: list[LayerLoss]) -> None:
     from rich.table import Table
 
     biased = any(loss.bias_error for loss in losses)
-    table = Table(
-        "layer", "rope key keeps", "latent keeps", "output error", *["error of folded biases"] * biased
-    )
+    table = Table("layer", "rope key keeps", "latent keeps", "output error", *["bias error"] * biased)
     for loss in losses:
         cells = f"{loss.rope_kept:.1%}", f"{loss.latent_kept:.1%}", f"{loss.output_error:.3f}"
         table.add_row(str(loss.layer), *cells, *[f"{loss.bias_error:.1%}"] * biased)

@@ -20,7 +20,7 @@ from edgekv.ops import inverse_frequencies
 from edgekv.source import Array, LazySource, TensorSource
 from edgekv.spec import GQA
 
-STEADY = 2048  # tokens over which a pair has to stay still for its bias to be left out
+STEADY = 256  # tokens over which a pair has to stay still for its bias to be left out
 
 
 def fold_biases(w: BlockWeights, gqa: GQA, seen: Moments, held_out: Moments) -> tuple[BlockWeights, float]:

@@ -47,7 +47,7 @@ def test_verify_in_the_reference(zoo: Zoo) -> None:
     assert found["kl"] == 0
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma2", "mistral", "smollm3", "llama3", "deepseek3"])
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "mistral", "smollm3", "llama3", "deepseek3", "qwen2"])
 def test_convert_refuses_with_a_reason(name: str, zoo: Zoo, tmp_path: Path) -> None:
     args = ["convert", str(zoo.folder(name)), "-o", str(tmp_path / "x.gguf"), "--target", "0.5"]
     with pytest.raises(UnsupportedError, match=r"cannot become MLA: .*; |already has MLA"):
@@ -85,3 +85,27 @@ def test_convert(zoo: Zoo, tmp_path: Path) -> None:
     assert source.spec.arch == "deepseek2"
     assert source.quantization("blk.0.ffn_up.weight") == "F32"  # kept as it was stored
     assert source.metadata["tokenizer.chat_template"] == "{{ messages }}"
+
+
+def test_convert_folds_biases_where_asked(zoo: Zoo, tmp_path: Path) -> None:
+    """Qwen2 pairs RoPE dims by halves and has biases; the text is the model's own, so sampling has to know them."""
+    out = tmp_path / "half.gguf"
+    args = (
+        "--kv-lora-rank",
+        "32",
+        "--rope-dim",
+        "16",
+        "--calib-tokens",
+        "1024",
+        "--fold-biases",
+        "--weights",
+        "f32",
+        "--verify",
+    )
+    assert "bias error" in run("convert", zoo.folder("qwen2"), "-o", out, *args)
+    source = open_source(out)
+    assert source.spec.arch == "deepseek2"
+    errors = source.metadata["edgekv.bias_error"]
+    assert isinstance(errors, list)
+    assert len(errors) == source.spec.n_layers
+    assert all(0 < float(error) <= 1 for error in errors)
