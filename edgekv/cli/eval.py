@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from edgekv.evaluate.subject import Subject, Weights
 
 PATH = click.Path(path_type=Path)
-WEIGHTS = ("stored", "f16", "f32")
+WEIGHTS = ("stored", "bf16", "f16", "f32")
 
 
 @click.command("eval")

@@ -49,7 +49,7 @@ MAX_PROBES = 16  # windows whose attention matrices are looked at
 
 @dataclass(frozen=True)
 class LayerLoss:
-    """What one layer lost. output_error: E|y' - y|^2 / E|y|^2 of the attention output, on calibration text.
+    """What one layer lost. output_error: E|y' - y|^2 / E|y|^2 of the attention output, on held-out calibration text.
 
     rope_kept and latent_kept are shares of energy before any refit; latent_kept_at: what other ranks would keep.
     bias_error: the relative error of folded biases, which the others do not see; 0 where there are none.
@@ -114,6 +114,11 @@ class _Job:
     def n_fitted(self) -> int:
         """Windows before the held-out ones."""
         return self.n_windows - round(self.n_windows * HELD_OUT)
+
+    @property
+    def judged(self) -> range:
+        """Windows on which errors are measured: the held-out ones, all if there are none."""
+        return range(self.n_fitted if self.n_fitted < self.n_windows else 0, self.n_windows)
 
     @property
     def probed(self) -> set[int]:
@@ -223,7 +228,7 @@ def converted_source(source: TensorSource, target: MLA, load: Callable[[str], Ar
 class _Seen:
     """What the original layer makes of the windows.
 
-    queries (n, T, H, K) before RoPE, mixed (n, T, H * K) values, energy: the sum over tokens of |output|^2.
+    queries (n, T, H, K) before RoPE, mixed (n, T, H * K) values, energy: the sum of |output|^2 over judged tokens.
     """
 
     stats: LayerStats
@@ -250,7 +255,8 @@ def _convert_layer(w: BlockWeights, job: _Job, layer: int) -> tuple[dict[str, Ar
         v_b, refitted = fit_outputs(fitted, held_out, start, job.target.value_dim)
         w_o = refitted.reshape(len(w_o), -1)
     decode = _decoder(v_b, w_o)
-    error = (fitted + held_out).error(decode.astype(np.float64), seen.energy) / seen.energy
+    judged = held_out if held_out.n_tokens else fitted
+    error = judged.error(decode.astype(np.float64), seen.energy) / seen.energy
     if layer < job.spec.n_layers - 1:
         if job.recipe.sequential:
             _advance(w, job, latents, decode)
@@ -299,7 +305,8 @@ def _observe(w: BlockWeights, job: _Job) -> _Seen:
             inputs = job.inputs(w, i)
             queries[i], mixed[i] = gqa_mixed(inputs, w, gqa)
             covariance += inputs.T @ inputs
-            gram += mixed[i].T @ mixed[i]
+            if i in job.judged:
+                gram += mixed[i].T @ mixed[i]
             if i in probed:
                 views[i] = attention_view(inputs, w, gqa)
                 attention = views[i].attention
@@ -314,7 +321,7 @@ def _observe(w: BlockWeights, job: _Job) -> _Seen:
     )
     w_o = w["attn_output.weight"].astype(np.float64)
     energy = float(np.sum((w_o @ gram) * w_o))
-    scale = float(np.sqrt(energy / (n * length) / gqa.n_heads))
+    scale = float(np.sqrt(energy / (len(job.judged) * length) / gqa.n_heads))
     views = {i: view for part in found for i, view in part[3].items()}
     stats = LayerStats(covariance / (n * length), attended / len(probed), scale)
     return _Seen(stats, views, queries, mixed, energy)

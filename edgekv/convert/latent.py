@@ -18,6 +18,9 @@ from edgekv.spec import GQA
 # A leftover key has no RoPE in the latent, as if its angle were zero; averaged over distances up to this one, a
 # frequency of speed w keeps sinc(w * DISTANCE) of itself, and nothing once that turns negative.
 DISTANCE = 8.0  # tokens
+FLOOR = (
+    1e-9  # of the energy, added to every direction: those that the calibration text never used stay finite
+)
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,18 @@ def shrink_by_frequency(leftover: Matrix, gqa: GQA) -> Matrix:
 
 
 def joint_latent(value_rows: Matrix, key_rows: Matrix, covariance: Matrix, rank: int, keys: Matrix) -> Latent:
-    """The best latent for stacked weighted rows, each (rows, D), under covariance (D, D)."""
-    root, inverse_root = sqrt_and_inverse(covariance)
+    """The best latent for stacked weighted rows, each (rows, D), under covariance (D, D).
+
+    Any root of the covariance whitens; Cholesky's is the cheapest.
+    """
+    floor = FLOOR * np.trace(covariance) * np.eye(len(covariance))
+    root = np.linalg.cholesky(covariance + floor)
     stacked = np.concatenate([value_rows, key_rows]) @ root
-    energy, vectors = np.linalg.eigh(stacked.T @ stacked)
-    top = leading(vectors, rank)
+    energy, vectors = np.linalg.eigh(stacked @ stacked.T)  # left singular vectors, from the small side
+    scale = np.sqrt(np.maximum(energy, energy[-1] * FLOOR))
+    top = stacked.T @ leading(vectors / scale, rank)  # right singular vectors, (D, R)
     return Latent(
-        encoder=top.T @ inverse_root,
+        encoder=np.asarray(np.linalg.solve(root.T, top).T, np.float64),
         decoder=root @ top,
         keys=keys,
         kept=float(energy[::-1][:rank].sum() / energy.sum()),

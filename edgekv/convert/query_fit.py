@@ -88,8 +88,8 @@ def rotate_rope_part(x: Array, mla: MLA, sign: int) -> Array:
     """Rotate the last P of R + P dims of x (T, H, R + P) by +position or -position."""
     r = mla.kv_lora_rank
     positions = sign * np.arange(x.shape[0])
-    rope = RopeSpec(mla.rope.theta, mla.rope.dim)
-    return np.concatenate([x[..., :r], apply_rope(x[..., r:], positions, rope)], axis=-1)
+    rotated = apply_rope(np.ascontiguousarray(x[..., r:]), positions, RopeSpec(mla.rope.theta, mla.rope.dim))
+    return np.concatenate([x[..., :r], rotated], axis=-1)
 
 
 def _score_errors(maps: Array, probe: Probe, mla: MLA, targets: bool) -> Iterator[tuple[slice, Array, Array]]:

@@ -20,8 +20,8 @@ from edgekv.gguf_check import read_header
 from edgekv.onnx_folder import MANIFEST, is_onnx_folder, language_file, read_manifest
 from edgekv.tokenizer import Tokenizer
 
-Weights = Literal["stored", "f16", "f32"]
-WEIGHTS: tuple[Weights, ...] = ("stored", "f16", "f32")
+Weights = Literal["stored", "bf16", "f16", "f32"]
+WEIGHTS: tuple[Weights, ...] = ("stored", "bf16", "f16", "f32")
 ENGINE_PACKAGES = {"llama.cpp": "llama-cpp-python", "onnx": "onnxruntime"}
 
 
@@ -180,6 +180,6 @@ def weights_nbytes(subject: Subject) -> int:
     tensors = read_header(subject.path).tensors
     if subject.backend == "reference" or subject.weights == "f32":
         return sum(4 * math.prod(tensor.dims) for tensor in tensors)
-    if subject.weights == "f16":
+    if subject.weights in ("f16", "bf16"):
         return sum(2 * math.prod(tensor.dims) for tensor in tensors)
     return sum(tensor.nbytes for tensor in tensors)

@@ -55,7 +55,7 @@ def test_reordered_pairs_change_nothing(make_llama: Callable[..., LazySource]) -
     rope = again.spec.layers[0].attention.rope
     assert rope.layout == "interleaved"
     assert kl(plain, halves) > 1e-3  # the layout matters
-    assert kl(halves, again) < 1e-9
+    assert kl(halves, again) < 1e-7
     assert with_interleaved_pairs(plain) is plain
 
 
