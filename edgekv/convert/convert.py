@@ -319,8 +319,8 @@ def _observe(w: BlockWeights, job: _Job) -> _Seen:
     covariance, attended, gram = (
         np.asarray(sum(matrices)) for matrices in zip(*(part[:3] for part in found), strict=True)
     )
-    w_o = w["attn_output.weight"].astype(np.float64)
-    energy = float(np.sum((w_o @ gram) * w_o))
+    w_o = w["attn_output.weight"]
+    energy = float(np.sum((w_o @ gram.astype(np.float32)) * w_o, dtype=np.float64))
     scale = float(np.sqrt(energy / (len(job.judged) * length) / gqa.n_heads))
     views = {i: view for part in found for i, view in part[3].items()}
     stats = LayerStats(covariance / (n * length), attended / len(probed), scale)
@@ -353,7 +353,7 @@ def _mix(
     n, length, mixed_width = seen.mixed.shape
     width = job.gqa.n_heads * job.target.kv_lora_rank
     latents = np.empty((n, length, width), np.float32)
-    w_o = w["attn_output.weight"].astype(np.float64)
+    w_o = w["attn_output.weight"]
 
     def share(windows: range) -> Moments:
         gram, cross = np.zeros((width, width), np.float32), np.zeros((width, mixed_width), np.float32)
@@ -361,7 +361,7 @@ def _mix(
             latents[i] = mixed_latents(job.inputs(w, i), seen.queries[i], q.reading, maps, job.target)
             gram += latents[i].T @ latents[i]
             cross += latents[i].T @ seen.mixed[i]
-        return Moments(gram.astype(np.float64), cross @ w_o.T, len(windows) * length)
+        return Moments(gram.astype(np.float64), (cross @ w_o.T).astype(np.float64), len(windows) * length)
 
     nothing = Moments(np.zeros((width, width)), np.zeros((width, len(w_o))), 0)
     return latents, *_both_parts(job, share, nothing)

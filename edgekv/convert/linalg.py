@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Matrix = NDArray[np.float64]
+Floats = TypeVar("Floats", NDArray[np.float32], NDArray[np.float64])
 RANK_STEP = 32  # between the ranks for which the conversion tells what a latent would keep
 
 
@@ -55,7 +57,7 @@ def kept_by_rank(energy: NDArray[np.float64], ranks: Sequence[int]) -> dict[int,
     return {rank: float(shares[rank - 1]) for rank in ranks if rank <= len(shares)}
 
 
-def ridge(gram: Matrix, cross: Matrix, strength: float) -> Matrix:
-    """Solve (gram + strength * mean(diag) * I) X = cross for X."""
-    damped = gram + strength * np.trace(gram) / len(gram) * np.eye(len(gram))
-    return np.asarray(np.linalg.solve(damped, cross))
+def ridge(gram: Floats, cross: Floats, strength: float) -> Floats:
+    """Solve (gram + strength * mean(diag) * I) X = cross for X, in the precision of what is given."""
+    damped = gram + (strength * np.trace(gram) / len(gram) * np.eye(len(gram))).astype(gram.dtype)
+    return np.linalg.solve(damped, cross)

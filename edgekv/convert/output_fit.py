@@ -29,14 +29,22 @@ class Moments:
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.gram + other.gram, self.cross + other.cross, self.n_tokens + other.n_tokens)
 
-    def behind(self, weight: Matrix) -> Moments:
-        """The moments of features @ weight, weight (F, E)."""
-        return Moments(weight.T @ self.gram @ weight, weight.T @ self.cross, self.n_tokens)
+    def behind(self, v_b: Matrix) -> Moments:
+        """The moments of each head's own R features @ v_b[h].T, v_b (H, V, R), of which there are H * V."""
+        gram = _per_block(_per_block(self.gram, v_b).T, v_b)
+        return Moments(gram, _per_block(self.cross.T, v_b).T, self.n_tokens)
 
     def error(self, weight: Matrix, energy: float) -> float:
         """|targets - features @ weight|^2, weight (F, D), energy that of the targets; not below rounding."""
         explained = float(np.sum(weight * (2 * self.cross - self.gram @ weight)))
         return max(energy - explained, 0.0)
+
+
+def _per_block(rows: Matrix, v_b: Matrix) -> Matrix:
+    """rows (n, H * R) with each block of R mapped by its head's v_b (H, V, R): (n, H * V)."""
+    h, v, r = v_b.shape
+    blocks = rows.reshape(-1, h, r).swapaxes(0, 1) @ v_b.swapaxes(1, 2)  # (H, n, V)
+    return np.ascontiguousarray(blocks.swapaxes(0, 1)).reshape(-1, h * v)
 
 
 def fit_outputs(seen: Moments, held_out: Moments, start: Matrix, value_dim: int) -> tuple[Array, Array]:
@@ -45,7 +53,6 @@ def fit_outputs(seen: Moments, held_out: Moments, start: Matrix, value_dim: int)
     fitted = fit_towards(start.reshape(d, -1), seen, held_out)
     gram = (seen.gram + held_out.gram) / (seen.n_tokens + held_out.n_tokens)
     v_b, w_o = np.zeros((h, value_dim, r)), np.zeros((d, h, value_dim))
-    joint = np.zeros((h, r, h, value_dim))  # the v_b of all heads as one map of the features
     for i in range(h):
         block = slice(i * r, (i + 1) * r)
         root, inverse_root = sqrt_and_inverse(gram[block, block], floor=1e-9)
@@ -54,9 +61,7 @@ def fit_outputs(seen: Moments, held_out: Moments, start: Matrix, value_dim: int)
         top = vectors[:, ::-1][:, :value_dim]
         w_o[:, i, : top.shape[1]] = weighted @ top
         v_b[i, : top.shape[1]] = top.T @ inverse_root
-        joint[i, :, i] = v_b[i].T
-    values = joint.reshape(h * r, -1)
-    refitted = fit_towards(w_o.reshape(d, -1), seen.behind(values), held_out.behind(values))
+    refitted = fit_towards(w_o.reshape(d, -1), seen.behind(v_b), held_out.behind(v_b))
     return v_b.astype(np.float32), refitted.reshape(d, h, value_dim).astype(np.float32)
 
 
@@ -65,10 +70,13 @@ def fit_towards(start: Matrix, seen: Moments, held_out: Moments) -> Matrix:
     residual = seen.cross - seen.gram @ start.T
     held_residual = held_out.cross - held_out.gram @ start.T
     best, least = None, 0.0
+    gram, aim, held_gram = (
+        m.astype(np.float32) for m in (seen.gram, residual, held_out.gram)
+    )  # enough to choose
     for strength in RIDGES:  # from the strongest: the error falls, then rises
-        change = ridge(seen.gram, residual, strength)
+        change = ridge(gram, aim, strength)
         # |target - features @ fit|^2 on the held-out tokens, but for that of `start`
-        error = float(np.sum(change * (held_out.gram @ change - 2 * held_residual)))
+        error = float(np.sum(change * (held_gram @ change - 2 * held_residual)))
         if error >= least:
             break
         best, least = strength, error

@@ -55,7 +55,8 @@ def shared_rope_key(w_q: Matrix, w_k: Matrix, covariance: Matrix, gqa: GQA, rope
     """Find the shared rope key. w_q (H, K, D), w_k (G, K, D), covariance (D, D) of the attention's inputs."""
     h, g, k, d = gqa.n_heads, gqa.n_kv_heads, gqa.head_dim, w_q.shape[-1]
     queries, keys = to_complex(w_q), to_complex(w_k)
-    energy = np.einsum("hjd,hjd->hj", queries @ covariance, queries.conj()).real
+    seen_queries, seen_keys = to_complex(w_q @ covariance), to_complex(w_k @ covariance)
+    energy = np.einsum("hjd,hjd->hj", seen_queries, queries.conj()).real
     weight = np.sqrt(energy.reshape(g, h // g, -1).sum(axis=1) + 1e-12)  # (G, K/2)
     slots = frequency_slots(gqa.rope, rope)
     encoder = np.zeros((rope.dim // 2, d), np.complex128)
@@ -66,7 +67,7 @@ def shared_rope_key(w_q: Matrix, w_k: Matrix, covariance: Matrix, gqa: GQA, rope
     kept = total = 0.0
     for j, slot in enumerate(slots):
         weighted = keys[:, j] * weight[:, j, None]  # (G, D)
-        values, vectors = np.linalg.eigh(weighted @ covariance @ weighted.conj().T)
+        values, vectors = np.linalg.eigh((seen_keys[:, j] * weight[:, j, None]) @ weighted.conj().T)
         total += values.sum()
         if slot < 0:
             continue
