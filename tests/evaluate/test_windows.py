@@ -117,15 +117,16 @@ def test_a_coarser_cache_loses_more(tiny_llama: Path, letters: Path, tmp_path: P
 
 
 def test_dequantized_weights_leave_only_the_caches_loss(smollm2: Path, tmp_path: Path) -> None:
-    """Stored as Q4_1, llama.cpp rounds activations to 8 bits; as f16 it agrees with float32."""
+    """As Q4_1 llama.cpp rounds activations to 8 bits, with bf16 weights to 8 bits of mantissa; f16 is like float32."""
     text = tmp_path / "prose.txt"
     text.write_text("The cat sat on the mat, and the dog lay by the door. " * 4)
     reference = Subject(smollm2, "reference")
     kl = {}
-    for weights in ("stored", "f16"):
+    for weights in ("stored", "bf16", "f16"):
         subject = Subject(smollm2, cache_type="f32", weights=weights)  # type: ignore[arg-type]
         kl[weights] = measure(subject, reference, text, tmp_path / "cache", window=24, limit=1).kl
     assert kl["f16"] < 1e-4 < kl["stored"] < 0.1  # type: ignore[operator]
+    assert kl["f16"] < kl["bf16"] < kl["stored"]  # type: ignore[operator]
 
 
 def test_an_interrupted_run_goes_on_and_gives_the_same(
