@@ -11,40 +11,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial, reduce
-from operator import add
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekv.convert.biases import fold_biases
-from edgekv.convert.layer import LayerMaps, LayerStats, Method, complex_joint
+from edgekv.convert.layer import LayerMaps
 from edgekv.convert.linalg import Matrix
 from edgekv.convert.norm_trick import fold_norm
 from edgekv.convert.obstacles import obstacle
-from edgekv.convert.output_fit import HELD_OUT, Moments, fit_outputs
+from edgekv.convert.output_fit import fit_outputs
+from edgekv.convert.passes import Job, Recipe, Seen, advance, mix, observe, without_biases
 from edgekv.convert.query_fit import fit_queries
 from edgekv.convert.transmla import transmla
 from edgekv.convert.windows import (
     QueryRows,
-    View,
-    attention_view,
-    feed_forward,
-    gqa_mixed,
-    mixed_latents,
     probe,
     query_rows,
 )
-from edgekv.convert.workers import Workers, workers
+from edgekv.convert.workers import workers
 from edgekv.errors import ModelFileError, OutputError, UnsupportedError
 from edgekv.gguf_spec import layer_tensor_shapes
 from edgekv.model import BlockWeights, load_block
-from edgekv.ops import per_head, rms_norm
+from edgekv.ops import per_head
 from edgekv.source import Array, LazySource, TensorSource
 from edgekv.spec import GQA, MLA, ModelSpec
-
-MAX_PROBES = 16  # windows whose attention matrices are looked at
 
 
 @dataclass(frozen=True)
@@ -66,19 +58,6 @@ class LayerLoss:
 Progress = Callable[[LayerLoss], None]
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a layer is fitted: the method that finds its maps, and what is refitted behind them.
-
-    sequential: layers are fitted on the inputs that the converted layers before them give, not the original's.
-    """
-
-    method: Method = complex_joint
-    query_iterations: int = 4
-    refit_output: bool = True
-    sequential: bool = True
-
-
 FITTED = (
     "attn_q.weight",
     "attn_kv_a_mqa.weight",
@@ -93,43 +72,6 @@ METHODS = {
     "edgekv": Recipe(),
     "transmla": Recipe(method=transmla, query_iterations=0, refit_output=False, sequential=False),
 }
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What stays the same from layer to layer."""
-
-    spec: ModelSpec
-    gqa: GQA
-    target: MLA
-    recipe: Recipe
-    states: Array  # (n, T, D) hidden states of all windows, advanced layer by layer
-    workers: Workers
-
-    @property
-    def n_windows(self) -> int:
-        return len(self.states)
-
-    @property
-    def n_fitted(self) -> int:
-        """Windows before the held-out ones."""
-        return self.n_windows - round(self.n_windows * HELD_OUT)
-
-    @property
-    def judged(self) -> range:
-        """Windows on which errors are measured: the held-out ones, all if there are none."""
-        return range(self.n_fitted if self.n_fitted < self.n_windows else 0, self.n_windows)
-
-    @property
-    def probed(self) -> set[int]:
-        """Windows whose attention is looked at, some of the fitted and some of the held-out ones."""
-        n_held = min(round(MAX_PROBES * HELD_OUT), self.n_windows - self.n_fitted)
-        n_fitted = min(MAX_PROBES - n_held, self.n_fitted)
-        return {*range(n_fitted), *range(self.n_fitted, self.n_fitted + n_held)}
-
-    def inputs(self, w: BlockWeights, window: int) -> Array:
-        """The layer's normed inputs, (T, D)."""
-        return rms_norm(self.states[window], w["attn_norm.weight"], self.spec.norm_eps)
 
 
 def convert(
@@ -153,7 +95,7 @@ def convert(
     assert recipe.refit_output or target.value_dim == gqa.head_dim
     states = source.load("token_embd.weight")[windows]
     with workers() as crew:
-        job = _Job(source.spec, gqa, target, recipe, states, crew)
+        job = Job(source.spec, gqa, target, recipe, states, crew)
         for i in range(source.spec.n_layers):
             weights = load_block(source, i)
             require_finite(weights, i)
@@ -224,30 +166,16 @@ def converted_source(source: TensorSource, target: MLA, load: Callable[[str], Ar
     return out
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """What the original layer makes of the windows.
-
-    queries (n, T, H, K) before RoPE, mixed (n, T, H * K) values, energy: the sum of |output|^2 over judged tokens.
-    """
-
-    stats: LayerStats
-    views: dict[int, View]
-    queries: Array
-    mixed: Array
-    energy: float
-
-
-def _convert_layer(w: BlockWeights, job: _Job, layer: int) -> tuple[dict[str, Array], LayerLoss]:
+def _convert_layer(w: BlockWeights, job: Job, layer: int) -> tuple[dict[str, Array], LayerLoss]:
     """Fit one layer and advance the hidden states through it."""
     bias_error = 0.0
     if job.gqa.bias:
-        w, bias_error = _without_biases(w, job)
-    seen = _observe(w, job)
+        w, bias_error = without_biases(w, job)
+    seen = observe(w, job)
     maps = job.recipe.method(w, seen.stats, job.gqa, job.target)
     q = _fit_reading(w, job, maps, seen)
     seen.views.clear()
-    latents, fitted, held_out = _mix(w, job, maps, q, seen)
+    latents, fitted, held_out = mix(w, job, maps, q, seen)
     v_b, w_o = maps.value, w["attn_output.weight"]
     if job.recipe.refit_output:
         heads = w_o.reshape(len(w_o), job.gqa.n_heads, job.gqa.head_dim)
@@ -259,75 +187,15 @@ def _convert_layer(w: BlockWeights, job: _Job, layer: int) -> tuple[dict[str, Ar
     error = judged.error(decode.astype(np.float64), seen.energy) / seen.energy
     if layer < job.spec.n_layers - 1:
         if job.recipe.sequential:
-            _advance(w, job, latents, decode)
+            advance(w, job, latents, decode)
         else:
-            _advance(w, job, seen.mixed, np.ascontiguousarray(w["attn_output.weight"].T))
+            advance(w, job, seen.mixed, np.ascontiguousarray(w["attn_output.weight"].T))
     tensors = _tensors(q, maps, v_b, w_o, seen.stats.covariance, job)
     loss = LayerLoss(layer, maps.rope_kept, maps.latent_kept, error, maps.latent_kept_at, bias_error)
     return tensors, loss
 
 
-def _without_biases(w: BlockWeights, job: _Job) -> tuple[BlockWeights, float]:
-    """The layer with its biases folded into its weights, and the relative error of that."""
-    d = job.spec.dim
-
-    def share(windows: range) -> Moments:
-        gram, total = np.zeros((d, d), np.float32), np.zeros((d, 1), np.float32)
-        for i in windows:
-            inputs = job.inputs(w, i)
-            gram += inputs.T @ inputs
-            total[:, 0] += inputs.sum(axis=0)
-        n_tokens = len(windows) * job.states.shape[1]
-        return Moments(gram.astype(np.float64), total.astype(np.float64), n_tokens)
-
-    seen, held_out = _both_parts(job, share, Moments(np.zeros((d, d)), np.zeros((d, 1)), 0))
-    return fold_biases(w, job.gqa, seen, held_out)
-
-
-def _both_parts(job: _Job, share: Callable[[range], Moments], nothing: Moments) -> tuple[Moments, Moments]:
-    """The moments of the fitted windows and of the held-out ones."""
-    bounds = (0, job.n_fitted), (job.n_fitted, job.n_windows)
-    seen, held_out = (reduce(add, job.workers.each(share, stop, start), nothing) for start, stop in bounds)
-    return seen, held_out
-
-
-def _observe(w: BlockWeights, job: _Job) -> _Seen:
-    """The original layer on its inputs, and their statistics."""
-    d, probed, gqa = job.spec.dim, job.probed, job.gqa
-    n, length, _ = job.states.shape
-    queries = np.empty((n, length, gqa.n_heads, gqa.head_dim), np.float32)
-    mixed = np.empty((n, length, gqa.n_heads * gqa.head_dim), np.float32)
-
-    def share(windows: range) -> tuple[Matrix, Matrix, Matrix, dict[int, View]]:
-        covariance, attended, views = np.zeros((d, d)), np.zeros((d, d)), {}
-        gram = np.zeros((mixed.shape[-1],) * 2)
-        for i in windows:
-            inputs = job.inputs(w, i)
-            queries[i], mixed[i] = gqa_mixed(inputs, w, gqa)
-            covariance += inputs.T @ inputs
-            if i in job.judged:
-                gram += mixed[i].T @ mixed[i]
-            if i in probed:
-                views[i] = attention_view(inputs, w, gqa)
-                attention = views[i].attention
-                pairs = (attention.swapaxes(1, 2) @ attention).mean(axis=0)  # E_h[p_h^T p_h], (S, S)
-                probed_inputs = inputs[: len(pairs)]
-                attended += probed_inputs.T @ pairs @ probed_inputs / np.float32(len(pairs))
-        return covariance, attended, gram, views
-
-    found = job.workers.each(share, n)
-    covariance, attended, gram = (
-        np.asarray(sum(matrices)) for matrices in zip(*(part[:3] for part in found), strict=True)
-    )
-    w_o = w["attn_output.weight"]
-    energy = float(np.sum((w_o @ gram.astype(np.float32)) * w_o, dtype=np.float64))
-    scale = float(np.sqrt(energy / (len(job.judged) * length) / gqa.n_heads))
-    views = {i: view for part in found for i, view in part[3].items()}
-    stats = LayerStats(covariance / (n * length), attended / len(probed), scale)
-    return _Seen(stats, views, queries, mixed, energy)
-
-
-def _fit_reading(w: BlockWeights, job: _Job, maps: LayerMaps, seen: _Seen) -> QueryRows:
+def _fit_reading(w: BlockWeights, job: Job, maps: LayerMaps, seen: Seen) -> QueryRows:
     """Each head's query rows, refitted on the probed windows."""
     w_q = w["attn_q.weight"].reshape(job.gqa.n_heads, job.gqa.head_dim, -1)
     reading = maps.reading
@@ -343,30 +211,6 @@ def _fit_reading(w: BlockWeights, job: _Job, maps: LayerMaps, seen: _Seen) -> Qu
     return query_rows(reading, w_q, seen.stats.covariance, job.target)
 
 
-def _mix(
-    w: BlockWeights, job: _Job, maps: LayerMaps, q: QueryRows, seen: _Seen
-) -> tuple[Array, Moments, Moments]:
-    """Mixed latents (n, T, H * R) of the converted layer, and their moments with the original's outputs.
-
-    The moments are of the fitted windows and of the held-out ones.
-    """
-    n, length, mixed_width = seen.mixed.shape
-    width = job.gqa.n_heads * job.target.kv_lora_rank
-    latents = np.empty((n, length, width), np.float32)
-    w_o = w["attn_output.weight"]
-
-    def share(windows: range) -> Moments:
-        gram, cross = np.zeros((width, width), np.float32), np.zeros((width, mixed_width), np.float32)
-        for i in windows:
-            latents[i] = mixed_latents(job.inputs(w, i), seen.queries[i], q.reading, maps, job.target)
-            gram += latents[i].T @ latents[i]
-            cross += latents[i].T @ seen.mixed[i]
-        return Moments(gram.astype(np.float64), (cross @ w_o.T).astype(np.float64), len(windows) * length)
-
-    nothing = Moments(np.zeros((width, width)), np.zeros((width, len(w_o))), 0)
-    return latents, *_both_parts(job, share, nothing)
-
-
 def _decoder(v_b: Array, w_o: Array) -> Array:
     """The map from mixed latents to the layer's output, (H * R, D)."""
     h, v, r = v_b.shape
@@ -374,18 +218,8 @@ def _decoder(v_b: Array, w_o: Array) -> Array:
     return np.ascontiguousarray(blocks.reshape(len(w_o), h * r).T)
 
 
-def _advance(w: BlockWeights, job: _Job, mixed: Array, decode: Array) -> None:
-    """Take the hidden states through the layer, whose attention gives mixed (n, T, F) @ decode (F, D)."""
-
-    def share(windows: range) -> None:
-        for i in windows:
-            job.states[i] = feed_forward(job.states[i] + mixed[i] @ decode, w, job.spec.norm_eps)
-
-    job.workers.each(share, job.n_windows)
-
-
 def _tensors(
-    q: QueryRows, maps: LayerMaps, v_b: Array, w_o: Array, covariance: Matrix, job: _Job
+    q: QueryRows, maps: LayerMaps, v_b: Array, w_o: Array, covariance: Matrix, job: Job
 ) -> dict[str, Array]:
     """The layer in the deepseek2 layout: scores scaled for the engine, the latent folded for its norm."""
     mean_square = float(np.einsum("rd,re,de->", maps.latent, maps.latent, covariance, optimize=True))

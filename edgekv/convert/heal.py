@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv import __version__
-from edgekv.convert.convert import LayerLoss, Recipe, convert
+from edgekv.convert.convert import LayerLoss, convert
 from edgekv.convert.heal_data import Shard, TokenStream, cache_folder, load_shard, write_tokens
 from edgekv.convert.heal_file import FORMAT, Storage, base_sha256, check_base, read_healed, student_tensors
 from edgekv.convert.heal_gauge import balanced
 from edgekv.convert.heal_prompts import Chat
 from edgekv.convert.heal_recipe import DataRecord, Evaluation, HealedRecord, HealRecipe
+from edgekv.convert.passes import Recipe
 from edgekv.errors import InputError, OutputError
 from edgekv.source import Array, TensorSource
 from edgekv.spec import MLA

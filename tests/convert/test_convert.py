@@ -13,7 +13,8 @@ from edgekv.export.verify import compare
 
 from edgekv.backends.llamacpp import LlamaCppBackend
 from edgekv.backends.reference import ReferenceBackend
-from edgekv.convert.convert import METHODS, LayerLoss, Recipe, convert, convertible_attention
+from edgekv.convert.convert import METHODS, LayerLoss, convert, convertible_attention
+from edgekv.convert.passes import Recipe
 from edgekv.convert.target import target_spec
 from edgekv.errors import ModelFileError, UnsupportedError
 from edgekv.source import LazySource, TensorSource, open_source
