@@ -83,7 +83,7 @@ bench() { # bench REPORTS
     measure cuda-llama-1b-q4_0 60 q4_0 3 "${pair[@]}"
     for model in "${pair[@]}"; do
         there "$model" || continue
-        timeout 40 python3 "$sources/benchmarks/cuda/profile.py" "$model" 7600 \
+        timeout 40 python3 "$sources/benchmarks/cuda/token_profile.py" "$model" 7600 \
             >"$reports/cuda-profile-$(basename "$model" .gguf).json" || echo "profile: exit code $?"
     done
 }

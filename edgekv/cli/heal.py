@@ -51,6 +51,8 @@ FILE = click.Path(path_type=Path)
               help="Optimizer of the attention matrices.")  # fmt: skip
 @click.option("--batch-tokens", default=32768, show_default=True, help="Tokens a step.")
 @click.option("--seq-len", default=1024, show_default=True, help="Tokens a sequence.")
+@click.option("--short-len", type=click.IntRange(min=2),
+              help="Every other step cuts its sequences into pieces of so many tokens.")  # fmt: skip
 @click.option("--seed", default=0, type=click.IntRange(min=0), show_default=True,
               help="Order of the text, and what --self writes.")  # fmt: skip
 @click.option("--store", default="q8_0", show_default=True, type=click.Choice(["q8_0", "bf16"]),

@@ -84,6 +84,7 @@ def heal(job: HealJob, report: Report) -> HealedRecord:
     """
     device = pick_device(job.device)
     _check_cache_type(job)
+    _check_lengths(job.recipe)
     record, tensors = _begin(job, device, report)
     stream, windows = _text(job)
     report(Stage("loading teacher and student"))
@@ -110,6 +111,13 @@ def _check_cache_type(job: HealJob) -> None:
         raise InputError(
             f"--cache {job.recipe.cache_type} stores blocks of 32 values: rank {rank} and rope key {rope_dim} "
             "both have to be multiples of 32"
+        )
+
+
+def _check_lengths(recipe: HealRecipe) -> None:
+    if recipe.short_len is not None and recipe.seq_len % recipe.short_len:
+        raise InputError(
+            f"--short-len {recipe.short_len} does not divide --seq-len {recipe.seq_len}; take a half, a quarter, ..."
         )
 
 

@@ -17,12 +17,16 @@ class HealRecipe:
 
     Phase 1 (`match_share` of the steps) matches each layer's attention output on the teacher's own inputs;
     phase 2 minimises KL(teacher || student) on the logits. Each phase has its own learning-rate cycle.
+
+    A student that only sees short sequences fails at distances it never met; one that only sees long ones
+    forgets the start of a context, which is a small share of their tokens. `short_len` takes turns.
     """
 
     steps: int
     seed: int = 0
     batch_tokens: int = 32768
     seq_len: int = 1024
+    short_len: int | None = None  # every other step cuts its sequences into pieces of so many tokens
     lr: float = 4e-4
     match_share: float = 0.05
     warmup: int = 50

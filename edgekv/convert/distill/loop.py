@@ -172,11 +172,15 @@ class Healer:
 
     def _losses(self, phase: int, step: int) -> Tensor:
         """Loss of a step's batch, with its gradient added to the parameters'."""
+        recipe, micro = self.record.recipe, self.micro
         tokens = torch.from_numpy(self.stream.tokens(step))
+        if recipe.short_len is not None and step % 2:
+            tokens = tokens.reshape(-1, recipe.short_len)
+            micro *= recipe.seq_len // recipe.short_len
         if self.device.type == "cuda":
             tokens = tokens.pin_memory().to(self.device, non_blocking=True)
         total = torch.zeros((), device=self.device)
-        for part in tokens.split(self.micro):
+        for part in tokens.split(micro):
             share = len(part) / len(tokens)
             if phase == 1:
                 total += self.pair.match_backward(part, share).mean() * share

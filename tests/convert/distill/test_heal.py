@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file
 
 from edgekv.cli.heal import command
+from edgekv.convert.distill.pair import Pair
 from edgekv.convert.heal_file import base_sha256, load_healed, read_healed, student_tensors
 from edgekv.errors import EdgeKVError, InputError, OutputError
 from edgekv.model import ReferenceModel
@@ -161,6 +162,19 @@ def test_a_stopped_training_goes_on_from_its_weights_alone(tiny_gguf, text_file,
     assert again.curve[: len(record.curve)] == record.curve
     assert tensors["q"].shape == (3, 4 * 48, 64)
     assert evaluations(lines)[-1]["kl"] < 1.5 * before["kl"] + 0.1
+
+
+def test_every_other_step_is_on_short_pieces(tiny_gguf, text_file, unhealed, tmp_path, monkeypatch):
+    seen: list[tuple[int, ...]] = []
+    loss = Pair.kl_loss
+    monkeypatch.setattr(
+        Pair, "kl_loss", lambda pair, tokens: seen.append(tuple(tokens.shape)) or loss(pair, tokens)
+    )
+    options = ["--steps", "4", "--match-share", "0", "--start", str(unhealed), "--short-len", "16"]
+    heal(tiny_gguf, tmp_path / "out.safetensors", text_file, *options)
+    assert seen == [(8, 64), (32, 16)] * 2
+    with pytest.raises(InputError, match="does not divide --seq-len 64"):
+        heal(tiny_gguf, tmp_path / "other.safetensors", text_file, *options[:-1], "24")
 
 
 def test_minutes_alone_choose_the_steps(tiny_gguf, text_file, unhealed, tmp_path):

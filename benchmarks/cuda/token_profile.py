@@ -1,4 +1,4 @@
-"""Where a token's time goes on the card: python profile.py MODEL.gguf DEPTH [CACHE_TYPE]
+"""Where a token's time goes on the card: python token_profile.py MODEL.gguf DEPTH [CACHE_TYPE]
 
 Prints the time of every kernel that llama.cpp launches for one decoded token at this depth, as JSON. PyTorch's
 profiler (CUPTI) sees the kernels of all libraries of the process.
