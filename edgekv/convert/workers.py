@@ -1,7 +1,8 @@
 """Work over calibration windows on all cores.
 
 NumPy runs everything but its matrix products on one thread. So windows are shared out to threads, and the
-BLAS library keeps to one thread a call meanwhile: measured a fifth faster than threads inside BLAS.
+BLAS library keeps to one thread a call: measured a fifth faster than threads inside BLAS. Between the windows' work
+too: its threads gain little on a layer's small matrices, and spin waiting for each other where a core is busy.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ class Workers:
     def each(self, work: Callable[[range], Result], n: int, start: int = 0) -> list[Result]:
         """work(indices) on every worker's share of start..n-1; what each returned, empty shares left out."""
         shares = [range(start + i, n, self.n_workers) for i in range(self.n_workers)]
-        with threadpool_limits(1, user_api="blas"):
-            return list(self._pool.map(work, [share for share in shares if share]))
+        return list(self._pool.map(work, [share for share in shares if share]))
 
 
 @contextmanager
@@ -35,5 +35,5 @@ def workers() -> Iterator[Workers]:
     n_threads = max(
         (info["num_threads"] for info in threadpool_info() if info["user_api"] == "blas"), default=1
     )
-    with ThreadPoolExecutor(n_threads, "convert") as pool:
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(n_threads, "convert") as pool:
         yield Workers(pool, n_threads)
