@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
-HEALED = HERE.parent / "models" / "smollm2-135m-instruct-128.safetensors"
+HEALED = HERE.parent / "models" / "smollm2-135m-instruct-192-q4_0.safetensors"
 PROMPT = "What is the largest planet of the solar system? Answer in one sentence."
 DEPTHS = (0, 2048)
+CACHES = ("f16", "q4_0")
 console = Console(stderr=True)
 
 
@@ -32,16 +33,22 @@ def main() -> None:
     original, converted = smollm2(), folder / "smollm2-135m-latent.gguf"
     step("convert to MLA, from healed weights, and compare llama.cpp with the NumPy reference")
     made = edgekv("convert", original, "-o", converted, "--healed", HEALED, "--verify", "--force")
-    step("what it lost: both models in llama.cpp on a text")
-    engines = ("--backend-a", "llama.cpp", "--backend-b", "llama.cpp", "--cache-type", "f16")
+    step("what each cache loses on a text: llama.cpp against the original in float32")
     text = ("--text", HERE / "demo.txt", "--tokens", 1024, "--tolerance", 1e9)
-    loss = edgekv("verify", original, converted, *engines, *text)
+    losses = [
+        edgekv("verify", original, model, "--cache-type", cache, *text)
+        for model in (original, converted)
+        for cache in CACHES
+    ]
     step("one question to both")
     question = ("-p", PROMPT, "--temp", 0, "--max-tokens", 60)
-    answers = [edgekv("chat", model, *question) for model in (original, converted)]
-    step("speed and memory, the two in turns (about two minutes)")
-    bench = edgekv("bench", original, converted, "-d", ",".join(map(str, DEPTHS)), "-r", 5)
-    show(made, loss, answers, bench)
+    answers = [
+        edgekv("chat", model, *question, "--cache-type", cache)
+        for model, cache in ((original, "f16"), (converted, "q4_0"))
+    ]
+    step("speed and memory, all four in turns (about three minutes)")
+    options = ("-c", ",".join(CACHES), "-d", ",".join(map(str, DEPTHS)), "-r", 3)
+    show(made, losses, answers, edgekv("bench", original, converted, *options))
 
 
 def smollm2() -> Path:
@@ -69,34 +76,32 @@ def edgekv(*arguments: object) -> dict[str, Any]:
 
 
 def show(
-    made: dict[str, Any], loss: dict[str, Any], answers: list[dict[str, Any]], bench: dict[str, Any]
+    made: dict[str, Any], losses: list[dict[str, Any]], answers: list[dict[str, Any]], bench: dict[str, Any]
 ) -> None:
     """The report."""
     out = Console()
-    table = Table(
-        "", "original", "converted", title="SmolLM2-135M-Instruct in llama.cpp, this machine, just now"
-    )
-    before, after = made["cache_bytes_per_token"]["before"], made["cache_bytes_per_token"]["after"]
-    table.add_row("cache, bytes a token (f16)", f"{before:,}", f"{after:,}  ({after / before - 1:+.1%})")
-    table.add_row("perplexity of examples/demo.txt", f"{loss['ppl_a']:.2f}", f"{loss['ppl_b']:.2f}")
-    table.add_row("KL against the original, nats a token", "", f"{loss['kl']:.4f}")
-    table.add_row("same next token", "", f"{loss['argmax_agreement']:.1%}")
-    runs = bench["runs"]
+    runs = bench["runs"]  # the original's caches, then the converted model's, as `losses` has them
+    names = [f"{name}, {cache}" for name in ("original", "converted") for cache in CACHES]
+    table = Table("model, cache", *names, title="SmolLM2-135M-Instruct in llama.cpp, this machine, just now")
+    sizes = [run["cache"]["nbytes_per_token"] for run in runs]
+    table.add_row("bytes a token", *(f"{size:,.0f} ({size / sizes[0] - 1:+.0%})" for size in sizes))
+    table.add_row("KL to the original, nats", *(f"{loss['kl']:.4f}" for loss in losses))
+    table.add_row(f"perplexity ({losses[0]['ppl_a']:.2f})", *(f"{loss['ppl_b']:.2f}" for loss in losses))
+    table.add_row("same next token", *(f"{loss['argmax_agreement']:.1%}" for loss in losses))
     for i, depth in enumerate(DEPTHS):
-        cells = []
-        for run in runs:
-            decode = run["points"][i]["decode_tps"]
-            cells.append(f"{decode['median']:.0f}  ({decode['low']:.0f}-{decode['high']:.0f})")
-        table.add_row(f"decode, tokens/s at depth {depth}", *cells)
+        rates = [run["points"][i]["decode_tps"] for run in runs]
+        cells = (f"{rate['median']:.0f} ({rate['low']:.0f}-{rate['high']:.0f})" for rate in rates)
+        table.add_row(f"decode, tokens/s at {depth}", *cells)
     table.add_row("peak RSS, MB", *(f"{run['memory']['peak_rss_nbytes'] / 1e6:.0f}" for run in runs))
     out.print(table)
-    for name, answer in zip(("original", "converted"), answers, strict=True):
+    for name, answer in zip((names[0], names[-1]), answers, strict=True):
         out.print(f"[bold]{name}:[/] {answer['text'].strip()}", highlight=False)
     healed = made["notes"]["edgekv.healed_tokens"] / 1e6
     out.print(
-        f"The converted model was healed: distilled from the original on {healed:.0f}M tokens of Wikipedia and Project "
-        f"Gutenberg (models/README.md). llama.cpp against the NumPy reference on it: KL {made['verify']['kl']:.1e}.\n"
-        f"Talk to it: {Path(sys.executable).parent / 'edgekv'} chat {made['output']}",
+        f"The converted model was healed for the q4_0 cache: distilled from the original on {healed:.0f}M tokens "
+        "of Wikipedia, Project Gutenberg and chats of its own (models/README.md). llama.cpp against the NumPy "
+        f"reference on it: KL {made['verify']['kl']:.1e}.\n"
+        f"Talk to it: {Path(sys.executable).parent / 'edgekv'} chat {made['output']} --cache-type q4_0",
         highlight=False,
     )
 

@@ -137,7 +137,7 @@ def _from_healed(path: Path, source: TensorSource) -> tuple[TensorSource, Metada
     last = record.evaluations[-1]
     notes: Metadata = {
         "edgekv.method": "healed",
-        "edgekv.healed_tokens": record.steps_done * record.recipe.batch_tokens,
+        "edgekv.healed_tokens": record.tokens_seen,
         "edgekv.healed_on": ", ".join(data.name for data in record.data),
         "edgekv.healed_for_cache": record.recipe.cache_type,
         "edgekv.healed_kl": round(last.kl, 5),

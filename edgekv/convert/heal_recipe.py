@@ -102,6 +102,12 @@ class HealedRecord:
     earlier: HealedRecord | None = None  # the training that this one began from, if any
 
     @property
+    def tokens_seen(self) -> int:
+        """Tokens trained on, earlier trainings included."""
+        before = self.earlier.tokens_seen if self.earlier else 0
+        return before + self.steps_done * self.recipe.batch_tokens
+
+    @property
     def attention(self) -> MLA:
         """The student's attention."""
         rope = RopeSpec(self.rope_theta, self.rope_dim)

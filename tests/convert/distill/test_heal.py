@@ -124,6 +124,7 @@ def test_a_second_training_keeps_the_record_of_the_first(tiny_gguf, text_file, u
     assert record.earlier == read_healed(first)[0]
     assert (record.recipe.seq_len, record.earlier.recipe.seq_len) == (128, 64)
     assert record.earlier.earlier is None  # an unhealed start was no training
+    assert record.tokens_seen == 5 * 512
 
 
 @pytest.mark.parametrize("options", [["--optimizer", "muon", "--train", "all"], ["--cache", "q4_0"]])
