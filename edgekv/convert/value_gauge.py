@@ -32,7 +32,7 @@ def with_balanced_values(source: TensorSource) -> TensorSource:
     balanced = LazySource(source.spec, source.metadata)
     for name in source.names():
         prefix, _, tensor = name.rpartition(".attn_")
-        if tensor in ("v_b.weight", "output.weight"):
+        if prefix and tensor in ("v_b.weight", "output.weight"):
             balanced.add(name, source.shape(name), partial(_scaled, source, prefix, tensor))
         else:
             balanced.borrow(source, name)

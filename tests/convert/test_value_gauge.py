@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import gguf
 import numpy as np
+import pytest
 
 from edgekv.convert.value_gauge import value_gains, with_balanced_values
 from edgekv.model import ReferenceModel
@@ -29,10 +30,11 @@ def test_gains_are_powers_of_two_and_even_out_both_sides() -> None:
     assert (ratio < 2.01).all()
 
 
+@pytest.mark.parametrize("tied", [True, False])
 def test_the_model_is_the_same_and_its_output_rounds_better(
-    make_llama: Callable[..., LazySource], make_mla: Callable[..., TensorSource]
+    make_llama: Callable[..., LazySource], make_mla: Callable[..., TensorSource], tied: bool
 ) -> None:
-    plain = make_mla(make_llama(), 32, 32)
+    plain = make_mla(make_llama(tied=tied), 32, 32)
     source = LazySource(plain.spec, plain.metadata)
     strength = np.logspace(0, 4, plain.shape("blk.0.attn_v_b.weight")[1]).astype(np.float32)
     for name in plain.names():
