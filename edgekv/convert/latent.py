@@ -46,18 +46,16 @@ def shrink_by_frequency(leftover: Matrix, gqa: GQA) -> Matrix:
 
 
 def joint_latent(value_rows: Matrix, key_rows: Matrix, covariance: Matrix, rank: int, keys: Matrix) -> Latent:
-    """The best latent for stacked weighted rows, each (rows, D), under covariance (D, D).
-
-    Any root of the covariance whitens; Cholesky's is the cheapest.
-    """
-    floor = FLOOR * np.trace(covariance) * np.eye(len(covariance))
-    root = np.linalg.cholesky(covariance + floor)
+    """The best latent for stacked weighted rows, each (rows, D), under covariance (D, D)."""
+    root, inverse_root = sqrt_and_inverse(covariance)
     stacked = np.concatenate([value_rows, key_rows]) @ root
-    energy, vectors = np.linalg.eigh(stacked @ stacked.T)  # left singular vectors, from the small side
+    energy, vectors = np.linalg.eigh(stacked @ stacked.T)  # left singular vectors: rows are fewer than dims
+    n = min(stacked.shape)  # no more can be other than zero
+    energy, vectors = energy[-n:], vectors[:, -n:]
     scale = np.sqrt(np.maximum(energy, energy[-1] * FLOOR))
     top = stacked.T @ leading(vectors / scale, rank)  # right singular vectors, (D, R)
     return Latent(
-        encoder=np.asarray(np.linalg.solve(root.T, top).T, np.float64),
+        encoder=top.T @ inverse_root,
         decoder=root @ top,
         keys=keys,
         kept=float(energy[::-1][:rank].sum() / energy.sum()),

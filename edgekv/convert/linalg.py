@@ -41,7 +41,7 @@ def factor(matrix: Matrix, root: Matrix, inverse_root: Matrix, rank: int) -> tup
 
 
 def leading(vectors: Matrix, rank: int) -> Matrix:
-    """The last `rank` columns of eigenvectors (n, n) that np.linalg.eigh gives, strongest first: (n, rank).
+    """The last `rank` columns of eigenvectors (m, n) in np.linalg.eigh's order, strongest first: (m, rank).
 
     Past n the columns are zero: a latent wider than what it encodes has nothing more to hold.
     """
