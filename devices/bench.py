@@ -192,6 +192,8 @@ class _Bench:
             lane.card_nbytes = lane.worker.ask("card") - card_before
         lane.cache_nbytes, lane.repacked_nbytes = opened["cache_nbytes"], opened["repacked_nbytes"]
         lane.run = replace(lane.run, load_s=opened["load_s"], first_ttft_s=first_ttft_s)
+        if lane.card_nbytes:  # it reads the card's memory: the cores' bandwidth is no ceiling to it
+            lane.run = replace(lane.run, bandwidth_gb_s=None, bandwidth_nbytes=None)
 
     def _machine_with_card(self) -> Machine:
         card = first_card()
