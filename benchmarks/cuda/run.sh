@@ -3,9 +3,9 @@
 #   benchmarks/cuda/run.sh build WHEELS               llama.cpp with CUDA, from the sdist in the folder WHEELS
 #   benchmarks/cuda/run.sh models [ORIGINAL.gguf]     the files to measure; beside the build if need be
 #   benchmarks/cuda/run.sh bench REPORTS              JSON reports into the folder REPORTS
-# All of it lives in $EDGEKV_CUDA (default /tmp/edgekv-cuda); nothing is installed outside. $DEPTHS: 0,2048,7600.
+# All of it lives in $EDGEKV_CUDA (default ~/.cache/edgekv-cuda); nothing is installed outside. $DEPTHS: 0,2048,7600.
 set -euo pipefail
-work=${EDGEKV_CUDA:-/tmp/edgekv-cuda} sources=$(cd "$(dirname "$0")/../.." && pwd)
+work=${EDGEKV_CUDA:-$HOME/.cache/edgekv-cuda} sources=$(cd "$(dirname "$0")/../.." && pwd)
 site=$work/site models=$work/models tree=$work/tree
 mkdir -p "$site" "$models" "$tree/edgekv"
 # As wheels would lay it out, from the files as they are.
@@ -48,7 +48,7 @@ models() { # models [ORIGINAL.gguf]
         cp "$1" "$models/smollm2.gguf"
         for healed in "$sources"/models/*.safetensors; do
             name=$(basename "$healed" .safetensors)
-            python3 -m edgekv convert "$1" -o "$models/${name/-instruct/}.gguf" --force --healed "$healed"
+            python3 -P -m edgekv convert "$1" -o "$models/${name/-instruct/}.gguf" --force --healed "$healed"
         done
     fi
     python3 "$sources/benchmarks/cuda/llama_1b.py" "$models"
@@ -61,7 +61,7 @@ measure() { # measure NAME SECONDS CACHE REPEATS MODEL...
     local name=$1 seconds=$2 cache=$3 repeats=$4 started=$SECONDS
     shift 4
     there "$@" || return 0
-    timeout -k 5 "$seconds" python3 -m edgekv bench "$@" -c "$cache" -d "${DEPTHS:-0,2048,7600}" -p 512 -n 32 -r "$repeats" \
+    timeout -k 5 "$seconds" python3 -P -m edgekv bench "$@" -c "$cache" -d "${DEPTHS:-0,2048,7600}" -p 512 -n 32 -r "$repeats" \
         -o "$reports/$name.json" --force >"$reports/$name.txt" 2>"$work/$name.log" ||
         { echo "$name: exit code $?"; tail -3 "$work/$name.log"; rm -f "$reports/.$name".*.partial; }
     echo "$name: $((SECONDS - started)) s"
@@ -75,7 +75,7 @@ bench() { # bench REPORTS
     measure cuda-llama-1b-f16 80 f16 5 "${pair[@]}"
     measure cuda-smollm2-f16 80 f16 5 "$models/smollm2.gguf" "${latents[@]}"
     # Does the card compute what the reference does?
-    there "${latents[0]}" && { timeout 60 python3 -m edgekv verify "${latents[0]}" --cache-type f16 --tokens 128 \
+    there "${latents[0]}" && { timeout 60 python3 -P -m edgekv verify "${latents[0]}" --cache-type f16 --tokens 128 \
         --tolerance 0.05 --json >"$reports/cuda-verify.json" || echo "verify: exit code $?"; }
     measure cuda-llama-1b-q8_0 60 q8_0 3 "${pair[@]}"
     measure cuda-smollm2-q8_0 60 q8_0 3 "$models/smollm2.gguf" "${latents[@]}"

@@ -41,13 +41,13 @@ FILE = click.Path(path_type=Path)
 @click.option("--start", type=FILE, help="Begin from the weights of this file of healed weights.")
 @click.option("--cache", default="f16", show_default=True, type=click.Choice(["f16", "q8_0", "q4_0"]),
               help="Cache type to train for.")  # fmt: skip
-@click.option("--train", default="attn", show_default=True, type=click.Choice(["attn", "attn+norms", "all"]),
+@click.option("--train", default="attn+norms", show_default=True, type=click.Choice(["attn", "attn+norms", "all"]),
               help="Weights to train; feed-forwards (all) make the file several times larger.")  # fmt: skip
-@click.option("--lr", default=4e-4, show_default=True, help="Peak learning rate.")
+@click.option("--lr", default=2e-3, show_default=True, help="Peak learning rate; AdamW wants a fifth.")
 @click.option("--match-share", default=0.05, show_default=True, help="Share of the steps for phase 1.")
 @click.option("--schedule", default="cosine", show_default=True, type=click.Choice(["cosine", "wsd"]),
               help="How the learning rate falls.")  # fmt: skip
-@click.option("--optimizer", default="adamw", show_default=True, type=click.Choice(["adamw", "muon"]),
+@click.option("--optimizer", default="muon", show_default=True, type=click.Choice(["adamw", "muon"]),
               help="Optimizer of the attention matrices.")  # fmt: skip
 @click.option("--batch-tokens", default=32768, show_default=True, help="Tokens a step.")
 @click.option("--seq-len", default=1024, show_default=True, help="Tokens a sequence.")
@@ -66,7 +66,7 @@ def command(as_json: bool, **options: Any) -> None:
 
     The original is the teacher, the training-free conversion the student. First each layer learns to give
     the original's attention output on the original's inputs, then all together learn its next-token
-    distribution. Only attention is trained, so the outcome is a small file; `edgekv convert --healed` builds
+    distribution. Only attention and norms are trained: the outcome is a small file; `edgekv convert --healed` builds
     the GGUF from it and the original. Needs PyTorch: pip install 'edgekv[heal]'.
 
     \b

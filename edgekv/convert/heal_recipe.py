@@ -27,15 +27,15 @@ class HealRecipe:
     batch_tokens: int = 32768
     seq_len: int = 1024
     short_len: int | None = None  # every other step cuts its sequences into pieces of so many tokens
-    lr: float = 4e-4
+    lr: float = 2e-3
     match_share: float = 0.05
     warmup: int = 50
     schedule: Literal["wsd", "cosine"] = "cosine"
     decay_share: float = 0.3  # of a phase, for "wsd"
     lr_floor: float = 0.0
     grad_clip: float = 1.0
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    train: Train = "attn"
+    optimizer: Literal["adamw", "muon"] = "muon"
+    train: Train = "attn+norms"
     cache_type: CacheType = "f16"  # q8_0 and q4_0 are simulated; f16 rounding is far below the noise
 
     @property
