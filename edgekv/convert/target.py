@@ -10,11 +10,21 @@ SIMD_STEP = 32  # values; a NEON step of f16, half an AVX-512 one: other widths 
 DEFAULT_NOPE_DIM = 32  # query dims a head that read the latent: twice as many gain 4 % of the loss back
 
 
-def choose_rank(gqa: GQA, keep: float) -> tuple[int, int]:
+def rope_widths(gqa: GQA, healed: bool) -> tuple[int, int]:
+    """The rope key's widths, the better one first.
+
+    Without training the full head dim, since what turns cannot live in the latent. A model that will be healed
+    learns to do with half (96+32 against 64+64 values: KL 0.143 and 0.190 after 13M tokens, 0.810 and 0.702 before),
+    while a value that was not stored is lost.
+    """
+    full, half = gqa.rope.dim, gqa.rope.dim // 2
+    return (half, full) if healed and half % SIMD_STEP == 0 else (full, half)
+
+
+def choose_rank(gqa: GQA, keep: float, healed: bool = False) -> tuple[int, int]:
     """(kv_lora_rank, rope_dim) that keep at most `keep` of the cached values, in SIMD-friendly sizes.
 
-    The rope key gets the full head dim as long as the latent is at least as wide, since the fast
-    frequencies it carries cannot live in the latent; below that it gets half.
+    The rope key gets the better of its widths as long as the latent is at least as wide.
 
     Raises:
         InputError: `keep` is not between 0 and 1, or leaves no room for a latent.
@@ -22,7 +32,7 @@ def choose_rank(gqa: GQA, keep: float) -> tuple[int, int]:
     if not 0 < keep <= 1:
         raise InputError(f"--target is the share of the cache to keep, between 0 and 1; got {keep}")
     budget = int(gqa.cache_values * keep + 1e-9)
-    for rope_dim in (gqa.rope.dim, gqa.rope.dim // 2):
+    for rope_dim in rope_widths(gqa, healed):
         rank = (budget - rope_dim) // SIMD_STEP * SIMD_STEP
         if rank >= rope_dim and rope_dim % SIMD_STEP == 0:
             return min(rank, max_rank(gqa)), rope_dim
@@ -68,6 +78,7 @@ def resolve_target(
     rope_dim: int | None,
     nope_dim: int | None,
     value_dim: int | None = None,
+    healed: bool = False,
 ) -> MLA:
     """The MLA shape that a user asked for, by a share of the cache or by sizes; None takes the default.
 
@@ -77,13 +88,13 @@ def resolve_target(
     if (share is None) == (rank is None):
         raise InputError("say how small: either --target SHARE or --kv-lora-rank RANK")
     if share is not None:
-        rank, chosen = choose_rank(gqa, share)
+        rank, chosen = choose_rank(gqa, share, healed)
         rope_dim = chosen if rope_dim is None else rope_dim
     assert rank is not None
     return target_spec(
         gqa,
         rank,
-        gqa.rope.dim if rope_dim is None else rope_dim,
+        rope_widths(gqa, healed)[0] if rope_dim is None else rope_dim,
         min(DEFAULT_NOPE_DIM, rank) if nope_dim is None else nope_dim,
         gqa.head_dim if value_dim is None else value_dim,
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgekv.convert.rope_key import frequency_slots
-from edgekv.convert.target import SIMD_STEP, choose_rank, max_rank, target_spec
+from edgekv.convert.target import SIMD_STEP, choose_rank, max_rank, resolve_target, target_spec
 from edgekv.errors import InputError
 from edgekv.spec import GQA, RopeSpec
 
@@ -33,6 +33,15 @@ def test_known_choices() -> None:
     assert choose_rank(SMOL, 1 / 3) == (64, 64)
     assert choose_rank(SMOL, 0.25) == (64, 32)
     assert choose_rank(LLAMA, 0.125) == (128, 128)
+
+
+def test_what_will_be_healed_gets_a_narrow_rope_key() -> None:
+    assert choose_rank(SMOL, 0.5, healed=True) == (160, 32)
+    assert choose_rank(SMOL, 1 / 3, healed=True) == (96, 32)
+    assert choose_rank(LLAMA, 0.125, healed=True) == (192, 64)
+    narrow = GQA(4, 2, 32, RopeSpec(10000.0, 32))  # half a head is no SIMD step
+    assert choose_rank(narrow, 0.5, healed=True) == choose_rank(narrow, 0.5)
+    assert resolve_target(SMOL, None, 96, None, None, healed=True).rope.dim == 32
 
 
 @pytest.mark.parametrize("keep", [0, -1, 1.01, float("nan"), float("inf")])
