@@ -115,9 +115,8 @@ class Merges:
         """Merge neighbours until no pair is left: the lowest rank first, then the leftmost. `ids` is used up."""
         after = [*range(1, len(ids)), -1]
         before = list(range(-1, len(ids) - 1))
-        queue: list[
-            tuple[int, int, int, int, int, int]
-        ] = []  # (rank, left, right, their tokens, the merged one)
+        # rank, left, right, their tokens, the merged one
+        queue: list[tuple[int, int, int, int, int, int]] = []
 
         def offer(left: int, right: int) -> None:
             if left >= 0 and right >= 0:
