@@ -128,7 +128,7 @@ def _gradient(maps: Array, probes: list[Probe], mla: MLA, workers: Workers, targ
 def _curvature(probes: list[Probe], mla: MLA, stride: int = 64) -> tuple[Array, Array]:
     """Kronecker factors of the Hessian: E_t Cov_p(rows as seen from t), (H, R + P, R + P), and E[q q^T], (H, K, K).
 
-    Every `stride`-th query is enough for a preconditioner.
+    Every `stride`-th query is enough for a preconditioner; a window shorter than that gives its last one.
     """
     _, n_heads, k = probes[0].queries.shape
     width = probes[0].rows.shape[1]
@@ -137,7 +137,7 @@ def _curvature(probes: list[Probe], mla: MLA, stride: int = 64) -> tuple[Array, 
     count = 0
     for probe in probes:
         right += probe.queries.transpose(1, 2, 0) @ probe.queries.swapaxes(0, 1)
-        for t in range(stride - 1, len(probe.rows), stride):
+        for t in range(min(stride, len(probe.rows)) - 1, len(probe.rows), stride):
             seen = _rotated_back(probe.rows[: t + 1], t, mla)
             weight = probe.attention[:, t, : t + 1]  # (H, S)
             mean = weight @ seen

@@ -81,6 +81,20 @@ def test_a_perfect_reading_is_found_and_stays(probes: list[Probe]) -> None:
     assert (errors(fitted(start, exact, 40), exact) < 1e-3 * errors(start, exact)).all()
 
 
+@pytest.mark.parametrize("length", [2, 40, 63])
+def test_windows_shorter_than_the_curvatures_stride_are_fitted(probes: list[Probe], length: int) -> None:
+    seen = slice(length)
+    short = [
+        Probe(p.queries[seen], p.rows[seen], p.scores[:, seen, seen], p.attention[:, seen, seen])
+        for p in probes
+    ]
+    start = np.zeros((H, R + P, K), np.float32)
+    with workers() as crew:
+        before = score_errors(start, short, MLA_SPEC, crew)
+        after = score_errors(fitted(start, short, 4), short, MLA_SPEC, crew)
+    assert (after < before).all()
+
+
 def test_the_held_out_error_is_the_definitions(probes: list[Probe]) -> None:
     maps = np.random.default_rng(3).standard_normal((H, R + P, K)).astype(np.float32)
     with workers() as crew:
