@@ -161,7 +161,9 @@ class IsolatedBackend:
             stderr=self._output,
             pass_fds=passed,
             start_new_session=True,  # the terminal's Ctrl-C is for the parent, which asks the child to stop
-            env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # ggml's abort would run gdb on it for seconds
+            # Python's own allocator would keep 3 MiB of what the vocabulary took while it was read.
+            # ggml's abort would run gdb on the child for seconds.
+            env={"PYTHONMALLOC": "malloc"} | os.environ | {"GGML_NO_BACKTRACE": "1"},
         )
         os.close(request_read)
         os.close(reply_write)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from edgekv.backends.cgroups import cgroup_folders, read_text
@@ -20,6 +21,7 @@ from edgekv.spec import ModelSpec
 
 MIB = 2**20
 NO_LIMIT_NBYTES = 2**60  # cgroup v1 writes the largest multiple of a page where there is no limit
+MADV_DONTNEED = 4  # madvise(2)
 NARROWER = ("q8_0", "q4_0")
 
 
@@ -139,3 +141,31 @@ def release_heap() -> None:
     """Give freed memory back to the system, which glibc would keep for later (malloc_trim(3))."""
     with contextlib.suppress(OSError, AttributeError):  # another libc
         ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
+
+
+def release_code() -> None:
+    """Give back the resident pages of code: of a library's, much is for loading a model only.
+
+    What is used again comes from the system's cache, or the file.
+    """
+    _release_pages(lambda permissions, path: permissions == "r-xp" and path.startswith("/"))
+
+
+def release_file(file: Path) -> None:
+    """Give back the resident pages of a file that is mapped for reading; they come from it again when they are used."""
+    name = str(file.resolve())
+    _release_pages(lambda _, path: path == name)
+
+
+def _release_pages(chosen: Callable[[str, str], bool]) -> None:
+    """Give back the mappings whose permissions and path are chosen; nothing may have been written to them."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        advise = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):  # not Linux
+        return
+    for line in lines:
+        addresses, permissions, _, _, _, *path = line.split(maxsplit=5)
+        if path and chosen(permissions, path[0]):
+            start, end = (int(number, 16) for number in addresses.split("-"))
+            advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)

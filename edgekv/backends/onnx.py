@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.backends.base import DEFAULT_N_CTX, Interrupted, require_positive, require_room
-from edgekv.backends.memory import is_small_machine
+from edgekv.backends.memory import is_small_machine, release_file
 from edgekv.backends.threads import default_threads
 from edgekv.errors import BackendError, InputError
 from edgekv.onnx_folder import DATA, GRAPH, check_folder
@@ -32,7 +32,6 @@ SLOT_STEP = 128
 # Tokens of a prefill at once: 128 are 10 % faster in an empty cache and hold 8 MiB more.
 MAX_PIECE = 64
 MAX_SCORES = 3 * 2**18  # attention scores of a layer at once: they bound the memory of a prefill at depth
-MADV_DONTNEED = 4  # madvise(2)
 _ELEMENT_TYPES: dict[str, type[np.float32] | type[np.uint8]] = {
     "tensor(float)": np.float32,
     "tensor(uint8)": np.uint8,
@@ -87,7 +86,10 @@ class OnnxBackend:
         self._abort = abort_flag if abort_flag is not None else ctypes.create_string_buffer(2)
         self._session = _open_session(folder / GRAPH, self.n_threads)
         self._data = folder / DATA
-        _release_pages(self._data)
+        # The engine has read all weights to pack them its own way. Of the token table, which it also keeps mapped, only
+        # the rows of tokens in use are needed from here on: they come from the file again, with 15 pages around each,
+        # so that a long prompt would hold the table twice.
+        release_file(self._data)
         self._binding = self._session.io_binding()
         small = is_small_machine()
         self._cache = {
@@ -121,7 +123,7 @@ class OnnxBackend:
                 raise Interrupted
             logits = self._run(piece, 1)
             if len(piece) > 1:
-                _release_pages(self._data)
+                release_file(self._data)
         return logits.reshape(-1)
 
     def prefill_all(self, tokens: Sequence[int]) -> Array:
@@ -228,24 +230,6 @@ def _slots(shape: Sequence[int], dtype: type[np.float32] | type[np.uint8], small
         with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, dtype).reshape(shape)
-
-
-def _release_pages(data: Path) -> None:
-    """Give back the data file's resident pages.
-
-    The engine has read all weights to pack them its own way. Of the token table, which it also keeps mapped,
-    only the rows of tokens in use are needed from here on: they come from the file again, with 15 pages around
-    each, so that a long prompt would hold the table twice.
-    """
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-        advise = ctypes.CDLL(None).madvise
-    except (OSError, AttributeError):  # not Linux
-        return
-    for line in lines:
-        if line.endswith(f" {data.resolve()}"):
-            start, end = (int(number, 16) for number in line.split()[0].split("-"))
-            advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
 
 
 def _onnxruntime() -> ModuleType:

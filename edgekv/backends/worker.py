@@ -14,7 +14,7 @@ from pathlib import Path
 from edgekv.backends import open_backend, open_language
 from edgekv.backends.base import Backend, Interrupted
 from edgekv.backends.channel import ChannelClosed, Op, Pipe, SharedLogits, Status
-from edgekv.backends.memory import release_heap
+from edgekv.backends.memory import release_code, release_heap
 from edgekv.errors import BackendError, EdgeKVError
 from edgekv.language import Language
 
@@ -33,7 +33,7 @@ def main(read_fd: int, write_fd: int, memory_fd: int, config: str) -> None:
         pipe.send_reply(Status.ERROR, 0, _describe(error))
         return
     shared.map_rows(backend.n_vocab)
-    release_heap()
+    _release_memory()
     about = {
         "name": backend.name,
         "n_ctx": backend.n_ctx,
@@ -98,7 +98,7 @@ class _Server:
     @functools.cached_property
     def _language(self) -> Language:
         language = open_language(self._backend, self._path)
-        release_heap()
+        _release_memory()
         return language
 
     def _text(self, op: Op, numbers: list[int]) -> str:
@@ -107,7 +107,7 @@ class _Server:
             text = bytes(numbers[2:]).decode()
             ids = language.encode(text, add_special=bool(numbers[0]), parse_special=bool(numbers[1]))
             if len(text) > LONG_TEXT:
-                release_heap()
+                _release_memory()
             return json.dumps(ids)
         if op is Op.TOKEN:
             shown = language.token_bytes(numbers[0]).decode("latin-1")
@@ -120,6 +120,12 @@ class _Server:
                 "stop_ids": sorted(language.stop_ids),
             }
         )
+
+
+def _release_memory() -> None:
+    """Give back what loading or encoding took and nothing needs from here on."""
+    release_heap()
+    release_code()
 
 
 def _describe(error: Exception) -> str:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import mmap
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from edgekv.backends.memory import available_nbytes, memory_limit_nbytes, require_memory
+from edgekv.backends.memory import (
+    available_nbytes,
+    memory_limit_nbytes,
+    release_code,
+    release_file,
+    require_memory,
+)
 from edgekv.errors import InputError
 from edgekv.gguf_check import read_header
 
@@ -93,3 +102,39 @@ class TestRefusal:
 
     def test_what_cannot_be_known_is_let_through(self, smollm2: Path, tmp_path: Path) -> None:
         self.ask(smollm2, tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_code_leaves_memory_and_comes_back_when_used() -> None:
+    matrix = np.eye(3)
+    np.linalg.det(matrix)
+    library = sys.modules["numpy.linalg._umath_linalg"].__file__  # nothing runs it meanwhile
+    assert library
+    assert _resident_nbytes(library, "r-xp") > 0
+    release_code()
+    assert _resident_nbytes(library, "r-xp") == 0
+    assert np.linalg.det(matrix) == 1.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_mapped_file_leaves_memory_and_keeps_its_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "a file"
+    path.write_bytes(b"x" * 2**16)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert mapped[:] == b"x" * 2**16
+        assert _resident_nbytes(str(path), "r") == 2**16
+        release_file(path)
+        assert _resident_nbytes(str(path), "r") == 0
+        assert mapped[:] == b"x" * 2**16
+
+
+def _resident_nbytes(path: str, permissions: str) -> int:
+    """Of a file's mappings whose permissions begin so."""
+    nbytes, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        fields = line.split(maxsplit=5)
+        if not fields[0].endswith(":"):
+            inside = fields[5:] == [path] and fields[1].startswith(permissions)
+        elif inside and fields[0] == "Rss:":
+            nbytes += int(fields[1]) * 1024
+    return nbytes
