@@ -38,7 +38,7 @@ $(VENV)/.test: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --editable '.[llama,onnx,plot,test]'
 	touch $@
 
-# EdgeKV on emulated Raspberry Pi cores: benchmarks/arm/README.md. Debian, root rights; the first time half an hour.
+# EdgeKV on emulated Raspberry Pi cores: benchmarks/arm/README.md. Debian, root rights; about half an hour.
 arm: $(VENV)/.base
 	benchmarks/arm/run.sh $(HOME)/.cache/edgekv-arm $(abspath $(BIN))/python
 
