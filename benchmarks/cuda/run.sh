@@ -3,7 +3,8 @@
 #   benchmarks/cuda/run.sh build WHEELS               llama.cpp with CUDA, from the sdist in the folder WHEELS
 #   benchmarks/cuda/run.sh models [ORIGINAL.gguf]     the files to measure; beside the build if need be
 #   benchmarks/cuda/run.sh bench REPORTS              JSON reports into the folder REPORTS
-# All of it lives in $EDGEKV_CUDA (default ~/.cache/edgekv-cuda); nothing is installed outside. $DEPTHS: 0,2048,7600.
+#   benchmarks/cuda/run.sh kernels TABLES             which kernels the 1B pair spends its time in
+# All of it lives in $EDGEKV_CUDA (default ~/.cache/edgekv-cuda); nothing is installed outside. $DEPTHS: as `edgekv bench -d`.
 set -euo pipefail
 work=${EDGEKV_CUDA:-$HOME/.cache/edgekv-cuda} sources=$(cd "$(dirname "$0")/../.." && pwd)
 site=$work/site models=$work/models tree=$work/tree
@@ -28,7 +29,8 @@ build() { # build WHEELS
     header=$(first_of "$toolkit"/include/cublas_v2.h "${pip_cuda:-/none}"/include/cublas_v2.h)
     flags="-DGGML_CUDA=on -DCMAKE_CUDA_ARCHITECTURES=90 -DGGML_CUDA_NCCL=off -DLLAVA_BUILD=OFF
         -DCUDAToolkit_ROOT=$toolkit -DCUDA_cublas_LIBRARY=$cublas -DCUDA_cublasLt_LIBRARY=$cublas_lt
-        -DCMAKE_CUDA_FLAGS=-I$(dirname "$header")"
+        -DCMAKE_CUDA_FLAGS=-I$(dirname "$header")
+        -DCMAKE_SHARED_LINKER_FLAGS=-Wl,--exclude-libs,ALL" # README.md: a libstdc++ of its own may not be seen by others
     if [ -n "$driver" ]; then flags+=" -DCUDA_cuda_driver_LIBRARY=$driver"; else flags+=" -DGGML_CUDA_NO_VMM=ON"; fi
     python3 -m pip install --quiet --no-index --no-deps --upgrade --target "$site" "$1"/*.whl
     CUDACXX=$toolkit/bin/nvcc CMAKE_BUILD_PARALLEL_LEVEL=$(nproc) CMAKE_ARGS="$flags ${CMAKE_ARGS:-}" \
@@ -81,14 +83,31 @@ bench() { # bench REPORTS
     measure cuda-smollm2-q8_0 60 q8_0 3 "$models/smollm2.gguf" "${latents[@]}"
     measure cuda-smollm2-q4_0 60 q4_0 3 "$models/smollm2.gguf" "${latents[@]}"
     measure cuda-llama-1b-q4_0 60 q4_0 3 "${pair[@]}"
-    for model in "${pair[@]}"; do
+}
+
+# Tables of the last 100 ms, four a second (kernel_times.c): of a depth a folder, most of them in the middle of decoding.
+kernels() { # kernels TABLES
+    local library=$work/libkernel_times.so header cupti model depth folder
+    header=$(first_of "$toolkit"/include/cupti.h "$toolkit"/extras/CUPTI/include/cupti.h "${pip_cuda:-/none}"/include/cupti.h)
+    cupti=$(first_of "$toolkit"/lib64/libcupti.so* "$toolkit"/extras/CUPTI/lib64/libcupti.so* "${pip_cuda:-/none}"/lib/libcupti.so*)
+    if [ ! -e "$library" ]; then
+        gcc -O2 -shared -fPIC -I"$(dirname "$header")" -I"$toolkit/include" \
+            -DKERNEL_RECORD="$(grep -o 'CUpti_ActivityKernel[0-9]*' "$(dirname "$header")/cupti_activity.h" | sort -V | tail -1)" \
+            "$sources/benchmarks/cuda/kernel_times.c" -o "$library" "$cupti" -lpthread
+    fi
+    export LD_LIBRARY_PATH=$(dirname "${cupti:-/none/}"):$LD_LIBRARY_PATH
+    for model in "$models"/llama-1b-q8_0.gguf "$models"/llama-1b-mla-256-q8_0.gguf; do
         there "$model" || continue
-        timeout 40 python3 "$sources/benchmarks/cuda/token_profile.py" "$model" 7600 \
-            >"$reports/cuda-profile-$(basename "$model" .gguf).json" || echo "profile: exit code $?"
+        for depth in $(tr , ' ' <<<"${DEPTHS:-0,7600}"); do
+            folder=$1/$(basename "$model" .gguf)-$depth
+            mkdir -p "$folder"
+            KERNEL_TIMES=$folder CUDA_INJECTION64_PATH=$library timeout 60 python3 -P -m edgekv bench "$model" -c f16 -d "$depth" \
+                -p 512 -n 400 -r 3 >"$folder/bench.txt" 2>&1 || echo "$folder: exit code $?"
+        done
     done
 }
 
 case ${1:-} in
-    build | models | bench) "$@" ;;
-    *) sed -n '2,6s/^# //p' "$0" >&2; exit 2 ;;
+    build | models | bench | kernels) "$@" ;;
+    *) sed -n '2,7s/^# //p' "$0" >&2; exit 2 ;;
 esac
