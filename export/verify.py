@@ -15,10 +15,12 @@ CHUNK = 64  # tokens whose logits are held at once, of each side
 
 @dataclass(frozen=True)
 class Comparison:
-    """B against A. kl: mean and max of KL(A || B) over positions, in nats. Perplexities are of the tokens given."""
+    """B against A. kl: mean, its standard error and max of KL(A || B) over positions, in nats. Perplexities are of the
+    tokens given."""
 
     tokens: int
     kl: float
+    kl_se: float
     kl_max: float
     max_logit_error: float
     argmax_agreement: float
@@ -63,6 +65,7 @@ def compare(
     return Comparison(
         tokens=len(tokens),
         kl=float(np.mean(kl)),
+        kl_se=float(np.std(kl, ddof=1) / np.sqrt(len(kl))),
         kl_max=float(np.max(kl)),
         max_logit_error=error,
         argmax_agreement=agree / len(tokens),

@@ -55,7 +55,7 @@ FILE = click.Path(path_type=Path)
               help="Every other step cuts its sequences into pieces of so many tokens.")  # fmt: skip
 @click.option("--seed", default=0, type=click.IntRange(min=0), show_default=True,
               help="Order of the text, and what --self writes.")  # fmt: skip
-@click.option("--store", default="q8_0", show_default=True, type=click.Choice(["q8_0", "bf16"]),
+@click.option("--store", default="q8_0", show_default=True, type=click.Choice(["q6_k", "q8_0", "bf16"]),
               help="How the healed weights are stored.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cuda", "cpu"]),
               help="Where to train.")  # fmt: skip

@@ -102,7 +102,9 @@ def _read(text: Path, model: Path, tokens: int) -> list[int]:
 
 def _show(found: Comparison) -> None:
     click.echo(f"tokens            {found.tokens}")
-    click.echo(f"KL(A || B)        {found.kl:.3e} nats a token, at most {found.kl_max:.3e}")
+    click.echo(
+        f"KL(A || B)        {found.kl:.3e} ± {found.kl_se:.0e} nats a token, at most {found.kl_max:.3e}"
+    )
     click.echo(f"max logit error   {found.max_logit_error:.3e}")
     click.echo(f"argmax agreement  {found.argmax_agreement:.2%}")
     click.echo(f"perplexity        {found.ppl_a:.4f} (A)  {found.ppl_b:.4f} (B)")

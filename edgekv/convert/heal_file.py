@@ -1,8 +1,9 @@
 """Healed weights as a file, and an original model with them put in.
 
-The file is a safetensors: each tensor is stored as the bytes of a GGML type (Q8_0 or BF16, written by
-gguf-py) stacked over layers, and one metadata entry, "edgekv.heal", holds a HealedRecord and each tensor's
-type and shape as JSON. Latent encoders are stored without the norm trick's scale, so they quantize well.
+The file is a safetensors: each tensor is stored as the bytes of a GGML type (Q6_K, Q8_0, BF16 or F32) stacked over
+layers, and one metadata entry, "edgekv.heal", holds a HealedRecord and each tensor's type and shape as JSON.
+Latent encoders are stored without the norm trick's scale. They undo the covariance of their input, so their columns
+differ widely; from format 2 on, a quantized one has a scale for each column in a tensor of its own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 import gguf
 import numpy as np
+from gguf import GGMLQuantizationType as QuantType
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -25,13 +27,15 @@ from edgekv.convert.norm_trick import fold_norm, unfold_norm
 from edgekv.errors import InputError, UnsupportedError
 from edgekv.files import atomic_path
 from edgekv.gguf_source import GGUFSource
+from edgekv.quant import q6_k
 from edgekv.schema import SchemaError, decode, encode
 from edgekv.source import Array, LazySource, TensorSource
 from edgekv.spec import MLA, ModelSpec
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
 RECORD_KEY = "edgekv.heal"
-Storage = Literal["q8_0", "bf16"]
+Storage = Literal["q6_k", "q8_0", "bf16"]
 Tensors = Mapping[str, Array]
 
 # Name of a stacked tensor: the GGUF tensors of one block that it joins along their first axis.
@@ -46,6 +50,7 @@ PLAIN_PARTS: Mapping[str, tuple[str, ...]] = {
     "down": ("ffn_down.weight",),
 }
 MEAN_SQUARE = "latent_mean_square"  # (layers,): what the norm trick scales by
+ENCODER, COLUMN_SCALE = "kv_a", "kv_a_column_scale"  # the scale: (layers, D)
 
 
 def student_tensors(converted: TensorSource) -> dict[str, Array]:
@@ -111,9 +116,9 @@ def write_healed(path: Path, tensors: Tensors, record: HealedRecord, storage: St
     """
     stored: dict[str, NDArray[Any]] = {}
     layout = {}
-    for name, array in tensors.items():
-        kind = _storage_type(name, array.shape, storage)
-        stored[name] = np.frombuffer(gguf.quants.quantize(array, kind).tobytes(), np.uint8)
+    for name, array in _scaled(tensors, storage).items():
+        kind = _storage_type(name, array, storage)
+        stored[name] = np.frombuffer(_quantize(array, kind).tobytes(), np.uint8)
         layout[name] = {"type": kind.name, "shape": list(array.shape)}
     document = json.dumps({"record": encode(record), "tensors": layout})
     with atomic_path(path, force) as partial:
@@ -123,20 +128,46 @@ def write_healed(path: Path, tensors: Tensors, record: HealedRecord, storage: St
 def as_stored(tensors: Tensors, storage: Storage) -> dict[str, Array]:
     """The tensors with the rounding that `write_healed` gives them."""
     rounded = {}
-    for name, array in tensors.items():
-        kind = _storage_type(name, array.shape, storage)
-        blocks = gguf.quants.quantize(array, kind)
-        rounded[name] = np.asarray(gguf.quants.dequantize(blocks, kind), np.float32).reshape(array.shape)
-    return rounded
+    for name, array in _scaled(tensors, storage).items():
+        kind = _storage_type(name, array, storage)
+        rounded[name] = _restore(_quantize(array, kind), kind, array.shape)
+    return _unscaled(rounded)
 
 
-def _storage_type(name: str, shape: tuple[int, ...], storage: Storage) -> gguf.GGMLQuantizationType:
-    """Latent encoders keep 16 bits: they undo the covariance of their input, so their columns differ widely."""
-    if len(shape) < 3:  # norms and scales: a few kilobytes
-        return gguf.GGMLQuantizationType.F32
-    if storage == "q8_0" and name != "kv_a" and shape[-1] % 32 == 0:
-        return gguf.GGMLQuantizationType.Q8_0
-    return gguf.GGMLQuantizationType.BF16
+def _scaled(tensors: Tensors, storage: Storage) -> dict[str, Array]:
+    """The tensors, the columns of a latent encoder that will be quantized brought to one size."""
+    if storage == "bf16":
+        return dict(tensors)
+    encoder = tensors[ENCODER]
+    scale = np.sqrt(np.mean(encoder**2, axis=1))
+    scale[scale == 0] = 1
+    return {**tensors, ENCODER: encoder / scale[:, None], COLUMN_SCALE: scale}
+
+
+def _unscaled(tensors: Tensors) -> dict[str, Array]:
+    """What `_scaled` was given."""
+    restored = dict(tensors)
+    scale = restored.pop(COLUMN_SCALE, None)
+    if scale is not None:
+        restored[ENCODER] = restored[ENCODER] * scale[:, None]
+    return restored
+
+
+def _storage_type(name: str, array: Array, storage: Storage) -> QuantType:
+    """Latent encoders, small and delicate, keep 8 bits at least."""
+    if array.ndim < 3:  # norms and scales: a few kilobytes
+        return QuantType.F32
+    if storage == "q6_k" and name != ENCODER and array.size % q6_k.BLOCK == 0:
+        return QuantType.Q6_K
+    if storage != "bf16" and array.shape[-1] % 32 == 0:
+        return QuantType.Q8_0
+    return QuantType.BF16
+
+
+def _quantize(array: Array, kind: QuantType) -> NDArray[Any]:
+    if kind is QuantType.Q6_K:
+        return q6_k.quantize_q6_k(array)
+    return np.asarray(gguf.quants.quantize(array, kind))
 
 
 def read_healed(path: Path) -> tuple[HealedRecord, dict[str, Array]]:
@@ -148,28 +179,32 @@ def read_healed(path: Path) -> tuple[HealedRecord, dict[str, Array]]:
     try:
         with safe_open(path, framework="np") as file:
             document = json.loads((file.metadata() or {})[RECORD_KEY])
-            if document["record"]["format"] != FORMAT:
-                found = document["record"]["format"]
+            if (found := document["record"]["format"]) not in READABLE:
                 raise InputError(f"{path} has format {found}, this EdgeKV reads {FORMAT}; upgrade EdgeKV")
             record = decode(HealedRecord, document["record"])
             tensors = {
-                name: _restore(file.get_tensor(name), entry) for name, entry in document["tensors"].items()
+                name: _restore(
+                    file.get_tensor(name), QuantType[entry["type"]], tuple(int(n) for n in entry["shape"])
+                )
+                for name, entry in document["tensors"].items()
             }
+            tensors = _unscaled(tensors)
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
     except (SafetensorError, SchemaError, KeyError, TypeError, ValueError, OSError) as error:
         raise InputError(
             f"{path} is not a file of healed weights ({error}); `edgekv heal` writes them"
         ) from error
+    if not record.evaluations:
+        raise InputError(f"{path} does not say how well it was healed; write it with `edgekv heal`")
     _check_shapes(path, record, tensors)
     return record, tensors
 
 
-def _restore(stored: NDArray[np.uint8], entry: Mapping[str, Any]) -> Array:
-    kind = gguf.GGMLQuantizationType[entry["type"]]
-    shape = tuple(int(n) for n in entry["shape"])
-    rows = stored.reshape(*shape[:-1], -1)
-    return np.asarray(gguf.quants.dequantize(rows, kind), np.float32).reshape(shape)
+def _restore(stored: NDArray[Any], kind: QuantType, shape: tuple[int, ...]) -> Array:
+    """A tensor from its bytes, in which blocks may cross rows."""
+    flat = np.frombuffer(stored.tobytes(), np.uint8)
+    return np.asarray(gguf.quants.dequantize(flat, kind), np.float32).reshape(shape)
 
 
 def _check_shapes(path: Path, record: HealedRecord, tensors: Tensors) -> None:

@@ -37,6 +37,7 @@ def test_figures_are_what_they_are_called(pair: tuple[ReferenceBackend, Referenc
     rows, following = np.arange(n - 1), tokens[1:]
     assert found.tokens == n
     assert found.kl == pytest.approx(kl.mean(), rel=1e-3)
+    assert found.kl_se == pytest.approx(kl.std(ddof=1) / len(kl) ** 0.5, rel=1e-3)
     assert found.kl_max == pytest.approx(kl.max(), rel=1e-3)
     assert found.max_logit_error == pytest.approx(np.abs(logits_a - logits_b).max(), rel=1e-3)
     assert found.argmax_agreement == (logits_a.argmax(-1) == logits_b.argmax(-1)).mean()

@@ -1,5 +1,6 @@
 """`edgekv heal` end to end on a tiny model and a CPU."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -15,7 +16,14 @@ from safetensors.numpy import load_file
 
 from edgekv.cli.heal import command
 from edgekv.convert.distill.pair import Pair
-from edgekv.convert.heal_file import base_sha256, load_healed, read_healed, student_tensors
+from edgekv.convert.heal_file import (
+    as_stored,
+    base_sha256,
+    load_healed,
+    read_healed,
+    student_tensors,
+    write_healed,
+)
 from edgekv.errors import EdgeKVError, InputError, OutputError
 from edgekv.model import ReferenceModel
 from edgekv.source import open_source
@@ -260,7 +268,25 @@ def test_folding_the_norm_out_and_in_is_exact(tiny_gguf, unhealed):
         np.testing.assert_allclose(array, stored[name], rtol=1e-5, atol=1e-9, err_msg=name)
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "other", "nan"])
+@pytest.mark.parametrize(("storage", "bound"), [("bf16", 0.003), ("q8_0", 0.008), ("q6_k", 0.025)])
+def test_a_file_gives_back_the_tensors_as_rounded(unhealed, tmp_path, storage, bound):
+    record, tensors = read_healed(unhealed)
+    rng = np.random.default_rng(0)
+    tensors = {name: rng.standard_normal(array.shape, np.float32) for name, array in tensors.items()}
+    columns = np.logspace(-3, 3, tensors["kv_a"].shape[-1], dtype=np.float32)
+    tensors["kv_a"] *= columns  # an encoder's columns differ widely, and each has to keep its precision
+    out = tmp_path / "out.safetensors"
+    write_healed(out, tensors, record, storage, force=False)
+    again, read = read_healed(out)
+    assert again == record
+    rounded = as_stored(tensors, storage)
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(read[name], rounded[name], err_msg=name)
+        scale = columns if name == "kv_a" else 1
+        assert np.linalg.norm((read[name] - array) / scale) <= bound * np.linalg.norm(array / scale), name
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "other", "nan", "unscored"])
 def test_damaged_files_are_input_errors(unhealed, tmp_path, damage):
     out = tmp_path / "out.safetensors"
     data = unhealed.read_bytes()
@@ -268,6 +294,9 @@ def test_damaged_files_are_input_errors(unhealed, tmp_path, damage):
         out.write_bytes(data[: len(data) // 2])
     elif damage == "empty":
         out.write_bytes(b"")
+    elif damage == "unscored":
+        record, tensors = read_healed(unhealed)
+        write_healed(out, tensors, dataclasses.replace(record, evaluations=()), "bf16", force=False)
     elif damage == "other":
         out.write_bytes(data.replace(b'edgekv.heal"', b'edgekv.hope"'))
     else:
