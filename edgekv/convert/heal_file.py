@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,7 +121,7 @@ def write_healed(path: Path, tensors: Tensors, record: HealedRecord, storage: St
         kind = _storage_type(name, array, storage)
         stored[name] = np.frombuffer(_quantize(array, kind).tobytes(), np.uint8)
         layout[name] = {"type": kind.name, "shape": list(array.shape)}
-    document = json.dumps({"record": encode(record), "tensors": layout})
+    document = json.dumps({"record": encode(replace(record, format=FORMAT)), "tensors": layout})
     with atomic_path(path, force) as partial:
         save_file(stored, partial, {RECORD_KEY: document})
 
