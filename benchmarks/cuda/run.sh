@@ -75,7 +75,7 @@ bench() { # bench REPORTS
     gpu_there
     local latents=("$models"/smollm2-135m-*.gguf) pair=("$models"/llama-1b-q8_0.gguf "$models"/llama-1b-mla-256-q8_0.gguf)
     measure cuda-llama-1b-f16 80 f16 5 "${pair[@]}"
-    measure cuda-smollm2-f16 80 f16 5 "$models/smollm2.gguf" "${latents[@]}"
+    measure cuda-smollm2-f16 160 f16 5 "$models/smollm2.gguf" "${latents[@]}"
     # Does the card compute what the reference does?
     there "${latents[0]}" && { timeout 60 python3 -P -m edgekv verify "${latents[0]}" --cache-type f16 --tokens 128 \
         --tolerance 0.05 --json >"$reports/cuda-verify.json" || echo "verify: exit code $?"; }
