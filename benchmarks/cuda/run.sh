@@ -8,6 +8,7 @@
 set -euo pipefail
 work=${EDGEKV_CUDA:-$HOME/.cache/edgekv-cuda} sources=$(cd "$(dirname "$0")/../.." && pwd)
 site=$work/site models=$work/models tree=$work/tree
+pair=("$models"/llama-1b-q8_0.gguf "$models"/llama-1b-mla-256-q8_0.gguf)
 mkdir -p "$site" "$models" "$tree/edgekv"
 # As wheels would lay it out, from the files as they are.
 for path in "$sources"/edgekv/*; do ln -sfn "$path" "$tree/edgekv/"; done
@@ -73,7 +74,7 @@ bench() { # bench REPORTS
     reports=$1
     mkdir -p "$reports"
     gpu_there
-    local latents=("$models"/smollm2-135m-*.gguf) pair=("$models"/llama-1b-q8_0.gguf "$models"/llama-1b-mla-256-q8_0.gguf)
+    local latents=("$models"/smollm2-135m-*.gguf)
     measure cuda-llama-1b-f16 80 f16 5 "${pair[@]}"
     measure cuda-smollm2-f16 160 f16 5 "$models/smollm2.gguf" "${latents[@]}"
     # Does the card compute what the reference does?
@@ -96,7 +97,7 @@ kernels() { # kernels TABLES
             "$sources/benchmarks/cuda/kernel_times.c" -o "$library" "$cupti" -lpthread
     fi
     export LD_LIBRARY_PATH=$(dirname "${cupti:-/none/}"):$LD_LIBRARY_PATH
-    for model in "$models"/llama-1b-q8_0.gguf "$models"/llama-1b-mla-256-q8_0.gguf; do
+    for model in "${pair[@]}"; do
         there "$model" || continue
         for depth in $(tr , ' ' <<<"${DEPTHS:-0,7600}"); do
             folder=$1/$(basename "$model" .gguf)-$depth
