@@ -9,10 +9,10 @@ differ widely; from format 2 on, a quantized one has a scale for each column in 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import gguf
 import numpy as np
@@ -115,12 +115,11 @@ def write_healed(path: Path, tensors: Tensors, record: HealedRecord, storage: St
     Raises:
         OutputError: the folder is missing, the file exists and `force` is not set, or the disk is full.
     """
-    stored: dict[str, NDArray[Any]] = {}
+    stored = {}
     layout = {}
-    for name, array in _scaled(tensors, storage).items():
-        kind = _storage_type(name, array, storage)
-        stored[name] = np.frombuffer(_quantize(array, kind).tobytes(), np.uint8)
-        layout[name] = {"type": kind.name, "shape": list(array.shape)}
+    for name, kind, shape, data in _packed(tensors, storage):
+        stored[name] = data
+        layout[name] = {"type": kind.name, "shape": list(shape)}
     document = json.dumps({"record": encode(replace(record, format=FORMAT)), "tensors": layout})
     with atomic_path(path, force) as partial:
         save_file(stored, partial, {RECORD_KEY: document})
@@ -128,11 +127,19 @@ def write_healed(path: Path, tensors: Tensors, record: HealedRecord, storage: St
 
 def as_stored(tensors: Tensors, storage: Storage) -> dict[str, Array]:
     """The tensors with the rounding that `write_healed` gives them."""
-    rounded = {}
+    return _unscaled(
+        {name: _restore(data, kind, shape) for name, kind, shape, data in _packed(tensors, storage)}
+    )
+
+
+def _packed(
+    tensors: Tensors, storage: Storage
+) -> Iterator[tuple[str, QuantType, tuple[int, ...], NDArray[np.uint8]]]:
+    """Name, type, shape and bytes of each tensor of a file."""
     for name, array in _scaled(tensors, storage).items():
         kind = _storage_type(name, array, storage)
-        rounded[name] = _restore(_quantize(array, kind), kind, array.shape)
-    return _unscaled(rounded)
+        blocks = q6_k.quantize_q6_k(array) if kind is QuantType.Q6_K else gguf.quants.quantize(array, kind)
+        yield name, kind, array.shape, np.frombuffer(blocks.tobytes(), np.uint8)
 
 
 def _scaled(tensors: Tensors, storage: Storage) -> dict[str, Array]:
@@ -163,12 +170,6 @@ def _storage_type(name: str, array: Array, storage: Storage) -> QuantType:
     if storage != "bf16" and array.shape[-1] % 32 == 0:
         return QuantType.Q8_0
     return QuantType.BF16
-
-
-def _quantize(array: Array, kind: QuantType) -> NDArray[Any]:
-    if kind is QuantType.Q6_K:
-        return q6_k.quantize_q6_k(array)
-    return np.asarray(gguf.quants.quantize(array, kind))
 
 
 def read_healed(path: Path) -> tuple[HealedRecord, dict[str, Array]]:
@@ -202,10 +203,9 @@ def read_healed(path: Path) -> tuple[HealedRecord, dict[str, Array]]:
     return record, tensors
 
 
-def _restore(stored: NDArray[Any], kind: QuantType, shape: tuple[int, ...]) -> Array:
+def _restore(data: NDArray[np.uint8], kind: QuantType, shape: tuple[int, ...]) -> Array:
     """A tensor from its bytes, in which blocks may cross rows."""
-    flat = np.frombuffer(stored.tobytes(), np.uint8)
-    return np.asarray(gguf.quants.dequantize(flat, kind), np.float32).reshape(shape)
+    return np.asarray(gguf.quants.dequantize(data, kind), np.float32).reshape(shape)
 
 
 def _check_shapes(path: Path, record: HealedRecord, tensors: Tensors) -> None:

@@ -223,9 +223,8 @@ class Healer:
 
     def write(self, path: Path, storage: Storage, force: bool) -> Evaluation:
         """Write the healed tensors and score them as they are stored; the student keeps that rounding."""
-        tensors = {name: array for name, array in self.start.items() if name not in self.pair.params}
-        tensors = as_stored({**tensors, **self.pair.tensors()}, storage)
-        self.pair.set_params(tensors)
+        tensors = {**self.start, **self.pair.tensors()}
+        self.pair.set_params(as_stored(tensors, storage))
         with attention_kernels():
             found = self.evaluate()
         assert self.latent_mean_square is not None
