@@ -39,7 +39,7 @@ FILE = click.Path(path_type=Path)
 @click.option("--minutes", type=float, help="Train so long; with --steps: stop then, for --resume.")
 @click.option("--resume", is_flag=True, help="Go on where a training that was stopped or killed left off.")
 @click.option("--start", type=FILE, help="Begin from the weights of this file of healed weights.")
-@click.option("--cache", default="f16", show_default=True, type=click.Choice(["f16", "q8_0", "q4_0"]),
+@click.option("--cache", default="f16", show_default=True, type=click.Choice(["f16", "q8_0", "q5_0", "q4_0"]),
               help="Cache type to train for.")  # fmt: skip
 @click.option("--train", default="attn+norms", show_default=True, type=click.Choice(["attn", "attn+norms", "all"]),
               help="Weights to train; feed-forwards (all) make the file several times larger.")  # fmt: skip

@@ -1,8 +1,8 @@
 """Straight-through simulation of llama.cpp's quantized cache rows.
 
 The forward pass sees exactly what ggml stores and reads back (ggml/src/ggml-quants.c,
-quantize_row_q8_0_ref and quantize_row_q4_0_ref: blocks of 32 values with one f16 scale); the backward
-pass sees the identity (straight-through estimator, arXiv 1308.3432).
+quantize_row_q8_0_ref, quantize_row_q5_0_ref and quantize_row_q4_0_ref: blocks of 32 values with one f16
+scale); the backward pass sees the identity (straight-through estimator, arXiv 1308.3432).
 """
 
 from __future__ import annotations
@@ -25,23 +25,33 @@ def q8_0(x: Tensor) -> Tensor:
     return (rounded * d.half().float()).flatten(-2)
 
 
+def q5_0(x: Tensor) -> Tensor:
+    """Round trip of (..., n * 32) float32 values through q5_0: d = (value of largest magnitude) / -16."""
+    return _from_largest(x, 16)
+
+
 def q4_0(x: Tensor) -> Tensor:
-    """Round trip of (..., n * 32) float32 values through q4_0: d = (value of largest magnitude) / -8.
+    """Round trip of (..., n * 32) float32 values through q4_0: d = (value of largest magnitude) / -8."""
+    return _from_largest(x, 8)
+
+
+def _from_largest(x: Tensor, half: int) -> Tensor:
+    """2 * half levels, the lowest of them the block's value of largest magnitude.
 
     Of two values with equal magnitude and opposite sign ggml takes the first, this the positive one.
     """
     blocks = x.unflatten(-1, (-1, BLOCK))
     high, low = blocks.amax(-1, keepdim=True), blocks.amin(-1, keepdim=True)
-    d = torch.where(high >= -low, high, low) / -8
-    levels = (blocks * _inverse(d) + 8.5).trunc().clamp(max=15)
-    return ((levels - 8) * d.half().float()).flatten(-2)
+    d = torch.where(high >= -low, high, low) / -half
+    levels = (blocks * _inverse(d) + (half + 0.5)).trunc().clamp(max=2 * half - 1)
+    return ((levels - half) * d.half().float()).flatten(-2)
 
 
 def _inverse(d: Tensor) -> Tensor:
     return torch.where(d == 0, torch.zeros_like(d), 1 / d)
 
 
-ROUND_TRIPS = {"q8_0": q8_0, "q4_0": q4_0}
+ROUND_TRIPS = {"q8_0": q8_0, "q5_0": q5_0, "q4_0": q4_0}
 
 
 def straight_through(x: Tensor, cache_type: CacheType) -> Tensor:

@@ -7,10 +7,10 @@ import torch
 
 from edgekv.convert.distill.fakequant import ROUND_TRIPS, straight_through
 
-TYPES = {"q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_0": gguf.GGMLQuantizationType.Q4_0}
+TYPES = {name: gguf.GGMLQuantizationType[name.upper()] for name in ROUND_TRIPS}
 
 
-@pytest.mark.parametrize("name", ["q8_0", "q4_0"])
+@pytest.mark.parametrize("name", ["q8_0", "q5_0", "q4_0"])
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 300.0])
 def test_round_trip_is_bit_for_bit_that_of_gguf_py(name, scale):
     rows = (np.random.default_rng(0).standard_normal((500, 96)) * scale).astype(np.float32)
@@ -30,7 +30,7 @@ def test_halves_round_away_from_zero_as_in_c():
     )
 
 
-@pytest.mark.parametrize("name", ["q8_0", "q4_0"])
+@pytest.mark.parametrize("name", ["q8_0", "q5_0", "q4_0"])
 def test_the_gradient_passes_unchanged(name):
     x = torch.randn(4, 64, requires_grad=True)
     weight = torch.randn(4, 64)
