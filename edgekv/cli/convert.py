@@ -97,7 +97,7 @@ def _converted(
 
     if options["healed"]:
         convertible_attention(source.spec)
-        return _from_healed(options["healed"], source)
+        return _from_healed(source, options, as_json)
     source = with_interleaved_pairs(source)
     gqa = convertible_attention(source.spec, options["fold_biases"])
     sizes = ("target", "kv_lora_rank", "rope_dim", "nope_dim", "value_dim")
@@ -129,11 +129,19 @@ def _converted(
     return converted, notes
 
 
-def _from_healed(path: Path, source: TensorSource) -> tuple[TensorSource, Metadata]:
+def _from_healed(
+    source: TensorSource, options: dict[str, Any], as_json: bool
+) -> tuple[TensorSource, Metadata]:
+    """The original with healed weights, in the basis in which a quantized cache loses least."""
     from edgekv.convert.heal_file import check_base, healed_source, read_healed
+    from edgekv.convert.heal_gauge import BASIS_TOKENS, in_best_basis
 
-    record, tensors = read_healed(path)
-    check_base(path, record, source)
+    record, tensors = read_healed(options["healed"])
+    check_base(options["healed"], record, source)
+    n_tokens = min(options["calib_tokens"], BASIS_TOKENS)
+    windows = _calibration(source, options | {"calib_tokens": n_tokens}, as_json)
+    with progress("choosing the basis of the cache", as_json) as advance:
+        tensors = in_best_basis(source, record.attention, tensors, windows, advance)
     last = record.evaluations[-1]
     notes: Metadata = {
         "edgekv.method": "healed",

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekv.convert.cache_basis import in_cache_basis, spread
 from edgekv.convert.layer import LayerMaps
 from edgekv.convert.linalg import Matrix
 from edgekv.convert.norm_trick import fold_norm
@@ -185,12 +186,12 @@ def _convert_layer(w: BlockWeights, job: Job, layer: int) -> tuple[dict[str, Arr
     decode = _decoder(v_b, w_o)
     judged = held_out if held_out.n_tokens else fitted
     error = judged.error(decode.astype(np.float64), seen.energy) / seen.energy
+    tensors = _tensors(w, q, maps, v_b, w_o, seen.stats.covariance, job)
     if layer < job.spec.n_layers - 1:
         if job.recipe.sequential:
             advance(w, job, latents, decode)
         else:
             advance(w, job, seen.mixed, np.ascontiguousarray(w["attn_output.weight"].T))
-    tensors = _tensors(q, maps, v_b, w_o, seen.stats.covariance, job)
     loss = LayerLoss(layer, maps.rope_kept, maps.latent_kept, error, maps.latent_kept_at, bias_error)
     return tensors, loss
 
@@ -219,17 +220,28 @@ def _decoder(v_b: Array, w_o: Array) -> Array:
 
 
 def _tensors(
-    q: QueryRows, maps: LayerMaps, v_b: Array, w_o: Array, covariance: Matrix, job: Job
+    w: BlockWeights, q: QueryRows, maps: LayerMaps, v_b: Array, w_o: Array, covariance: Matrix, job: Job
 ) -> dict[str, Array]:
     """The layer in the deepseek2 layout: scores scaled for the engine, the latent folded for its norm."""
-    mean_square = float(np.einsum("rd,re,de->", maps.latent, maps.latent, covariance, optimize=True))
-    folded, norm = fold_norm(maps.latent, mean_square / len(maps.latent), job.spec.norm_eps)
-    scale = np.float32(np.sqrt(job.target.head_dim))
+    layer = in_cache_basis(
+        {
+            "q": (q.rows * np.float32(np.sqrt(job.target.head_dim))).reshape(-1, job.spec.dim),
+            "kv_a": np.concatenate([maps.latent, maps.rope_key]),
+            "k_b": q.k_b,
+            "v_b": v_b,
+            "output": w_o,
+        },
+        np.concatenate([job.inputs(w, i)[1:] for i in spread(job.n_windows)]),
+        job.target,
+    )
+    latent, rope_key = np.split(layer["kv_a"], [job.target.kv_lora_rank])
+    mean_square = float(np.einsum("rd,re,de->", latent, latent, covariance, optimize=True))
+    folded, norm = fold_norm(latent, mean_square / len(latent), job.spec.norm_eps)
     return {
-        "attn_q.weight": (q.rows * scale).reshape(-1, job.spec.dim),
-        "attn_kv_a_mqa.weight": np.concatenate([folded, maps.rope_key]),
+        "attn_q.weight": layer["q"],
+        "attn_kv_a_mqa.weight": np.concatenate([folded, rope_key]),
         "attn_kv_a_norm.weight": norm,
-        "attn_k_b.weight": q.k_b,
-        "attn_v_b.weight": v_b,
-        "attn_output.weight": w_o,
+        "attn_k_b.weight": layer["k_b"],
+        "attn_v_b.weight": layer["v_b"],
+        "attn_output.weight": layer["output"],
     }

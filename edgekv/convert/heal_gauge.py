@@ -4,27 +4,37 @@ A latent channel times g, and what reads it divided by g, is the same model; so 
 its k_b, its value and W_o, and a pair of rope-key dims and the queries that meet it. A conversion leaves such
 pairs far apart (its encoder undoes the covariance of the input), while AdamW moves every weight by about the
 same amount: then one side hardly moves and the other is shaken. Here both sides get the same RMS.
+
+Once healed, a student is put into the basis in which a quantized cache loses least (edgekv/convert/cache_basis.py).
+Training moves towards it, but slowly, even where it simulates the rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekv.source import Array
+from edgekv.cache.store import KVCache
+from edgekv.convert.cache_basis import in_cache_basis
+from edgekv.convert.heal_file import MEAN_SQUARE, healed_source
+from edgekv.model import block_forward, load_block
+from edgekv.ops import rms_norm
+from edgekv.source import Array, TensorSource
 from edgekv.spec import MLA
 
 ROUNDS = 8  # k_b and v_b take part in two balances each; this converges far below what matters
 Wide = NDArray[np.float64]
+BASIS_TOKENS = 4096  # of text are enough to choose a basis by
+ATTENTION = ("q", "kv_a", "k_b", "v_b", "output")
 
 
 def balanced(tensors: Mapping[str, Array], spec: MLA) -> dict[str, Array]:
     """Stacked student tensors (edgekv.convert.heal_file.student_tensors) with equal RMS on both sides of each scale."""
     h, n, p, r = spec.n_heads, spec.nope_dim, spec.rope.dim, spec.kv_lora_rank
     wide = {name: array.astype(np.float64) for name, array in tensors.items()}
-    q, kv_a, k_b, v_b, output = (wide[name] for name in ("q", "kv_a", "k_b", "v_b", "output"))
+    q, kv_a, k_b, v_b, output = (wide[name] for name in ATTENTION)
     layers, _, dim = q.shape
     heads = q.reshape(layers, h, n + p, dim)  # views: changed in place
     columns = output.reshape(layers, dim, h, -1)
@@ -48,6 +58,39 @@ def balanced(tensors: Mapping[str, Array], spec: MLA) -> dict[str, Array]:
     kv_a[:, r:] *= np.repeat(g, 2, axis=1)[..., None]
     heads[:, :, n:] /= np.repeat(g, 2, axis=1)[:, None, :, None]
     return {name: np.asarray(array, np.float32) for name, array in wide.items()}
+
+
+def in_best_basis(
+    source: TensorSource,
+    spec: MLA,
+    tensors: Mapping[str, Array],
+    windows: NDArray[np.int64],
+    progress: Callable[[int, int], None],
+) -> dict[str, Array]:
+    """Stacked tensors of a student (those of `healed_source`), each layer in its cache basis.
+
+    The student follows token windows (n, T), T > 1, to see what each layer gets; `progress` is told of layers done
+    and of all.
+    """
+    student = healed_source(source, spec, tensors)
+    eps = student.spec.norm_eps
+    states = source.load("token_embd.weight")[windows]
+    caches = [KVCache(student.spec, windows.shape[1]) for _ in windows]
+    changed: dict[str, list[Array]] = {name: [] for name in (*ATTENTION, MEAN_SQUARE)}
+    for i in range(student.spec.n_layers):
+        w = load_block(student, i)
+        inputs = rms_norm(states, w["attn_norm.weight"], eps)
+        layer = in_cache_basis(
+            {name: tensors[name][i] for name in ATTENTION}, inputs[:, 1:].reshape(-1, student.spec.dim), spec
+        )
+        latents = inputs @ layer["kv_a"][: spec.kv_lora_rank].T
+        layer[MEAN_SQUARE] = np.mean(np.square(latents))
+        for name, array in layer.items():
+            changed[name].append(array)
+        for x, cache in zip(states, caches, strict=True):
+            x[:] = block_forward(x, w, student.spec, i, cache)
+        progress(i + 1, student.spec.n_layers)
+    return {**tensors, **{name: np.stack(arrays) for name, arrays in changed.items()}}
 
 
 def _square(array: Wide, axes: tuple[int, ...]) -> Wide:
