@@ -134,12 +134,12 @@ def _from_healed(
 ) -> tuple[TensorSource, Metadata]:
     """The original with healed weights, in the basis in which a quantized cache loses least."""
     from edgekv.convert.heal_file import check_base, healed_source, read_healed
-    from edgekv.convert.heal_gauge import BASIS_TOKENS, in_best_basis
+    from edgekv.convert.heal_gauge import BASIS_TOKENS, BASIS_WINDOW, in_best_basis
 
     record, tensors = read_healed(options["healed"])
     check_base(options["healed"], record, source)
     n_tokens = min(options["calib_tokens"], BASIS_TOKENS)
-    windows = _calibration(source, options | {"calib_tokens": n_tokens}, as_json)
+    windows = _calibration(source, options | {"calib_tokens": n_tokens}, as_json, BASIS_WINDOW)
     with progress("choosing the basis of the cache", as_json) as advance:
         tensors = in_best_basis(source, record.attention, tensors, windows, advance)
     last = record.evaluations[-1]
@@ -155,8 +155,11 @@ def _from_healed(
     return healed_source(source, record.attention, tensors), notes
 
 
-def _calibration(source: TensorSource, options: dict[str, Any], as_json: bool) -> NDArray[np.int64]:
-    from edgekv.convert.calibration import windows_from_files, windows_from_model
+def _calibration(
+    source: TensorSource, options: dict[str, Any], as_json: bool, written: int = 0
+) -> NDArray[np.int64]:
+    """Windows of the text that was given, or of text that the model writes, `written` tokens each."""
+    from edgekv.convert.calibration import WINDOW, windows_from_files, windows_from_model
     from edgekv.errors import InputError
     from edgekv.tokenizer import Tokenizer
 
@@ -166,7 +169,8 @@ def _calibration(source: TensorSource, options: dict[str, Any], as_json: bool) -
         tokenizer = Tokenizer.from_metadata(source.metadata)
         return windows_from_files(list(options["calib"]), tokenizer, options["calib_tokens"], options["seed"])
     with progress("sampling calibration text", as_json) as advance:
-        return windows_from_model(source, options["calib_tokens"], options["seed"], advance)
+        length = written or WINDOW
+        return windows_from_model(source, options["calib_tokens"], options["seed"], advance, length)
 
 
 def verify_file(path: Path, quiet: bool) -> Comparison:

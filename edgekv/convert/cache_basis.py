@@ -83,7 +83,7 @@ def _sensitivities(
     token by its own gained nothing.
     """
     h, n = mla.n_heads, mla.nope_dim
-    spread_of_latent = np.cov(latent, rowvar=False, bias=True)
+    spread_of_latent = np.atleast_2d(np.cov(latent, rowvar=False, bias=True))
     of_latent, of_rope = np.zeros_like(spread_of_latent), np.zeros(mla.rope.dim)
     by_head = queries.reshape(len(queries), h, -1).swapaxes(0, 1)
     for head, reader, reading in zip(by_head, readers, k_b, strict=True):

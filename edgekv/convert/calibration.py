@@ -56,8 +56,8 @@ def _sample_text(path: Path, windows: int, rng: np.random.Generator) -> str:
 
 
 def windows_from_model(
-    source: TensorSource, n_tokens: int, seed: int, progress: Progress
+    source: TensorSource, n_tokens: int, seed: int, progress: Progress, length: int = WINDOW
 ) -> NDArray[np.int64]:
-    """Windows that the model samples itself."""
-    length = min(WINDOW, source.spec.context_length)
+    """Windows (n, length) that the model samples itself; it takes a step of decode for each token of one."""
+    length = min(length, source.spec.context_length)
     return sample_windows(source, max(1, n_tokens // length), length, seed, progress)

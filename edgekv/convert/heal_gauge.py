@@ -27,6 +27,7 @@ from edgekv.spec import MLA
 ROUNDS = 8  # k_b and v_b take part in two balances each; this converges far below what matters
 Wide = NDArray[np.float64]
 BASIS_TOKENS = 4096  # of text are enough to choose a basis by
+BASIS_WINDOW = 256  # tokens, where the model writes it: half the steps of a calibration window
 ATTENTION = ("q", "kv_a", "k_b", "v_b", "output")
 
 

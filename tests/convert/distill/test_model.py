@@ -7,6 +7,7 @@ import torch
 from edgekv.convert.distill.evaluate import Judge
 from edgekv.convert.distill.pair import TRAINED, Pair
 from edgekv.convert.heal_file import MEAN_SQUARE, healed_source
+from edgekv.convert.heal_gauge import in_best_basis
 from edgekv.model import ReferenceModel
 from edgekv.ops import log_softmax
 from edgekv.source import TensorSource
@@ -43,6 +44,19 @@ def test_student_equals_the_reference_on_the_gguf_tensors_it_becomes(tiny, make_
     np.testing.assert_allclose(
         pair.student_hidden(torch.from_numpy(TOKENS)).detach().numpy(), hidden.numpy(), atol=2e-4
     )
+
+
+def test_a_student_in_another_basis_is_the_same_model(tiny, make_pair):
+    _, squares = make_pair().exact_hidden(torch.from_numpy(TOKENS))
+    tensors = tiny.student() | {MEAN_SQUARE: squares.numpy()}
+    done = []
+    changed = in_best_basis(tiny.source(), tiny.spec, tensors, TOKENS, lambda i, n: done.append((i, n)))
+    assert done == [(1, 3), (2, 3), (3, 3)]
+    assert not np.allclose(changed["kv_a"], tensors["kv_a"], atol=0.1)
+    hidden = [
+        reference_hidden(healed_source(tiny.source(), tiny.spec, t), TOKENS) for t in (tensors, changed)
+    ]
+    np.testing.assert_allclose(hidden[1], hidden[0], atol=3e-3)  # the norm trick's own error
 
 
 def test_judge_equals_numbers_computed_from_reference_logits(tiny, make_pair):
