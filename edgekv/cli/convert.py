@@ -91,6 +91,7 @@ def _converted(
 ) -> tuple[TensorSource, Metadata]:
     """The converted source, from healed weights or by fitting, and the notes on how it was made."""
     from edgekv.convert.biases import with_interleaved_pairs
+    from edgekv.convert.calibration import WINDOW
     from edgekv.convert.convert import METHODS, convert, convertible_attention
     from edgekv.convert.target import resolve_target
     from edgekv.errors import InputError
@@ -108,7 +109,7 @@ def _converted(
             f"--value-dim {target.value_dim} needs a method that refits the outputs; leave it out, or use "
             "--method edgekv"
         )
-    windows = _calibration(source, options, as_json)
+    windows = _calibration(source, options, options["calib_tokens"], WINDOW, as_json)
     with progress("converting", as_json) as advance:
 
         def layer_done(loss: LayerLoss) -> None:
@@ -139,7 +140,7 @@ def _from_healed(
     record, tensors = read_healed(options["healed"])
     check_base(options["healed"], record, source)
     n_tokens = min(options["calib_tokens"], BASIS_TOKENS)
-    windows = _calibration(source, options | {"calib_tokens": n_tokens}, as_json, BASIS_WINDOW)
+    windows = _calibration(source, options, n_tokens, BASIS_WINDOW, as_json)
     with progress("choosing the basis of the cache", as_json) as advance:
         tensors = in_best_basis(source, record.attention, tensors, windows, advance)
     last = record.evaluations[-1]
@@ -156,21 +157,20 @@ def _from_healed(
 
 
 def _calibration(
-    source: TensorSource, options: dict[str, Any], as_json: bool, written: int = 0
+    source: TensorSource, options: dict[str, Any], n_tokens: int, written: int, as_json: bool
 ) -> NDArray[np.int64]:
-    """Windows of the text that was given, or of text that the model writes, `written` tokens each."""
-    from edgekv.convert.calibration import WINDOW, windows_from_files, windows_from_model
+    """Windows of the text that was given, or of text that the model writes, then of `written` tokens each."""
+    from edgekv.convert.calibration import windows_from_files, windows_from_model
     from edgekv.errors import InputError
     from edgekv.tokenizer import Tokenizer
 
-    if options["calib_tokens"] < 1:
+    if n_tokens < 1:
         raise InputError("--calib-tokens takes a positive number")
     if options["calib"]:
         tokenizer = Tokenizer.from_metadata(source.metadata)
-        return windows_from_files(list(options["calib"]), tokenizer, options["calib_tokens"], options["seed"])
+        return windows_from_files(list(options["calib"]), tokenizer, n_tokens, options["seed"])
     with progress("sampling calibration text", as_json) as advance:
-        length = written or WINDOW
-        return windows_from_model(source, options["calib_tokens"], options["seed"], advance, length)
+        return windows_from_model(source, n_tokens, options["seed"], advance, written)
 
 
 def verify_file(path: Path, quiet: bool) -> Comparison:

@@ -34,7 +34,7 @@ FLOOR = 1e-6  # of the largest eigenvalue or size: directions that carry nothing
 SAMPLED_WINDOWS = 8
 TRIED_TOKENS = 1024
 LONGEST = 2048  # cached keys are rotated: factors are tried at positions below this
-SCALE_STEPS = (1.5, 1.5, 1.25, 1.25, 1.1, 1.1)
+SCALE_STEPS = (1.5, 1.25, 1.1)
 TURN = 0.4  # radians
 
 
