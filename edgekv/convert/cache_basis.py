@@ -114,7 +114,7 @@ def rope_factors(keys: Complex, sensitivity: Matrix) -> Complex:
     for start in range(0, len(factors), BLOCK // 2):
         pairs = slice(start, start + BLOCK // 2)
         factors[pairs] = _tried(keys[:, pairs], sensitivity[pairs], factors[pairs])
-    return factors * np.sqrt(size.sum() / np.sum(np.abs(factors) ** 2 * size))
+    return np.asarray(factors * np.sqrt(size.sum() / np.sum(np.abs(factors) ** 2 * size)))
 
 
 def _tried(keys: Complex, sensitivity: Matrix, factors: Complex) -> Complex:
