@@ -1,9 +1,10 @@
 """Scales that the student's function does not depend on, chosen so that training treats both sides alike.
 
 A latent channel times g, and what reads it divided by g, is the same model; so are a head's no-rope query and
-its k_b, its value and W_o, and a pair of rope-key dims and the queries that meet it. A conversion leaves such
-pairs far apart (its encoder undoes the covariance of the input), while AdamW moves every weight by about the
-same amount: then one side hardly moves and the other is shaken. Here both sides get the same RMS.
+its k_b, its value and W_o, and the rope key and the queries that meet it. A conversion leaves such pairs far apart (its
+encoder undoes the covariance of the input), while AdamW moves every weight by about the same amount: then one side
+hardly moves and the other is shaken. Here both sides get the same RMS; the pairs of the rope key keep their sizes
+among each other, which the conversion chose for a quantized cache.
 
 Once healed, a student is put into the basis in which a quantized cache loses least (edgekv/convert/cache_basis.py).
 Training moves towards it, but slowly, even where it simulates the rounding.
@@ -53,11 +54,10 @@ def balanced(tensors: Mapping[str, Array], spec: MLA) -> dict[str, Array]:
         kv_a[:, :r] *= g[..., None]
         k_b /= g[:, None, :, None]
         v_b /= g[:, None, None, :]
-    key = kv_a[:, r:].reshape(layers, p // 2, 2, dim)
-    query = heads[:, :, n:].reshape(layers, h, p // 2, 2, dim)
-    g = np.sqrt(_safe(np.sqrt(_square(query, (1, 3, 4)))) / _safe(np.sqrt(_square(key, (2, 3)))))  # (L, P/2)
-    kv_a[:, r:] *= np.repeat(g, 2, axis=1)[..., None]
-    heads[:, :, n:] /= np.repeat(g, 2, axis=1)[:, None, :, None]
+    key, query = kv_a[:, r:], heads[:, :, n:]
+    g = np.sqrt(_safe(np.sqrt(_square(query, (1, 2, 3)))) / _safe(np.sqrt(_square(key, (1, 2)))))  # (L,)
+    kv_a[:, r:] *= g[:, None, None]
+    heads[:, :, n:] /= g[:, None, None, None]
     return {name: np.asarray(array, np.float32) for name, array in wide.items()}
 
 

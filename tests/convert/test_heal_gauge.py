@@ -53,8 +53,13 @@ def test_both_sides_get_the_same_size():
     np.testing.assert_allclose(rms(after["v_b"], 3), rms(after["output"].reshape(2, 16, 3, 5), 1), rtol=0.05)
     reading = np.sqrt((4 * rms(after["k_b"], 1, 3) ** 2 + 5 * rms(after["v_b"], 1, 2) ** 2) / 9)
     np.testing.assert_allclose(rms(after["kv_a"][:, :8], 2), reading, rtol=0.05)
-    key = rms(after["kv_a"][:, 8:].reshape(2, 3, 2, 16), 2, 3)
-    np.testing.assert_allclose(rms(heads[:, :, 4:].reshape(2, 3, 3, 2, 16), 1, 3, 4), key, rtol=1e-5)
+    np.testing.assert_allclose(rms(heads[:, :, 4:], 1, 2, 3), rms(after["kv_a"][:, 8:], 1, 2), rtol=1e-5)
+
+
+def test_rope_pairs_keep_their_sizes_among_each_other():
+    before = student(0)["kv_a"][:, 8:]
+    ratio = balanced(student(0), SPEC)["kv_a"][:, 8:] / before
+    np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:, :1, :1], ratio.shape), rtol=1e-4)
 
 
 def test_unused_channels_do_no_harm():
