@@ -31,6 +31,7 @@ Complex = NDArray[np.complex128]
 
 BLOCK = 32  # values that share a scale (ggml/src/ggml-common.h, block_q4_0)
 FLOOR = 1e-6  # of the largest eigenvalue or size: directions that carry nothing stay invertible
+SEEN = 1e-5  # of the largest eigenvalue: what the sample hardly showed is not blown up
 SAMPLED_WINDOWS = 8
 TRIED_TOKENS = 1024
 LONGEST = 2048  # cached keys are rotated: factors are tried at positions below this
@@ -97,7 +98,7 @@ def _sensitivities(
 
 def latent_basis(moment: Matrix, sensitivity: Matrix) -> tuple[Matrix, Matrix]:
     """The basis G (R, R) for a latent of that second moment, of the latent's own mean size, and its inverse."""
-    root, inverse_root = sqrt_and_inverse(moment)
+    root, inverse_root = sqrt_and_inverse(moment, SEEN)
     strengths, vectors = np.linalg.eigh(root @ sensitivity @ root)
     sizes = np.maximum(strengths, strengths[-1] * FLOOR) ** 0.25
     mixing = np.linalg.qr(np.random.default_rng(0).standard_normal(moment.shape))[0]

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from edgekv.convert.cache_basis import in_cache_basis, spread
 from edgekv.convert.layer import LayerMaps
-from edgekv.convert.linalg import Matrix
 from edgekv.convert.norm_trick import fold_norm
 from edgekv.convert.obstacles import obstacle
 from edgekv.convert.output_fit import fit_outputs
@@ -186,7 +185,7 @@ def _convert_layer(w: BlockWeights, job: Job, layer: int) -> tuple[dict[str, Arr
     decode = _decoder(v_b, w_o)
     judged = held_out if held_out.n_tokens else fitted
     error = judged.error(decode.astype(np.float64), seen.energy) / seen.energy
-    tensors = _tensors(w, q, maps, v_b, w_o, seen.stats.covariance, job)
+    tensors = _tensors(w, q, maps, v_b, w_o, job)
     if layer < job.spec.n_layers - 1:
         if job.recipe.sequential:
             advance(w, job, latents, decode)
@@ -220,9 +219,10 @@ def _decoder(v_b: Array, w_o: Array) -> Array:
 
 
 def _tensors(
-    w: BlockWeights, q: QueryRows, maps: LayerMaps, v_b: Array, w_o: Array, covariance: Matrix, job: Job
+    w: BlockWeights, q: QueryRows, maps: LayerMaps, v_b: Array, w_o: Array, job: Job
 ) -> dict[str, Array]:
     """The layer in the deepseek2 layout: scores scaled for the engine, the latent folded for its norm."""
+    inputs = np.stack([job.inputs(w, i) for i in spread(job.n_windows)])
     layer = in_cache_basis(
         {
             "q": (q.rows * np.float32(np.sqrt(job.target.head_dim))).reshape(-1, job.spec.dim),
@@ -231,12 +231,12 @@ def _tensors(
             "v_b": v_b,
             "output": w_o,
         },
-        np.concatenate([job.inputs(w, i)[1:] for i in spread(job.n_windows)]),
+        inputs[:, 1:].reshape(-1, job.spec.dim),
         job.target,
     )
     latent, rope_key = np.split(layer["kv_a"], [job.target.kv_lora_rank])
-    mean_square = float(np.einsum("rd,re,de->", latent, latent, covariance, optimize=True))
-    folded, norm = fold_norm(latent, mean_square / len(latent), job.spec.norm_eps)
+    mean_square = float(np.mean(np.square(inputs @ latent.T)))
+    folded, norm = fold_norm(latent, mean_square, job.spec.norm_eps)
     return {
         "attn_q.weight": layer["q"],
         "attn_kv_a_mqa.weight": np.concatenate([folded, rope_key]),

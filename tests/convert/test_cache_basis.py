@@ -92,3 +92,10 @@ def test_a_pair_that_dwarfs_its_block_is_made_smaller():
     keys[:, 3] = 20 + keys[:, 3]
     factors = np.abs(rope_factors(keys, np.ones(32)))
     assert factors[3] < 0.6 * np.delete(factors, 3).min()
+
+
+def test_what_a_few_tokens_did_not_show_is_not_blown_up():
+    layer, inputs = random_layer(3)
+    changed = in_cache_basis(layer, inputs[:20], MLA_SPEC)
+    before, after = (np.linalg.norm(x["kv_a"][:64] @ inputs[100:].T, axis=1).max() for x in (layer, changed))
+    assert after < 100 * before
