@@ -23,12 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.convert.linalg import Matrix, sqrt_and_inverse
+from edgekv.convert.rope_key import Complex, to_complex, to_pairs
 from edgekv.ops import inverse_frequencies
 from edgekv.source import Array
 from edgekv.spec import MLA
 
-Complex = NDArray[np.complex128]
-
+ATTENTION = ("q", "kv_a", "k_b", "v_b", "output")  # of a student layer; their shapes: in_cache_basis
 BLOCK = 32  # values that share a scale (ggml/src/ggml-common.h, block_q4_0)
 FLOOR = 1e-6  # of the largest eigenvalue or size: directions that carry nothing stay invertible
 SEEN = 1e-5  # of the largest eigenvalue: what the sample hardly showed is not blown up
@@ -48,20 +48,18 @@ def in_cache_basis(layer: Mapping[str, Array], inputs: Array, mla: MLA) -> dict[
             activations would outweigh all others'. n should be several times R.
     """
     h, n, p, r = mla.n_heads, mla.nope_dim, mla.rope.dim, mla.kv_lora_rank
-    q, kv_a, k_b, v_b, output = (
-        layer[name].astype(np.float64) for name in ("q", "kv_a", "k_b", "v_b", "output")
-    )
+    q, kv_a, k_b, v_b, output = (layer[name].astype(np.float64) for name in ATTENTION)
     heads = q.reshape(h, n + p, -1)
     readers = output.reshape(-1, h, mla.value_dim).swapaxes(0, 1) @ v_b  # (H, D, R)
     rows = inputs @ kv_a.T
-    latent, key = rows[:, :r], _to_complex(rows[:, r:])
+    latent, key = rows[:, :r], np.ascontiguousarray(rows[:, r:]).view(np.complex128)
     of_latent, of_rope = _sensitivities(latent, inputs @ q.T, k_b, readers, mla)
     basis, inverse = latent_basis(latent.T @ latent / len(latent), of_latent)
     factors = rope_factors(_some_rotated(key, mla), of_rope)
-    turned = _to_complex(heads[:, n:].swapaxes(1, 2)) / factors.conj()  # q . k = Re(q conj(k))
+    turned = to_complex(heads[:, n:]) / factors.conj()[:, None]  # q . k = Re(q conj(k))
     changed = {
-        "q": np.concatenate([heads[:, :n], _to_real(turned).swapaxes(1, 2)], axis=1).reshape(q.shape),
-        "kv_a": np.concatenate([basis @ kv_a[:r], _to_real(_to_complex(kv_a[r:].T) * factors).T]),
+        "q": np.concatenate([heads[:, :n], to_pairs(turned)], axis=1).reshape(q.shape),
+        "kv_a": np.concatenate([basis @ kv_a[:r], to_pairs(to_complex(kv_a[r:]) * factors[:, None])]),
         "k_b": inverse.T @ k_b,
         "v_b": v_b @ inverse,
     }
@@ -122,7 +120,7 @@ def _tried(keys: Complex, sensitivity: Matrix, factors: Complex) -> Complex:
     """The factors of one block's pairs, changed one by one while that makes its rounding cost less."""
 
     def cost(candidate: Complex) -> float:
-        error = _rounding_error(_to_real(keys * candidate)) ** 2
+        error = _rounding_error((keys * candidate).view(np.float64)) ** 2
         return float(error.mean(axis=0) @ np.repeat(sensitivity / np.abs(candidate) ** 2, 2))
 
     best, least = factors, cost(factors)
@@ -150,13 +148,3 @@ def _some_rotated(key: Complex, mla: MLA) -> Complex:
     chosen = rng.permutation(len(key))[:TRIED_TOKENS]
     positions = rng.integers(0, LONGEST, len(chosen))
     return np.asarray(key[chosen] * np.exp(1j * positions[:, None] * inverse_frequencies(mla.rope)))
-
-
-def _to_complex(x: Matrix) -> Complex:
-    """Interleaved pairs (..., P) as (..., P/2)."""
-    return np.asarray(x[..., 0::2] + 1j * x[..., 1::2])
-
-
-def _to_real(x: Complex) -> Matrix:
-    """Inverse of `_to_complex`."""
-    return np.stack([x.real, x.imag], axis=-1).reshape(*x.shape[:-1], -1)

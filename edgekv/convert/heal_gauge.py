@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.cache.store import KVCache
-from edgekv.convert.cache_basis import in_cache_basis
+from edgekv.convert.cache_basis import ATTENTION, in_cache_basis
 from edgekv.convert.heal_file import MEAN_SQUARE, healed_source
 from edgekv.model import block_forward, load_block
 from edgekv.ops import rms_norm
@@ -29,7 +29,6 @@ ROUNDS = 8  # k_b and v_b take part in two balances each; this converges far bel
 Wide = NDArray[np.float64]
 BASIS_TOKENS = 4096  # of text are enough to choose a basis by
 BASIS_WINDOW = 256  # tokens, where the model writes it: half the steps of a calibration window
-ATTENTION = ("q", "kv_a", "k_b", "v_b", "output")
 
 
 def balanced(tensors: Mapping[str, Array], spec: MLA) -> dict[str, Array]:
@@ -54,8 +53,7 @@ def balanced(tensors: Mapping[str, Array], spec: MLA) -> dict[str, Array]:
         kv_a[:, :r] *= g[..., None]
         k_b /= g[:, None, :, None]
         v_b /= g[:, None, None, :]
-    key, query = kv_a[:, r:], heads[:, :, n:]
-    g = np.sqrt(_safe(np.sqrt(_square(query, (1, 2, 3)))) / _safe(np.sqrt(_square(key, (1, 2)))))  # (L,)
+    g = _ratio(kv_a[:, r:], heads[:, :, n:], (1, 2), (1, 2, 3))  # (L,)
     kv_a[:, r:] *= g[:, None, None]
     heads[:, :, n:] /= g[:, None, None, None]
     return {name: np.asarray(array, np.float32) for name, array in wide.items()}

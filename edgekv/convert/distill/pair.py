@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from edgekv.convert.cache_basis import ATTENTION
 from edgekv.convert.distill.loss import head_kl
 from edgekv.convert.distill.model import (
     Function,
@@ -26,7 +27,6 @@ from edgekv.convert.heal_recipe import CacheType, Train
 from edgekv.source import Array, TensorSource
 from edgekv.spec import GQA, MLA
 
-ATTENTION = ("q", "kv_a", "k_b", "v_b", "output")
 NORMS = ("attn_norm", "ffn_norm", "output_norm")
 FFN = ("gate_up", "down")
 TRAINED: Mapping[Train, tuple[str, ...]] = {
