@@ -216,7 +216,7 @@ class Pair:
     def set_params(self, tensors: Mapping[str, Array]) -> None:
         """Overwrite trained tensors in place."""
         for name, param in self.params.items():
-            param.copy_(torch.from_numpy(tensors[name]))
+            param.copy_(torch.tensor(tensors[name]))  # not from_numpy: stored norms are read-only
 
     def tensors(self) -> dict[str, Array]:
         """Copies of the trained tensors."""
