@@ -44,8 +44,8 @@ FILE = click.Path(path_type=Path)
 @click.option("--train", default="attn+norms", show_default=True, type=click.Choice(["attn", "attn+norms", "all"]),
               help="Weights to train; feed-forwards (all) make the file several times larger.")  # fmt: skip
 @click.option("--lr", default=2e-3, show_default=True,
-              help="Peak learning rate; a quarter where the start is within 0.2 nats of the original, a fifth of "
-              "either for AdamW.")  # fmt: skip
+              help="Peak learning rate; a quarter for a start 0.1 nats from the original. "
+              "AdamW wants a fifth.")  # fmt: skip
 @click.option("--match-share", default=0.05, show_default=True, help="Share of the steps for phase 1.")
 @click.option("--schedule", default="cosine", show_default=True, type=click.Choice(["cosine", "wsd"]),
               help="How the learning rate falls.")  # fmt: skip
