@@ -35,7 +35,7 @@ def bare_loop(path: Path, threads: int) -> Step:
     """The least Python that decodes greedily with llama.cpp."""
     import llama_cpp.llama_cpp as api
 
-    from edgekv.backends.llama_native import repacking_is_safe
+    from edgekv.backends.llama_cpp.library import repacking_is_safe
 
     quiet = api.llama_log_callback(lambda level, text, data: None)
     api.llama_log_set(quiet, None)
@@ -66,9 +66,9 @@ def open_kind(kind: str, path: Path, threads: int) -> tuple[Decode, Any]:
     """A function that decodes n more tokens, its prompt prefilled, and its backend if it has one."""
     if kind == "bare":
         return repeat(bare_loop(path, threads)), None
-    from edgekv.backends import open_backend
     from edgekv.backends.base import Backend
-    from edgekv.backends.isolated import IsolatedBackend
+    from edgekv.backends.isolated.backend import IsolatedBackend
+    from edgekv.backends.open import open_backend
 
     backend: Backend
     if kind == "in-process":
@@ -101,10 +101,10 @@ def repeat(step: Step) -> Decode:
 
 def chat_loop(backend: Any, path: Path) -> Decode:
     """What `edgekv chat` runs: the token loop with sampling and text."""
-    from edgekv.generate import Generator
-    from edgekv.gguf_check import read_header
-    from edgekv.sampling import Sampler, SamplingParams
-    from edgekv.tokenizer import Tokenizer
+    from edgekv.chat.generate import Generator
+    from edgekv.chat.sampling import Sampler, SamplingParams
+    from edgekv.models.gguf.header import read_header
+    from edgekv.tokenizer.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_metadata(read_header(path).metadata)
     sampler = Sampler(SamplingParams(temperature=0))
@@ -130,7 +130,8 @@ def measure_speed(path: Path, threads: int, rounds: int, tokens: int) -> dict[st
 
 def measure_rss(kind: str, path: Path, threads: int, tokens: int) -> dict[str, int | None]:
     """Peak RSS in bytes of a process that decodes a little, and of its engine's child if it has one."""
-    from edgekv.backends.isolated import IsolatedBackend, peak_rss_nbytes
+    from edgekv.backends.isolated.backend import IsolatedBackend
+    from edgekv.host.proc import peak_rss_nbytes
 
     decode, backend = open_kind(kind, path, threads)
     decode(tokens)

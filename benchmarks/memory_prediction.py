@@ -10,12 +10,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from edgekv.devices import bench
-from edgekv.devices.plan import MIB, measured_runtime_nbytes
-from edgekv.devices.probe import probe
-
-from edgekv.footprint import footprint, repacked_nbytes
-from edgekv.gguf_source import GGUFSource
+from edgekv.backends.llama_cpp.footprint import footprint, repacked_nbytes
+from edgekv.devices.bench import run as bench
+from edgekv.devices.predict.plan import MIB, measured_runtime_nbytes
+from edgekv.devices.sensors.machine import probe
+from edgekv.models.gguf.source import GGUFSource
 
 COMBINATIONS = (
     ("f16", 512, 200),

@@ -7,19 +7,16 @@ has the shape (out, in): y = x @ W.T.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.errors import ModelFileError
-from edgekv.spec import ModelSpec
+from edgekv.spec import Metadata, ModelSpec
 
 Array = NDArray[np.float32]
-MetaValue = str | int | float | bool | list[str] | list[int] | list[float] | list[bool]
-Metadata = Mapping[str, MetaValue]
 
 
 class TensorSource(Protocol):
@@ -107,20 +104,3 @@ class LazySource:
         if name not in self._tensors:
             raise ModelFileError(f"tensor {name} is missing from {self._spec.name}")
         return self._tensors[name]
-
-
-def open_source(path: Path) -> TensorSource:
-    """Open a model: a GGUF file, or a Hugging Face folder of config.json, safetensors and tokenizer.json.
-
-    Raises:
-        ModelFileError: a file is missing or malformed.
-        UnsupportedError: its architecture is not handled.
-    """
-    if path.is_dir():
-        from edgekv.hf.source import HFSource
-
-        return HFSource(path)
-    from edgekv.gguf_source import GGUFSource
-    from edgekv.joint_kv import canonical
-
-    return canonical(GGUFSource(path))

@@ -43,6 +43,8 @@ def cache_row_nbytes(values: int, cache_type: str) -> int:
     return values // block * nbytes
 
 
+MetaValue = str | int | float | bool | list[str] | list[int] | list[float] | list[bool]
+Metadata = Mapping[str, MetaValue]  # GGUF key-value pairs
 RopeLayout = Literal["interleaved", "half"]
 
 

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from edgekv.export.gguf import write_gguf
 
-from edgekv.bpe import BYTE_OF_LETTER
-from edgekv.convert.convert import METHODS, convert
+from edgekv.convert.layers import METHODS, convert
 from edgekv.convert.target import target_spec
-from edgekv.gguf_spec import layer_tensor_shapes
-from edgekv.source import LazySource, TensorSource, open_source
+from edgekv.export.gguf.write import write_gguf
+from edgekv.models.open import open_source
+from edgekv.source import LazySource, TensorSource
 from edgekv.spec import GQA, LayerSpec, ModelSpec, RopeSpec
+from edgekv.tensors import layer_tensor_shapes
+from edgekv.tokenizer.bpe import BYTE_OF_LETTER
 
 LETTERS = [*BYTE_OF_LETTER, "ab", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 

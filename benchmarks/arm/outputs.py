@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekv.backends import KINDS, open_backend
+from edgekv.backends.open import KINDS, open_backend
 
 PROMPT = [1, 4093, 198, 504, 2120, 282, 253, 1165, 2391, 3542, 314, 1343, 28, 284, 357, 314]
 MAX_KL = 1e-4

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from edgekv.export.gguf import write_gguf
 
-from edgekv.convert.convert import converted_source
+from edgekv.convert.layers import converted_source
 from edgekv.convert.target import target_spec
-from edgekv.gguf_spec import layer_tensor_shapes
+from edgekv.export.gguf.write import write_gguf
 from edgekv.source import Array, LazySource
 from edgekv.spec import GQA, LayerSpec, ModelSpec, RopeSpec
+from edgekv.tensors import layer_tensor_shapes
 
 DIM, FFN_DIM, N_LAYERS, N_VOCAB = 2048, 8192, 16, 128256
 ATTENTION = GQA(32, 8, 64, RopeSpec(500000.0, 64))

@@ -41,7 +41,7 @@ build() { # build WHEELS
 }
 
 gpu_there() {
-    python3 -c "from edgekv.backends.llama_native import llama
+    python3 -c "from edgekv.backends.llama_cpp.library import llama
 print('llama.cpp:', llama().llama_print_system_info().decode())
 print('offloads to a card:', bool(llama().llama_supports_gpu_offload()))"
 }

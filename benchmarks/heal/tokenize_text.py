@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from edgekv.convert.heal_data import break_token
-from edgekv.source import open_source
-from edgekv.tokenizer import Tokenizer
+from edgekv.models.open import open_source
+from edgekv.text.shards import break_token
+from edgekv.tokenizer.tokenizer import Tokenizer
 
 SEED = 0
 tokenizer: Tokenizer

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edgekv.attention import MLAForm
 from edgekv.errors import BackendError
-from edgekv.model import ReferenceModel
+from edgekv.reference.attention import MLAForm
+from edgekv.reference.model import ReferenceModel
 from edgekv.source import Array, TensorSource
 
 

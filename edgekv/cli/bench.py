@@ -5,14 +5,10 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from edgekv.backends import KINDS, Kind, default_kind
-
-if TYPE_CHECKING:
-    from edgekv.devices.bench import Progress
+from edgekv.backends.open import KINDS, Kind, default_kind
 
 
 @click.command("bench")
@@ -57,11 +53,11 @@ def command(
     edgekv bench small.gguf small-onnx -d 0,2048,7600
     edgekv compare run.json --html run.html
     """
-    from edgekv.devices import bench
-    from edgekv.devices.compare import as_terminal
-    from edgekv.devices.tables import Source
+    from edgekv.devices.bench import run as bench
+    from edgekv.devices.reporting.compare import as_terminal
+    from edgekv.devices.reporting.report import dumps
+    from edgekv.devices.reporting.tables import Source
     from edgekv.files import atomic_path
-    from edgekv.report import dumps
 
     candidates = [
         bench.Candidate(model, cache, kind)
@@ -95,18 +91,18 @@ def command(
 
 def cache_types(model: Path, kind: Kind, wanted: str | None) -> list[str]:
     """Cache types to measure a model with: those asked for, where its engine has a choice."""
-    from edgekv.onnx_folder import read_manifest
+    from edgekv.models.onnx.manifest import read_manifest
 
     if kind == "onnx":
         return [read_manifest(model).model.cache_type]
     return [part.strip() for part in (wanted or ("f16" if kind == "llama.cpp" else "f32")).split(",")]
 
 
-def show_progress(step: Progress) -> None:
+def show_progress(step: int, steps: int, text: str = "", /) -> None:
     """One line on stderr, rewritten in place on a terminal."""
-    line = f"[{step.step}/{step.steps}] {step.text}"
+    line = f"[{step}/{steps}] {text}"
     if sys.stderr.isatty():
-        click.echo(f"\r\x1b[K{line}" + ("\r\x1b[K" if step.step == step.steps else ""), nl=False, err=True)
+        click.echo(f"\r\x1b[K{line}" + ("\r\x1b[K" if step == steps else ""), nl=False, err=True)
     else:
         click.echo(line, err=True)
 
@@ -121,7 +117,7 @@ def parse_depths(text: str) -> tuple[int, ...]:
 
 def parse_cpus(text: str) -> tuple[int, ...]:
     """CPU numbers from "0-3,6"."""
-    from edgekv.backends.threads import parse_cpu_list
+    from edgekv.host.threads import parse_cpu_list
 
     try:
         return parse_cpu_list(text)

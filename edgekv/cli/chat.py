@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgekv.backends import KINDS, Kind
+from edgekv.backends.open import KINDS, Kind
 from edgekv.spec import CACHE_BLOCKS
 
 if TYPE_CHECKING:
-    from edgekv.backends.isolated import IsolatedBackend
-    from edgekv.chat import ChatSession, PromptFormat
-    from edgekv.language import Language
+    from edgekv.backends.isolated.backend import IsolatedBackend
+    from edgekv.chat.session import ChatSession, PromptFormat
+    from edgekv.tokenizer.language import Language
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -83,10 +83,10 @@ def command(
     question = one_shot_question(prompt, file)
     if as_json and question is None:
         raise click.UsageError("--json answers one question: give it with --prompt, --file or a pipe")
-    from edgekv.backends.isolated import IsolatedBackend
-    from edgekv.chat import ChatSession
-    from edgekv.generate import Generator
-    from edgekv.sampling import Sampler, SamplingParams
+    from edgekv.backends.isolated.backend import IsolatedBackend
+    from edgekv.chat.generate import Generator
+    from edgekv.chat.sampling import Sampler, SamplingParams
+    from edgekv.chat.session import ChatSession
 
     sampler = Sampler(SamplingParams(**sampling))
     engine = IsolatedBackend(model, backend, n_ctx=ctx_size, cache_type=cache_type, n_threads=threads)
@@ -106,14 +106,14 @@ def command(
         if question is not None:
             answer_once(session, engine, model, question, stats=stats, as_json=as_json)
             return
-        from edgekv.cli.repl import Repl
+        from edgekv.cli.talk.repl import Repl
 
         Repl(session, engine, model.name, always_stats=stats).run()
 
 
 def read_format(model: Path, language: Language, use_template: bool) -> PromptFormat:
     """The model's prompt format."""
-    from edgekv.chat import PromptFormat
+    from edgekv.chat.session import PromptFormat
     from edgekv.errors import ModelFileError
 
     if not use_template:
@@ -154,7 +154,7 @@ def answer_once(
     session: ChatSession, engine: IsolatedBackend, model: Path, question: str, *, stats: bool, as_json: bool
 ) -> None:
     """Print one answer to standard output; leave with 130 if Ctrl-C cut it short."""
-    from edgekv.cli.answers import figures, show_answer, stats_line
+    from edgekv.cli.talk.answers import figures, show_answer, stats_line
 
     answer = show_answer(session, session.ask(question), visible=not as_json)
     if as_json:

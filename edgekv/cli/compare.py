@@ -27,18 +27,18 @@ def command(
     edgekv compare pi5.json pi4.json --html boards.html --svg boards.svg
     edgekv compare run.json llama-bench.json --markdown >> notes.md
     """
-    from edgekv.devices import compare
+    from edgekv.devices.reporting import compare
     from edgekv.files import atomic_path
 
     sources = compare.load_sources(reports)
     if html is not None:
-        from edgekv.devices.page import html_page
+        from edgekv.devices.reporting.page import html_page
 
         with atomic_path(html, force) as partial:
             partial.write_text(html_page(sources), encoding="utf-8")
         click.echo(f"page: {html}", err=True)
     if svg is not None:
-        from edgekv.devices.picture import picture
+        from edgekv.devices.reporting.picture import picture
 
         with atomic_path(svg, force) as partial:
             partial.write_text(picture(sources), encoding="utf-8")

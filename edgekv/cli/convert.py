@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgekv.cli.progress import progress
+from edgekv.cli.common.bar import progress
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from edgekv.convert.convert import LayerLoss
-    from edgekv.export.verify import Comparison
-    from edgekv.source import Metadata, MetaValue, TensorSource
+    from edgekv.convert.layers import LayerLoss
+    from edgekv.evaluate.verify import Comparison
+    from edgekv.source import TensorSource
+    from edgekv.spec import Metadata, MetaValue
 
 PATH = click.Path(path_type=Path)
 WEIGHTS = ("keep", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -57,10 +58,10 @@ def command(model: Path, output: Path, as_json: bool, verify: bool, force: bool,
     edgekv convert model.gguf -o third.gguf --kv-lora-rank 64 --rope-dim 64 --calib book.txt
     edgekv convert model.gguf -o third.gguf --healed third.safetensors --verify
     """
-    from edgekv.convert.value_gauge import with_balanced_values
-    from edgekv.export.gguf import write_gguf
+    from edgekv.export.gguf.write import write_gguf
     from edgekv.files import check_output
-    from edgekv.source import open_source
+    from edgekv.models.open import open_source
+    from edgekv.rewrite.value_scales import with_balanced_values
 
     check_output(output, force)
     source = open_source(model)
@@ -69,9 +70,7 @@ def command(model: Path, output: Path, as_json: bool, verify: bool, force: bool,
         converted, notes = _converted(source, Path(spill), losses, as_json, options)
         converted = with_balanced_values(converted)
         with progress("writing", as_json) as advance:
-            write_gguf(
-                converted, output, options["weights"], notes, force, lambda name, i, n: advance(i + 1, n)
-            )
+            write_gguf(converted, output, options["weights"], notes, force, advance)
     comparison = verify_file(output, as_json) if verify else None
     _report(source, converted, output, notes, losses, comparison, as_json)
     if comparison is not None and comparison.kl > VERIFY_KL[options["weights"]]:
@@ -90,11 +89,11 @@ def _converted(
     source: TensorSource, spill: Path, losses: list[LayerLoss], as_json: bool, options: dict[str, Any]
 ) -> tuple[TensorSource, Metadata]:
     """The converted source, from healed weights or by fitting, and the notes on how it was made."""
-    from edgekv.convert.biases import with_interleaved_pairs
-    from edgekv.convert.calibration import WINDOW
-    from edgekv.convert.convert import METHODS, convert, convertible_attention
+    from edgekv.convert.layers import METHODS, convert, convertible_attention
     from edgekv.convert.target import resolve_target
     from edgekv.errors import InputError
+    from edgekv.rewrite.rope_pairs import with_interleaved_pairs
+    from edgekv.text.windows import WINDOW
 
     if options["healed"]:
         convertible_attention(source.spec)
@@ -134,8 +133,8 @@ def _from_healed(
     source: TensorSource, options: dict[str, Any], as_json: bool
 ) -> tuple[TensorSource, Metadata]:
     """The original with healed weights, in the basis in which a quantized cache loses least."""
-    from edgekv.convert.heal_file import check_base, healed_source, read_healed
-    from edgekv.convert.heal_gauge import BASIS_TOKENS, BASIS_WINDOW, in_best_basis
+    from edgekv.heal.basis import BASIS_TOKENS, BASIS_WINDOW, in_best_basis
+    from edgekv.heal.weights import check_base, healed_source, read_healed
 
     record, tensors = read_healed(options["healed"])
     check_base(options["healed"], record, source)
@@ -160,9 +159,9 @@ def _calibration(
     source: TensorSource, options: dict[str, Any], n_tokens: int, written: int, as_json: bool
 ) -> NDArray[np.int64]:
     """Windows of the text that was given, or of text that the model writes, then of `written` tokens each."""
-    from edgekv.convert.calibration import windows_from_files, windows_from_model
     from edgekv.errors import InputError
-    from edgekv.tokenizer import Tokenizer
+    from edgekv.text.windows import windows_from_files, windows_from_model
+    from edgekv.tokenizer.tokenizer import Tokenizer
 
     if n_tokens < 1:
         raise InputError("--calib-tokens takes a positive number")
@@ -175,10 +174,10 @@ def _calibration(
 
 def verify_file(path: Path, quiet: bool) -> Comparison:
     """Reload a written file in llama.cpp with a float32 cache and compare it with the reference."""
-    from edgekv.backends import open_backend
+    from edgekv.backends.open import open_backend
     from edgekv.backends.reference import ReferenceBackend
-    from edgekv.export.verify import compare, sample_tokens
-    from edgekv.source import open_source
+    from edgekv.evaluate.verify import compare, sample_tokens
+    from edgekv.models.open import open_source
 
     reference = ReferenceBackend(open_source(path), VERIFY_TOKENS)
     tokens = sample_tokens(reference, VERIFY_TOKENS, seed=1)

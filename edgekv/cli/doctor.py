@@ -24,7 +24,7 @@ def command(as_json: bool) -> None:
     edgekv doctor
     edgekv doctor --json | jq '.checks[] | select(.status == "fail")'
     """
-    from edgekv.devices.doctor import examine, is_ready
+    from edgekv.devices.doctor.checks import examine, is_ready
 
     checks = examine()
     ready = is_ready(checks)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgekv.backends import KINDS, Kind, default_kind
+from edgekv.backends.open import KINDS, Kind, default_kind
+from edgekv.cli.common.output import command_line
 
 if TYPE_CHECKING:
-    from edgekv.evaluate.subject import Subject, Weights
+    from edgekv.evaluate.model_under_test import ModelUnderTest, Weights
 
 PATH = click.Path(path_type=Path)
 WEIGHTS = ("stored", "bf16", "f16", "f32")
@@ -87,33 +86,28 @@ def command(
     """
     import json
 
-    from edgekv.cli.eval_progress import ProgressLine
-    from edgekv.evaluate.evaluate import Evaluation, Request
+    from edgekv.cli.common.progress import ProgressLine
+    from edgekv.documents import encode
     from edgekv.evaluate.journal import default_folder
-    from edgekv.evaluate.pool import Run
-    from edgekv.evaluate.subject import Subject
-    from edgekv.schema import encode
+    from edgekv.evaluate.model_under_test import ModelUnderTest
+    from edgekv.evaluate.run import Evaluation, Request
+    from edgekv.evaluate.workers import Run
 
     require_one_mode(ctx, sweep is not None)
     run = Run(cache_dir or default_folder(), lambda *_: None, jobs, threads, fresh)
     if sweep is not None:
-        from edgekv.cli.eval_sweep import run_sweep
+        from edgekv.cli.sweep import run_sweep
 
         run_sweep(sweep, output, wanted["limit"], force, as_json, run)
         return
     assert model is not None
     request = Request(tasks=parse_tasks(tasks), **wanted)
-    subject = Subject(model, backend or default_kind(model), cache_type, weights)
+    subject = ModelUnderTest(model, backend or default_kind(model), cache_type, weights)
     reference = reference_subject(against, against_backend, weights) if against else None
     evaluation = Evaluation(subject, reference, run, ProgressLine, lambda line: click.echo(line, err=as_json))
     report = evaluation.run(request, command_line())
     if as_json:
         click.echo(json.dumps(encode(report), indent=1, allow_nan=False))
-
-
-def command_line() -> str:
-    """The command as it was typed, but for quotes that were not needed."""
-    return "edgekv " + shlex.join(sys.argv[1:])
 
 
 # What a sweep takes from the command line; the rest is in its file.
@@ -136,13 +130,17 @@ def require_one_mode(context: click.Context, sweep: bool) -> None:
         raise click.UsageError(f"{hint} {reason}; leave it out", context)
 
 
-def reference_subject(path: Path, backend: Kind | None, weights: Weights) -> Subject:
+def reference_subject(path: Path, backend: Kind | None, weights: Weights) -> ModelUnderTest:
     """The reference as it is run: in float32 by NumPy, or in llama.cpp with nothing rounded but by its kernels."""
-    from edgekv.evaluate.subject import Subject
+    from edgekv.evaluate.model_under_test import ModelUnderTest
 
     if backend is None:
         backend = "onnx" if default_kind(path) == "onnx" else "reference"
-    return Subject(path, backend, "f32", weights) if backend == "llama.cpp" else Subject(path, backend)
+    return (
+        ModelUnderTest(path, backend, "f32", weights)
+        if backend == "llama.cpp"
+        else ModelUnderTest(path, backend)
+    )
 
 
 def parse_tasks(values: tuple[str, ...]) -> tuple[tuple[str, Path], ...]:

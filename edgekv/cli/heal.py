@@ -10,16 +10,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from edgekv.convert.distill.loop import Progress
-    from edgekv.convert.heal import Event, HealJob
-    from edgekv.convert.heal_data import Shard
-    from edgekv.convert.heal_recipe import HealRecipe
+    from edgekv.heal.job import Event, HealJob
+    from edgekv.heal.recipe import HealRecipe
+    from edgekv.heal.training import TrainingStep
+    from edgekv.progress import Progress
     from edgekv.source import TensorSource
-    from edgekv.tokenizer import Tokenizer
+    from edgekv.text.shards import Shard
+    from edgekv.tokenizer.tokenizer import Tokenizer
 
 FILE = click.Path(path_type=Path)
+# Names of the events in --json, whatever the classes are called.
+EVENT_NAMES = {
+    "Stage": "stage",
+    "LayerLoss": "layerloss",
+    "TrainingStep": "progress",
+    "Evaluation": "evaluation",
+}
 
 
 @click.command("heal")
@@ -81,12 +87,12 @@ def command(as_json: bool, **options: Any) -> None:
     Memory on a GPU: 2 bytes a weight, 16 a trained weight, 1.6 GB for logits, and activations, for which
     batches are split as needed. Llama-3.2-1B on a 24 GB card: 2.5 + 2.7 + 1.6 GB, and 11 GB for 8192 tokens.
     """
-    from edgekv.convert.heal import heal
+    from edgekv.heal.job import heal
 
     job = _job(**options)
     record = heal(job, _print_json if as_json else _show)
     if as_json:
-        from edgekv.schema import encode
+        from edgekv.documents import encode
 
         _emit({"event": "written", "path": str(job.out), "record": encode(record)})
         return
@@ -123,14 +129,14 @@ def _job(
     **recipe: Any,
 ) -> HealJob:
     """Check what was asked for and read the texts."""
-    from edgekv.convert.convert import convertible_attention
-    from edgekv.convert.heal import MAX_STEPS, HealJob
-    from edgekv.convert.heal_data import load_shard
-    from edgekv.convert.heal_recipe import HealRecipe
+    from edgekv.convert.layers import convertible_attention
     from edgekv.convert.target import resolve_target
     from edgekv.errors import InputError
-    from edgekv.source import open_source
-    from edgekv.tokenizer import Tokenizer
+    from edgekv.heal.job import MAX_STEPS, HealJob
+    from edgekv.heal.recipe import HealRecipe
+    from edgekv.models.open import open_source
+    from edgekv.text.shards import load_shard
+    from edgekv.tokenizer.tokenizer import Tokenizer
 
     if steps is None and minutes is None:
         raise InputError("say how long to train: --steps or --minutes")
@@ -169,11 +175,11 @@ def _job(
 
 def _written(source: TensorSource, tokenizer: Tokenizer, n: int, recipe: HealRecipe, device: str) -> Shard:
     """Text of `n` tokens that the model writes, half of it chats if it has a template."""
-    from edgekv.chat import PromptFormat
-    from edgekv.convert.heal import self_written
-    from edgekv.convert.heal_prompts import Chat
+    from edgekv.chat.session import PromptFormat
+    from edgekv.heal.job import self_written
+    from edgekv.text.chats import Chat
 
-    def progress(done: int, total: int) -> None:
+    def progress(done: int, total: int, figures: str = "", /) -> None:
         _status(f"writing text: {done} of {total} sequences")
 
     form = PromptFormat.of_model(tokenizer)
@@ -183,11 +189,11 @@ def _written(source: TensorSource, tokenizer: Tokenizer, n: int, recipe: HealRec
     return self_written(source, tokenizer, chat, n, recipe, device, progress)
 
 
-def _tokenizing(path: Path) -> Callable[[int], None]:
+def _tokenizing(path: Path) -> Progress:
     """Progress over a text whose length is not known: every ten million characters."""
     said = 0
 
-    def progress(done: int) -> None:
+    def progress(done: int, total: int, figures: str = "", /) -> None:
         nonlocal said
         if done // 10_000_000 > said:
             said = done // 10_000_000
@@ -204,11 +210,11 @@ def _status(line: str) -> None:
         click.echo(line, err=True)
 
 
-def _show(event: Event | Progress) -> None:
+def _show(event: Event | TrainingStep) -> None:
     """An event for people, on stderr."""
-    from edgekv.convert.convert import LayerLoss
-    from edgekv.convert.heal import Stage
-    from edgekv.convert.heal_recipe import Evaluation
+    from edgekv.convert.layers import LayerLoss
+    from edgekv.heal.job import Stage
+    from edgekv.heal.recipe import Evaluation
 
     end = "\n" if sys.stderr.isatty() else ""
     if isinstance(event, Stage):
@@ -236,8 +242,8 @@ def _emit(document: dict[str, Any]) -> None:
     click.echo(json.dumps(document))
 
 
-def _print_json(event: Event | Progress) -> None:
+def _print_json(event: Event | TrainingStep) -> None:
     """An event for machines, on stdout."""
-    from edgekv.schema import encode
+    from edgekv.documents import encode
 
-    _emit({"event": type(event).__name__.lower(), **encode(event)})
+    _emit({"event": EVENT_NAMES[type(event).__name__], **encode(event)})

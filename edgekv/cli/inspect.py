@@ -27,7 +27,7 @@ def command(model: Path, as_json: bool) -> None:
     edgekv inspect model.gguf
     edgekv inspect model.gguf --json | jq .cache.bytes_per_token.f16
     """
-    from edgekv.source import open_source
+    from edgekv.models.open import open_source
 
     found = describe(open_source(model))
     if as_json:
@@ -100,7 +100,7 @@ def _cache(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _obstacle(spec: ModelSpec) -> str | None:
-    from edgekv.convert.obstacles import obstacle
+    from edgekv.convert.target import obstacle
     from edgekv.spec import GQA
 
     return obstacle(spec) if isinstance(spec.layers[0].attention, GQA) else None
@@ -108,8 +108,7 @@ def _obstacle(spec: ModelSpec) -> str | None:
 
 def _targets(spec: ModelSpec) -> list[dict[str, Any]]:
     """The latents that `convert --target` would choose; none for a model that cannot be converted."""
-    from edgekv.convert.obstacles import obstacle
-    from edgekv.convert.target import choose_rank
+    from edgekv.convert.target import choose_rank, obstacle
     from edgekv.errors import InputError
     from edgekv.spec import GQA
 

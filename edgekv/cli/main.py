@@ -7,7 +7,7 @@ import sys
 import click
 
 from edgekv import __version__
-from edgekv.cli.lazy import LazyGroup
+from edgekv.cli.common.lazy import LazyGroup
 from edgekv.errors import EdgeKVError
 
 COMMANDS = {  # name: one line for `edgekv --help`; the command lives in edgekv/cli/<name>.py as `command`

@@ -13,9 +13,9 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from edgekv.devices.boards import Board
-    from edgekv.devices.options import Option
-    from edgekv.devices.plan import Plan
+    from edgekv.devices.boards.profile import Board
+    from edgekv.devices.predict.choices import Option
+    from edgekv.devices.predict.plan import Plan
 
 DOES_NOT_FIT = 1
 
@@ -56,8 +56,8 @@ def command(
     edgekv plan model.gguf --ram 512M --context 8192
     edgekv plan model.gguf --boards
     """
-    from edgekv.devices.plan_tables import boards_table
-    from edgekv.devices.tables import as_text
+    from edgekv.devices.predict.tables import boards_table
+    from edgekv.devices.reporting.tables import as_text
 
     if list_boards:
         click.echo(as_text(boards_table()))
@@ -89,10 +89,10 @@ def plan_of_one_board(
     model: Path, name: str, context: int, cache_type: str, nbytes: int | None, threads: int | None
 ) -> tuple[Plan, list[Plan]]:
     """The plan asked for, and the options that fit, best first."""
-    from edgekv.devices.boards import find_board
-    from edgekv.devices.options import all_options
-    from edgekv.devices.plan import MIB, make_plan, recommend, this_board
-    from edgekv.gguf_source import GGUFSource
+    from edgekv.devices.boards.profile import find_board
+    from edgekv.devices.predict.choices import all_options
+    from edgekv.devices.predict.plan import MIB, make_plan, recommend, this_board
+    from edgekv.models.gguf.source import GGUFSource
 
     source = GGUFSource(model)
     chosen = _option(source, cache_type, model)
@@ -107,9 +107,9 @@ def plan_of_one_board(
 
 def plans_of_all_boards(model: Path, context: int, cache_type: str, nbytes: int | None) -> list[Plan]:
     """One plan for each board and size of RAM."""
-    from edgekv.devices.boards import load_boards
-    from edgekv.devices.plan import MIB, make_plan
-    from edgekv.gguf_source import GGUFSource
+    from edgekv.devices.boards.profile import load_boards
+    from edgekv.devices.predict.plan import MIB, make_plan
+    from edgekv.models.gguf.source import GGUFSource
 
     chosen = _option(GGUFSource(model), cache_type, model)
     return [
@@ -125,16 +125,16 @@ def stored_nbytes(name: str, shape: tuple[int, ...], weights: str) -> int:
 
     import gguf
 
-    from edgekv.export.gguf import WEIGHT_TYPES, tensor_type
+    from edgekv.export.gguf.write import WEIGHT_TYPES, tensor_type
 
     block, size = gguf.GGML_QUANT_SIZES[tensor_type(name, shape, WEIGHT_TYPES[weights])]
     return math.prod(shape) // int(block) * int(size)
 
 
 def _option(source: object, cache_type: str, model: Path) -> Option:
-    from edgekv.devices.options import KEEP, option
+    from edgekv.devices.predict.choices import KEEP, option
     from edgekv.errors import InputError
-    from edgekv.gguf_source import GGUFSource
+    from edgekv.models.gguf.source import GGUFSource
 
     assert isinstance(source, GGUFSource)
     try:
@@ -154,11 +154,11 @@ def _with_budget(board: Board, nbytes: int) -> Board:
 def _write(output: Path | None, force: bool, model: Path, plans: Sequence[Plan]) -> None:
     if output is None:
         return
-    from edgekv.devices.modelinfo import describe_model
-    from edgekv.devices.plan_tables import projected_report
+    from edgekv.devices.predict.model_info import describe_model
+    from edgekv.devices.predict.tables import projected_report
+    from edgekv.devices.reporting.report import dumps
     from edgekv.files import atomic_path
-    from edgekv.gguf_source import GGUFSource
-    from edgekv.report import dumps
+    from edgekv.models.gguf.source import GGUFSource
 
     with atomic_path(output, force) as partial:
         info = describe_model(GGUFSource(model), model)
@@ -167,8 +167,8 @@ def _write(output: Path | None, force: bool, model: Path, plans: Sequence[Plan])
 
 
 def _show_boards(plans: Sequence[Plan], as_json: bool) -> None:
-    from edgekv.devices.plan_tables import plan_as_dict, plans_table
-    from edgekv.devices.tables import as_text
+    from edgekv.devices.predict.tables import plan_as_dict, plans_table
+    from edgekv.devices.reporting.tables import as_text
 
     if as_json:
         click.echo(json.dumps([plan_as_dict(plan) for plan in plans], indent=1))
@@ -181,8 +181,8 @@ def _show_boards(plans: Sequence[Plan], as_json: bool) -> None:
 
 
 def _show_one(plan: Plan, better: Sequence[Plan], as_json: bool) -> None:
-    from edgekv.devices.plan_tables import memory_lines, plan_as_dict, plans_table, speed_table
-    from edgekv.devices.tables import as_text
+    from edgekv.devices.predict.tables import memory_lines, plan_as_dict, plans_table, speed_table
+    from edgekv.devices.reporting.tables import as_text
 
     if as_json:
         found = {"plan": plan_as_dict(plan), "recommended": [plan_as_dict(other) for other in better[:5]]}

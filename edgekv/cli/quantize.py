@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgekv.cli.progress import progress
+from edgekv.cli.common.bar import progress
 
 if TYPE_CHECKING:
-    from edgekv.export.quantize import TensorReport
+    from edgekv.export.gguf.quantize import TensorReport
 
 PATH = click.Path(path_type=Path)
 WEIGHTS = (
@@ -61,12 +61,12 @@ def command(
     """
     import contextlib
 
-    from edgekv.backends.quantizer import Quantizer
+    from edgekv.backends.isolated.quantizer import Quantizer
     from edgekv.errors import InputError
-    from edgekv.export.quantize import calibration_windows, quantizable_header, quantize_gguf
-    from edgekv.export.staged import staged_gguf
+    from edgekv.export.gguf.quantize import calibration_windows, quantizable_header, quantize_gguf
+    from edgekv.export.gguf.stream import staged_gguf
     from edgekv.files import check_output
-    from edgekv.hf.tokenizer import open_with_tokenizer
+    from edgekv.models.open import open_with_tokenizer
     from edgekv.quant.presets import PRESETS
 
     check_output(output, force)

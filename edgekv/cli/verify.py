@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgekv.backends import KINDS
-from edgekv.cli.progress import progress
+from edgekv.backends.open import KINDS
+from edgekv.cli.common.bar import progress
 
 if TYPE_CHECKING:
-    from edgekv.export.verify import Comparison
+    from edgekv.evaluate.verify import Comparison
 
 PATH = click.Path(path_type=Path)
 BACKENDS = click.Choice(KINDS)
@@ -49,7 +49,7 @@ def command(
     from dataclasses import asdict
 
     from edgekv.errors import InputError, ToleranceError
-    from edgekv.export.verify import compare, sample_tokens
+    from edgekv.evaluate.verify import compare, sample_tokens
 
     if tokens < 2:
         raise InputError("--tokens takes a number of 2 or more; 256 is the default")
@@ -76,7 +76,7 @@ def command(
 
 
 def _open(path: Path, backend: Any, n_ctx: int, cache_type: str) -> Any:
-    from edgekv.backends import default_kind, open_backend
+    from edgekv.backends.open import default_kind, open_backend
 
     backend = backend or default_kind(path)
     return open_backend(path, backend, n_ctx=n_ctx, cache_type=cache_type if backend == "llama.cpp" else None)
@@ -84,9 +84,9 @@ def _open(path: Path, backend: Any, n_ctx: int, cache_type: str) -> Any:
 
 def _read(text: Path, model: Path, tokens: int) -> list[int]:
     from edgekv.errors import InputError
-    from edgekv.gguf_check import read_header
-    from edgekv.onnx_folder import language_file
-    from edgekv.tokenizer import Tokenizer
+    from edgekv.models.gguf.header import read_header
+    from edgekv.models.onnx.manifest import language_file
+    from edgekv.tokenizer.tokenizer import Tokenizer
 
     try:
         content = text.read_text(encoding="utf-8")

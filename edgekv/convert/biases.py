@@ -8,16 +8,12 @@ and softmax does not see that. Qwen2.5's largest biases, tens of times its activ
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
-
 import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.convert.output_fit import Moments, fit_towards
-from edgekv.model import BlockWeights
-from edgekv.ops import inverse_frequencies
-from edgekv.source import Array, LazySource, TensorSource
+from edgekv.reference.model import BlockWeights
+from edgekv.reference.ops import inverse_frequencies
 from edgekv.spec import GQA
 
 STEADY = 256  # tokens over which a pair has to stay still for its bias to be left out
@@ -44,32 +40,3 @@ def fold_biases(w: BlockWeights, gqa: GQA, seen: Moments, held_out: Moments) -> 
 def _turns(gqa: GQA) -> NDArray[np.float64]:
     """By how much of itself each pair's bias varies over STEADY tokens, to first order: (K / 2,)."""
     return np.asarray(inverse_frequencies(gqa.rope) * STEADY / np.sqrt(12))
-
-
-def with_interleaved_pairs(source: TensorSource) -> TensorSource:
-    """A GQA model whose RoPE pairs are dims (2j, 2j + 1): rows of queries and keys reordered, scores unchanged."""
-    layers = source.spec.layers
-    if not any(isinstance(a := layer.attention, GQA) and a.rope.layout == "half" for layer in layers):
-        return source
-    reordered = []
-    for layer in layers:
-        assert isinstance(layer.attention, GQA)
-        rope = replace(layer.attention.rope, layout="interleaved")
-        reordered.append(replace(layer, attention=replace(layer.attention, rope=rope)))
-    out = LazySource(replace(source.spec, layers=tuple(reordered)), source.metadata)
-    head_dims = [layer.attention.head_dim for layer in reordered]
-    for name in source.names():
-        block, _, tensor = name.partition(".attn_")
-        if tensor.partition(".")[0] in ("q", "k"):
-            head_dim = head_dims[int(block.removeprefix("blk."))]
-            out.add(name, source.shape(name), partial(_interleaved, source, name, head_dim))
-        else:
-            out.borrow(source, name)
-    return out
-
-
-def _interleaved(source: TensorSource, name: str, head_dim: int) -> Array:
-    """Rows j and j + K/2 of each head side by side, of a weight (H * K, D) or a bias (H * K,)."""
-    rows = source.load(name)
-    halves = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
-    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgekv.convert.linalg import RANK_STEP, Matrix, kept_by_rank, leading, sqrt_and_inverse
+from edgekv.rewrite.linalg import RANK_STEP, Matrix, kept_by_rank, leading, sqrt_and_inverse
 from edgekv.spec import GQA
 
 # A leftover key has no RoPE in the latent, as if its angle were zero; averaged over distances up to this one, a

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgekv.convert.linalg import Matrix, ridge, sqrt_and_inverse
+from edgekv.rewrite.linalg import Matrix, ridge, sqrt_and_inverse
 from edgekv.source import Array
 
 RIDGES = (10.0, 1.0, 1e-1, 1e-2, 1e-3)  # of the mean diagonal; the held-out part chooses

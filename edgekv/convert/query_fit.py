@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgekv.attention import QUERY_CHUNK
 from edgekv.convert.workers import Workers
-from edgekv.ops import apply_rope, per_head
+from edgekv.reference.attention import QUERY_CHUNK
+from edgekv.reference.ops import apply_rope, per_head
 from edgekv.source import Array
 from edgekv.spec import MLA, RopeSpec
 

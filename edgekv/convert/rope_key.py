@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekv.convert.linalg import Matrix
+from edgekv.rewrite.linalg import Matrix
+from edgekv.rewrite.rope_pairs import Complex, to_complex, to_pairs
 from edgekv.spec import GQA, RopeSpec
-
-Complex = NDArray[np.complex128]
 
 
 @dataclass(frozen=True)
@@ -31,16 +30,6 @@ class RopeKey:
     query: Matrix
     leftover: Matrix
     kept: float
-
-
-def to_complex(rows: Matrix) -> Complex:
-    """Interleaved pairs (..., K, D) as complex rows (..., K/2, D)."""
-    return np.asarray(rows[..., 0::2, :] + 1j * rows[..., 1::2, :])
-
-
-def to_pairs(rows: Complex) -> Matrix:
-    """Inverse of `to_complex`."""
-    return np.stack([rows.real, rows.imag], axis=-2).reshape(*rows.shape[:-2], -1, rows.shape[-1])
 
 
 def frequency_slots(source: RopeSpec, target: RopeSpec) -> NDArray[np.int64]:

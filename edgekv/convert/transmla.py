@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from edgekv.convert.layer import LayerMaps, LayerStats, split_heads
-from edgekv.convert.linalg import RANK_STEP, Matrix, kept_by_rank, leading
-from edgekv.model import BlockWeights
+from edgekv.convert.methods import LayerMaps, LayerStats, split_heads
+from edgekv.reference.model import BlockWeights
+from edgekv.rewrite.linalg import RANK_STEP, Matrix, kept_by_rank, leading
 from edgekv.spec import GQA, MLA
 
 FREQUENCY_FOLD = 4

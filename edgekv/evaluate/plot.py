@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekv.errors import BackendError
-from edgekv.evaluate.sweep import SweepPoint, SweepReport
-from edgekv.evaluate.sweep_spec import ORIGINAL
+from edgekv.evaluate.sweep import ORIGINAL, SweepPoint, SweepReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,13 +15,12 @@ from numpy.typing import NDArray
 
 from edgekv.backends.base import Backend
 from edgekv.errors import BackendError
-from edgekv.evaluate.compact import log_sum_exp, target_nll
-from edgekv.evaluate.journal import Identity
-from edgekv.evaluate.measure import measure
-from edgekv.evaluate.pool import Run
-from edgekv.evaluate.subject import Subject
-from edgekv.evaluate.text import Text, scored_logits
+from edgekv.evaluate.journal import Identity, measure
+from edgekv.evaluate.model_under_test import ModelUnderTest
+from edgekv.evaluate.top_and_tail import log_sum_exp, target_nll
 from edgekv.evaluate.windows import perplexity
+from edgekv.evaluate.workers import Run
+from edgekv.text.scored import Text, scored_logits
 
 FIRST_EDGE = 256
 
@@ -60,7 +59,7 @@ def bucket_edges(context: int) -> list[int]:
     return [*edges, context - 1]
 
 
-def measure_positions(text: Text, subject: Subject, run: Run) -> NDArray[np.float64]:
+def measure_positions(text: Text, subject: ModelUnderTest, run: Run) -> NDArray[np.float64]:
     """Summed loss of each sequence in each bucket, (sequences, buckets); raises as measure.measure does."""
     identity: Identity = {"text": text.sha256, "context": text.length}
     count = len(text.windows)

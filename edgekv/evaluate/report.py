@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from edgekv.evaluate.model_under_test import (
+    ModelUnderTest,
+    cache_nbytes_per_token,
+    engine_version,
+    model_sha256,
+)
 from edgekv.evaluate.positions import PositionsResult
 from edgekv.evaluate.retrieval import DEPTHS, RetrievalResult
-from edgekv.evaluate.subject import Subject, cache_nbytes_per_token, engine_version, model_sha256
 from edgekv.evaluate.tasks import TaskResult, mean_relative_change
 from edgekv.evaluate.windows import WindowsResult
 
@@ -30,7 +35,7 @@ class Measured:
     cache_nbytes_per_token: float  # as the engine allocated it, all layers
 
     @classmethod
-    def of(cls, subject: Subject, folder: Path) -> Measured:
+    def of(cls, subject: ModelUnderTest, folder: Path) -> Measured:
         """Describe a subject; opens it once."""
         return cls(
             file=subject.path.name,

@@ -17,14 +17,13 @@ import numpy as np
 
 from edgekv.backends.base import Backend
 from edgekv.errors import InputError
-from edgekv.evaluate.journal import Identity
-from edgekv.evaluate.measure import measure
-from edgekv.evaluate.pool import Run
-from edgekv.evaluate.subject import Subject
+from edgekv.evaluate.journal import Identity, measure
+from edgekv.evaluate.model_under_test import ModelUnderTest
 from edgekv.evaluate.tasks import ChoiceTokens, continuation_tokens, score_continuation
-from edgekv.evaluate.text import read_text
 from edgekv.evaluate.windows import perplexity
-from edgekv.tokenizer import Tokenizer
+from edgekv.evaluate.workers import Run
+from edgekv.text.scored import read_text
+from edgekv.tokenizer.tokenizer import Tokenizer
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # share of the prose that stands before the line
 SHARES = (0.125, 0.25, 0.5, 1.0)  # of the context: the prompts' lengths
@@ -118,7 +117,7 @@ def _prompt(tokenizer: Tokenizer, prose: list[int], length: int, trial: int) -> 
     return Prompt(length, prose[: length - needed], line, question)
 
 
-def measure_retrieval(haystack: Haystack, subject: Subject, run: Run) -> list[Answers]:
+def measure_retrieval(haystack: Haystack, subject: ModelUnderTest, run: Run) -> list[Answers]:
     """The answers to each prompt at each depth; raises as measure.measure does."""
     identity: Identity = {"text": haystack.sha256, "context": haystack.context}
     prompts = haystack.prompts

@@ -6,20 +6,105 @@ for nothing: the model's own caches in smaller types.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from edgekv import __version__
-from edgekv.evaluate.pool import Run
-from edgekv.evaluate.progress import Progress
+from edgekv.documents import SchemaError, decode
+from edgekv.errors import InputError
+from edgekv.evaluate.model_under_test import (
+    ModelUnderTest,
+    Weights,
+    cache_nbytes_per_token,
+    read_tokenizer,
+    require_same_tokens,
+)
 from edgekv.evaluate.reference import Reference, open_reference
 from edgekv.evaluate.report import Measured
-from edgekv.evaluate.subject import Subject, cache_nbytes_per_token, read_tokenizer, require_same_tokens
-from edgekv.evaluate.sweep_spec import ORIGINAL, SweepSpec
-from edgekv.evaluate.text import Text, cut_windows
 from edgekv.evaluate.windows import WindowsResult, measure_windows
+from edgekv.evaluate.workers import Run
+from edgekv.progress import Stages
+from edgekv.spec import CACHE_BLOCKS
+from edgekv.text.scored import Text, cut_windows
+
+ORIGINAL = "original"  # the name of the model's own caches among the points
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted model, as a file or as options of `edgekv convert`, and the caches to run it with."""
+
+    name: str
+    cache_types: tuple[str, ...]
+    file: str | None = None
+    convert: str | None = None
+
+
+@dataclass(frozen=True)
+class SweepSpec:
+    """One sweep; the field names are the file's keys.
+
+    `cache_types` are the model's own caches, the line that a conversion has to beat. With `weights` other than
+    "stored" all models are dequantized, so that they differ in nothing but their cache.
+    """
+
+    model: str
+    text: str
+    conversion: tuple[Conversion, ...] = ()
+    cache_types: tuple[str, ...] = ("f16", "q8_0", "q5_0", "q4_0")
+    window: int = 1024
+    weights: Weights = "f32"
+
+    def points(self) -> Iterator[tuple[str, str]]:
+        """(name of the conversion, cache type) of every point; the model's own are not among them."""
+        return ((entry.name, kind) for entry in self.conversion for kind in entry.cache_types)
+
+
+def read_sweep(path: Path) -> SweepSpec:
+    """A sweep's file.
+
+    Raises:
+        InputError: it cannot be read, is not TOML, or asks for something impossible; the message names the place.
+    """
+    try:
+        spec = decode(SweepSpec, tomllib.loads(path.read_text(encoding="utf-8")))
+        _check(spec)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; check the path") from error
+    except (SchemaError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError among them
+        raise InputError(f"{path}: {error}; docs/eval.md shows a sweep file") from error
+    return spec
+
+
+def _check(spec: SweepSpec) -> None:
+    if spec.window < 4:
+        raise SchemaError("window", f"{spec.window} tokens have no half to score; take 4 or more")
+    _check_cache_types("cache_types", spec.cache_types)
+    seen = {ORIGINAL}
+    for i, entry in enumerate(spec.conversion):
+        where = f"conversion[{i}]"
+        if entry.name in seen:
+            raise SchemaError(f"{where}.name", f"{entry.name!r} is taken; names tell points apart")
+        seen.add(entry.name)
+        if (entry.file is None) == (entry.convert is None):
+            raise SchemaError(where, "give either file, a converted GGUF, or convert, options to make one")
+        if not entry.cache_types:
+            raise SchemaError(f"{where}.cache_types", "at least one is needed")
+        _check_cache_types(f"{where}.cache_types", entry.cache_types)
+
+
+def _check_cache_types(where: str, kinds: tuple[str, ...]) -> None:
+    for i, kind in enumerate(kinds):
+        if kind not in CACHE_BLOCKS:
+            raise SchemaError(
+                f"{where}[{i}]", f"unknown cache type {kind!r}; known: {', '.join(CACHE_BLOCKS)}"
+            )
+        if kind in kinds[:i]:
+            raise SchemaError(f"{where}[{i}]", f"{kind} is there twice")
+
 
 FORMAT: Literal["edgekv.sweep"] = "edgekv.sweep"
 VERSION = 1
@@ -86,24 +171,24 @@ class Sweep:
         folder: Path,
         files: Mapping[str, Path],
         run: Run,
-        progress: Callable[[str], Progress],
+        progress: Stages,
         say: Callable[[str], None],
     ) -> None:
         self._spec, self._run, self._progress, self._say = spec, run, progress, say
         self._model = folder / spec.model
         self._text = folder / spec.text
         self._subjects = [
-            (ORIGINAL, Subject(self._model, "llama.cpp", t, spec.weights)) for t in spec.cache_types
+            (ORIGINAL, ModelUnderTest(self._model, "llama.cpp", t, spec.weights)) for t in spec.cache_types
         ]
         for name, kind in spec.points():
             require_same_tokens(files[name], self._model)
-            self._subjects.append((name, Subject(files[name], "llama.cpp", kind, spec.weights)))
+            self._subjects.append((name, ModelUnderTest(files[name], "llama.cpp", kind, spec.weights)))
 
     def run(self, limit: int | None, command: str) -> SweepReport:
         """Measure every point on the first `limit` windows."""
         tokenizer = read_tokenizer(self._model)
         text = cut_windows(self._text, tokenizer, self._spec.window, limit)
-        subject = Subject(self._model, "llama.cpp", "f32", self._spec.weights)
+        subject = ModelUnderTest(self._model, "llama.cpp", "f32", self._spec.weights)
         cache = self._run.folder
         nbytes = [cache_nbytes_per_token(candidate, cache) for _, candidate in self._subjects]
         with open_reference(subject, text, len(tokenizer), cache, self._run.fresh) as reference:
@@ -131,7 +216,7 @@ class Sweep:
         )
 
     def _point(
-        self, name: str, subject: Subject, nbytes: float, text: Text, reference: Reference
+        self, name: str, subject: ModelUnderTest, nbytes: float, text: Text, reference: Reference
     ) -> tuple[SweepPoint, WindowsResult]:
         found = measure_windows(subject, text, reference, self._stage(f"{name} {subject.cache}"))
         assert found.kl is not None

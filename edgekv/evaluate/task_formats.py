@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekv.errors import InputError
-from edgekv.evaluate.text import read_text
+from edgekv.text.scored import read_text
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from edgekv.backends.base import Backend
 from edgekv.errors import BackendError, InputError
-from edgekv.evaluate.compact import log_sum_exp, target_nll
-from edgekv.evaluate.measure import measure
-from edgekv.evaluate.pool import Run
-from edgekv.evaluate.subject import Subject
+from edgekv.evaluate.journal import measure
+from edgekv.evaluate.model_under_test import ModelUnderTest
 from edgekv.evaluate.task_formats import Question, Task
+from edgekv.evaluate.top_and_tail import log_sum_exp, target_nll
+from edgekv.evaluate.workers import Run
 from edgekv.source import Array
-from edgekv.tokenizer import Tokenizer
+from edgekv.tokenizer.tokenizer import Tokenizer
 
 Scores = list[tuple[float, bool]]  # of each choice: log-probability, and whether greedy decoding writes it
 
@@ -52,7 +52,7 @@ class ChoiceTokens:
     first: int
 
 
-def measure_task(tokenizer: Tokenizer, task: Task, subject: Subject, run: Run) -> list[Scores]:
+def measure_task(tokenizer: Tokenizer, task: Task, subject: ModelUnderTest, run: Run) -> list[Scores]:
     """Score every choice of every question; raises as measure.measure does."""
     tokens = [_question_tokens(tokenizer, question) for question in task.questions]
     found: list[Scores] = measure(

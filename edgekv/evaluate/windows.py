@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from edgekv.backends.base import Backend
 from edgekv.errors import BackendError
-from edgekv.evaluate.compact import CompactRows, kl_divergence, log_q_of, log_sum_exp, target_nll
-from edgekv.evaluate.measure import measure
-from edgekv.evaluate.pool import Run
+from edgekv.evaluate.journal import measure
+from edgekv.evaluate.model_under_test import ModelUnderTest
 from edgekv.evaluate.reference import Reference
-from edgekv.evaluate.subject import Subject
-from edgekv.evaluate.text import Text, scored_logits
+from edgekv.evaluate.top_and_tail import CompactRows, kl_divergence, log_q_of, log_sum_exp, target_nll
+from edgekv.evaluate.workers import Run
+from edgekv.text.scored import Text, scored_logits
 
 Sums = dict[str, float]  # over one window's scored predictions
 WindowItem = tuple[int, list[int], int, CompactRows | None]
@@ -46,7 +46,9 @@ class WindowsResult:
     argmax_agreement: float | None
 
 
-def measure_windows(subject: Subject, text: Text, reference: Reference | None, run: Run) -> WindowsResult:
+def measure_windows(
+    subject: ModelUnderTest, text: Text, reference: Reference | None, run: Run
+) -> WindowsResult:
     """Score every window; `reference` must have them all (Reference.fill). Raises as measure.measure does."""
 
     def item(i: int) -> WindowItem:

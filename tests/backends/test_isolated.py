@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgekv.backends import open_backend
 from edgekv.backends.base import Interrupted
-from edgekv.backends.channel import MAX_ROWS
-from edgekv.backends.isolated import IsolatedBackend
+from edgekv.backends.isolated.backend import IsolatedBackend
+from edgekv.backends.isolated.channel import MAX_ROWS
+from edgekv.backends.open import open_backend
 from edgekv.errors import BackendError, InputError, ModelFileError
-from edgekv.gguf_check import read_header
-from edgekv.tokenizer import Tokenizer
+from edgekv.models.gguf.header import read_header
+from edgekv.tokenizer.tokenizer import Tokenizer
 
 TEXT = [1, 4093, 198, 504, 2120, 282, 253, 1165, 2391, 3542, 314, 1343, 28, 284, 357, 314, 6104, 30]
 

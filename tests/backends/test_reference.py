@@ -7,15 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from edgekv.export.gguf import write_gguf
-from edgekv.export.verify import Comparison, compare
 
 from edgekv.backends.base import Backend
-from edgekv.backends.llamacpp import LlamaCppBackend
+from edgekv.backends.llama_cpp.backend import LlamaCppBackend
 from edgekv.backends.reference import ReferenceBackend
 from edgekv.errors import BackendError
-from edgekv.source import TensorSource, open_source
-from edgekv.tokenizer import Tokenizer
+from edgekv.evaluate.verify import Comparison, compare
+from edgekv.export.gguf.write import write_gguf
+from edgekv.models.open import open_source
+from edgekv.source import TensorSource
+from edgekv.tokenizer.tokenizer import Tokenizer
 
 STEPS = 48
 PROMPTS = (

@@ -15,10 +15,11 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from edgekv.export.gguf import write_gguf
 
-from edgekv.gguf_check import read_header
-from edgekv.source import LazySource, open_source
+from edgekv.export.gguf.write import write_gguf
+from edgekv.models.gguf.header import read_header
+from edgekv.models.open import open_source
+from edgekv.source import LazySource
 
 EDGEKV = str(Path(sys.executable).parent / "edgekv")
 QUICK = ("--kv-lora-rank", "32", "--rope-dim", "32", "--calib-tokens", "256")

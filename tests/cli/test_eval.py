@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from edgekv.cli.eval_progress import ProgressLine, clock
+from edgekv.cli.common.progress import ProgressLine, clock
 
 EDGEKV = str(Path(sys.executable).parent / "edgekv")
 
@@ -143,7 +143,7 @@ def test_the_time_left_is_of_this_runs_pace(
 ) -> None:
     """100 were done by an earlier run; 10 more took 40 s, so 90 more will take 6 minutes."""
     now = [1000.0]
-    monkeypatch.setattr("edgekv.cli.eval_progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("edgekv.cli.common.progress.time.monotonic", lambda: now[0])
     line = ProgressLine("windows")
     line(100, 200, "")
     now[0] += 40

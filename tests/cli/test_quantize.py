@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from edgekv.gguf_check import read_header
+from edgekv.models.gguf.header import read_header
 
 Result = subprocess.CompletedProcess[str]
 PROSE = "The harbour lay quiet when the first boat came in, and the hold was full of mackerel.\n" * 60

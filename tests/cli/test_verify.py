@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from edgekv.export.gguf import write_gguf
 
+from edgekv.export.gguf.write import write_gguf
 from edgekv.source import LazySource
 
 Result = subprocess.CompletedProcess[str]

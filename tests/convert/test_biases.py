@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from edgekv.export.verify import compare
 
 from edgekv.backends.reference import ReferenceBackend
-from edgekv.convert.biases import fold_biases, with_interleaved_pairs
-from edgekv.convert.convert import METHODS, LayerLoss, convert, convertible_attention
+from edgekv.convert.biases import fold_biases
+from edgekv.convert.layers import METHODS, LayerLoss, convert, convertible_attention
 from edgekv.convert.output_fit import Moments
 from edgekv.convert.target import target_spec
 from edgekv.errors import UnsupportedError
+from edgekv.evaluate.verify import compare
+from edgekv.rewrite.rope_pairs import with_interleaved_pairs
 from edgekv.source import LazySource, TensorSource
 from edgekv.spec import GQA, RopeSpec
 

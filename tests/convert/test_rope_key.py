@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgekv.convert.rope_key import frequency_slots, shared_rope_key, to_complex, to_pairs
-from edgekv.ops import apply_rope
+from edgekv.convert.rope_key import frequency_slots, shared_rope_key
+from edgekv.reference.ops import apply_rope
+from edgekv.rewrite.rope_pairs import to_complex, to_pairs
 from edgekv.spec import GQA, RopeSpec
 
 H, G, K, D = 4, 2, 8, 24

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgekv.backends import open_backend
+from edgekv.backends.open import open_backend
 from edgekv.errors import InputError
-from edgekv.evaluate.pool import Run
+from edgekv.evaluate.model_under_test import ModelUnderTest, read_tokenizer
 from edgekv.evaluate.positions import bucket_edges, measure_positions, positions_result
 from edgekv.evaluate.retrieval import (
     DEPTHS,
@@ -19,11 +19,11 @@ from edgekv.evaluate.retrieval import (
     measure_retrieval,
     retrieval_result,
 )
-from edgekv.evaluate.subject import Subject, read_tokenizer
-from edgekv.evaluate.text import cut_windows
-from edgekv.ops import log_softmax
+from edgekv.evaluate.workers import Run
+from edgekv.reference.ops import log_softmax
 from edgekv.source import Array
-from edgekv.tokenizer import Tokenizer
+from edgekv.text.scored import cut_windows
+from edgekv.tokenizer.tokenizer import Tokenizer
 
 CONTEXT = 1408
 
@@ -53,8 +53,8 @@ def test_perplexity_by_position_is_that_of_full_logits(
 ) -> None:
     tokenizer = read_tokenizer(tiny_llama)
     text = cut_windows(book, tokenizer, 512, 3)
-    losses = measure_positions(text, Subject(tiny_mla, cache_type="f32"), run(tmp_path))
-    base = measure_positions(text, Subject(tiny_llama, "reference"), run(tmp_path))
+    losses = measure_positions(text, ModelUnderTest(tiny_mla, cache_type="f32"), run(tmp_path))
+    base = measure_positions(text, ModelUnderTest(tiny_llama, "reference"), run(tmp_path))
     result = positions_result(text, losses, base)
 
     backend = open_backend(tiny_llama, "reference", n_ctx=512)
@@ -184,9 +184,9 @@ def test_more_trials_go_on_from_fewer(
     one, three = haystack(tokenizer, book, 1), haystack(tokenizer, book, 3)
     assert three.prompts[:4] == one.prompts
     assert len({tuple(prompt.prose) for prompt in three.prompts}) == 12
-    subject = Subject(tiny_llama, "reference")
+    subject = ModelUnderTest(tiny_llama, "reference")
     first = measure_retrieval(replace(one, prompts=one.prompts[:1]), subject, run(tmp_path))
-    monkeypatch.setattr("edgekv.evaluate.pool.open_subject", None)
+    monkeypatch.setattr("edgekv.evaluate.workers.open_engine", None)
     again = measure_retrieval(replace(three, prompts=three.prompts[:1]), subject, run(tmp_path))
     assert [tuple(a) for a in again[0]] == [tuple(a) for a in first[0]]
 
@@ -195,8 +195,8 @@ def test_engines_agree_on_retrieval(tiny_llama: Path, book: Path, tmp_path: Path
     """Trimming and going on must leave llama.cpp where a fresh reference is."""
     tokenizer = read_tokenizer(tiny_llama)
     hay = replace(haystack(tokenizer, book, 1), prompts=haystack(tokenizer, book, 1).prompts[:2])
-    fast = measure_retrieval(hay, Subject(tiny_llama, cache_type="f32"), run(tmp_path))
-    slow = measure_retrieval(hay, Subject(tiny_llama, "reference"), run(tmp_path))
+    fast = measure_retrieval(hay, ModelUnderTest(tiny_llama, cache_type="f32"), run(tmp_path))
+    slow = measure_retrieval(hay, ModelUnderTest(tiny_llama, "reference"), run(tmp_path))
     for a, b in zip(fast, slow, strict=True):
         np.testing.assert_allclose([log_p for log_p, _ in a], [log_p for log_p, _ in b], rtol=2e-3)
 

@@ -9,18 +9,17 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edgekv.cli.eval import command
-from edgekv.cli.eval_sweep import write_sweep
+from edgekv.cli.sweep import write_sweep
+from edgekv.documents import decode
 from edgekv.errors import InputError, OutputError
+from edgekv.evaluate.model_under_test import ModelUnderTest, read_tokenizer
 from edgekv.evaluate.plot import KL_FLOOR, sweep_figure
-from edgekv.evaluate.pool import Run
 from edgekv.evaluate.reference import open_reference
 from edgekv.evaluate.report import Measured
-from edgekv.evaluate.subject import Subject, read_tokenizer
-from edgekv.evaluate.sweep import SweepPoint, SweepReport, mark_dominated, markdown_table
-from edgekv.evaluate.sweep_spec import read_sweep
-from edgekv.evaluate.text import cut_windows
+from edgekv.evaluate.sweep import SweepPoint, SweepReport, mark_dominated, markdown_table, read_sweep
 from edgekv.evaluate.windows import measure_windows
-from edgekv.schema import decode
+from edgekv.evaluate.workers import Run
+from edgekv.text.scored import cut_windows
 
 SPEC = """
 model = "{model}"
@@ -76,10 +75,10 @@ def test_every_point_is_what_measuring_it_alone_gives(
     tokenizer = read_tokenizer(tiny_llama)
     text = cut_windows(folder / "letters.txt", tokenizer, 64, 4)
     run = Run(tmp_path, lambda *_: None, 1, 1)
-    reference = Subject(tiny_llama, cache_type="f32", weights="f32")
+    reference = ModelUnderTest(tiny_llama, cache_type="f32", weights="f32")
     with open_reference(reference, text, len(tokenizer), tmp_path, fresh=False) as held:
         held.fill(run)
-        alone = measure_windows(Subject(tiny_mla, cache_type="q8_0", weights="f32"), text, held, run)
+        alone = measure_windows(ModelUnderTest(tiny_mla, cache_type="q8_0", weights="f32"), text, held, run)
     assert points["given q8_0"].kl == pytest.approx(alone.kl, rel=1e-6)
     assert points["given q8_0"].ppl == pytest.approx(alone.ppl, rel=1e-6)
     assert 0 <= points["original f16"].kl < points["original q8_0"].kl < points["original q4_0"].kl
@@ -106,8 +105,8 @@ def test_nothing_is_measured_or_converted_twice(
 ) -> None:
     folder, _ = swept
     before = (folder / "sweep.json").read_text(), (folder / "sweep.svg").read_bytes()
-    monkeypatch.setattr("edgekv.evaluate.pool.open_subject", None)
-    monkeypatch.setattr("edgekv.cli.eval_sweep._convert", None)
+    monkeypatch.setattr("edgekv.evaluate.workers.open_engine", None)
+    monkeypatch.setattr("edgekv.cli.sweep._convert", None)
     invoke(
         "--sweep", folder / "sweep.toml", "--limit", 4, "--cache-dir", folder / "cache", "--force", "-o",
         folder / "again",
@@ -235,7 +234,7 @@ def test_what_is_wrong_in_a_spec_is_named(text: str, problem: str, tmp_path: Pat
 def test_what_a_sweep_refuses_before_it_measures(
     tiny_llama: Path, smollm2: Path, letters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgekv.evaluate.pool.open_subject", None)
+    monkeypatch.setattr("edgekv.evaluate.workers.open_engine", None)
     spec = tmp_path / "s.toml"
     head = f'model = "{tiny_llama}"\ntext = "{letters}"\nwindow = 64\n{ENTRY}cache_types = ["f16"]\n'
 

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgekv.backends import open_backend
+from edgekv.backends.open import open_backend
 from edgekv.errors import InputError
-from edgekv.evaluate.pool import Run
-from edgekv.evaluate.subject import Subject, read_tokenizer
+from edgekv.evaluate.model_under_test import ModelUnderTest, read_tokenizer
 from edgekv.evaluate.task_formats import Choice, Question, Task, read_task
 from edgekv.evaluate.tasks import (
     Scores,
@@ -21,7 +20,8 @@ from edgekv.evaluate.tasks import (
     measure_task,
     task_result,
 )
-from edgekv.ops import log_softmax
+from edgekv.evaluate.workers import Run
+from edgekv.reference.ops import log_softmax
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "lambada": [{"text": "the fox met the fox"}, {"text": "a bed, a cab, a bed"}, {"text": "he he he he"}],
@@ -44,7 +44,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def measured(task: Task, path: Path, folder: Path, backend: str = "llama.cpp") -> list[Scores]:
     cache_type = "f32" if backend == "llama.cpp" else None
-    subject = Subject(path, backend, cache_type)  # type: ignore[arg-type]
+    subject = ModelUnderTest(path, backend, cache_type)  # type: ignore[arg-type]
     return measure_task(read_tokenizer(path), task, subject, Run(folder, lambda *_: None, 1, 1))
 
 
@@ -166,7 +166,7 @@ def test_interrupted_it_goes_on(tiny_llama: Path, tmp_path: Path, monkeypatch: p
     first = measured(read_task("arc_easy", path, 2), tiny_llama, tmp_path / "cache")
     whole = measured(read_task("arc_easy", path, None), tiny_llama, tmp_path / "cache")
     assert [[tuple(s) for s in scores] for scores in whole[:2]] == [[tuple(s) for s in x] for x in first]
-    monkeypatch.setattr("edgekv.evaluate.pool.open_subject", None)
+    monkeypatch.setattr("edgekv.evaluate.workers.open_engine", None)
     again = measured(read_task("arc_easy", path, None), tiny_llama, tmp_path / "cache")
     assert [len(scores) for scores in again] == [2, 3, 4]
 

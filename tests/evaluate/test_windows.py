@@ -12,20 +12,25 @@ from typing import Literal
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from edgekv.export.onnx import OnnxOptions, write_onnx
 
-from edgekv.backends import open_backend
 from edgekv.backends.base import Backend
+from edgekv.backends.open import open_backend
 from edgekv.cli.eval import command
 from edgekv.errors import BackendError, InputError
 from edgekv.evaluate.journal import open_journal
-from edgekv.evaluate.pool import Run, run_units
+from edgekv.evaluate.model_under_test import (
+    ModelUnderTest,
+    cache_nbytes_per_token,
+    read_tokenizer,
+    trained_context,
+)
 from edgekv.evaluate.reference import open_reference
-from edgekv.evaluate.subject import Subject, cache_nbytes_per_token, read_tokenizer, trained_context
-from edgekv.evaluate.text import cut_windows
 from edgekv.evaluate.windows import WindowsResult, measure_windows
-from edgekv.ops import log_softmax
-from edgekv.source import open_source
+from edgekv.evaluate.workers import Run, run_units
+from edgekv.export.onnx.write import OnnxOptions, write_onnx
+from edgekv.models.open import open_source
+from edgekv.reference.ops import log_softmax
+from edgekv.text.scored import cut_windows
 
 WINDOW = 64
 
@@ -35,8 +40,8 @@ def quietly(folder: Path, jobs: int = 1) -> Run:
 
 
 def measure(
-    subject: Subject,
-    reference: Subject | None,
+    subject: ModelUnderTest,
+    reference: ModelUnderTest | None,
     text: Path,
     folder: Path,
     limit: int | None = None,
@@ -78,7 +83,9 @@ def test_figures_are_those_of_full_log_probabilities(
     nll = [-np.take_along_axis(x, targets, -1).mean() for x in (p, q)]
     kl = (np.exp(p) * (p - q)).sum(-1)
 
-    found = measure(Subject(tiny_mla, cache_type="f32"), Subject(tiny_llama, "reference"), letters, tmp_path)
+    found = measure(
+        ModelUnderTest(tiny_mla, cache_type="f32"), ModelUnderTest(tiny_llama, "reference"), letters, tmp_path
+    )
     assert (found.windows, found.tokens_scored) == (9, 9 * 31)
     assert found.reference_ppl == pytest.approx(np.exp(nll[0]), rel=1e-5)
     assert found.ppl == pytest.approx(np.exp(nll[1]), rel=1e-3)  # the engine rounds by batch
@@ -92,8 +99,8 @@ def test_figures_are_those_of_full_log_probabilities(
 
 def test_a_model_against_itself_loses_nothing(tiny_llama: Path, letters: Path, tmp_path: Path) -> None:
     found = measure(
-        Subject(tiny_llama, cache_type="f32"),
-        Subject(tiny_llama, "reference"),
+        ModelUnderTest(tiny_llama, cache_type="f32"),
+        ModelUnderTest(tiny_llama, "reference"),
         letters,
         tmp_path,
     )
@@ -106,8 +113,8 @@ def test_a_model_against_itself_loses_nothing(tiny_llama: Path, letters: Path, t
 def test_a_coarser_cache_loses_more(tiny_llama: Path, letters: Path, tmp_path: Path) -> None:
     losses = [
         measure(
-            Subject(tiny_llama, cache_type=kind),
-            Subject(tiny_llama, "reference"),
+            ModelUnderTest(tiny_llama, cache_type=kind),
+            ModelUnderTest(tiny_llama, "reference"),
             letters,
             tmp_path,
         ).kl
@@ -120,10 +127,10 @@ def test_dequantized_weights_leave_only_the_caches_loss(smollm2: Path, tmp_path:
     """As Q4_1 llama.cpp rounds activations to 8 bits, with bf16 weights to 8 bits of mantissa; f16 is like float32."""
     text = tmp_path / "prose.txt"
     text.write_text("The cat sat on the mat, and the dog lay by the door. " * 4)
-    reference = Subject(smollm2, "reference")
+    reference = ModelUnderTest(smollm2, "reference")
     kl = {}
     for weights in ("stored", "bf16", "f16"):
-        subject = Subject(smollm2, cache_type="f32", weights=weights)  # type: ignore[arg-type]
+        subject = ModelUnderTest(smollm2, cache_type="f32", weights=weights)  # type: ignore[arg-type]
         kl[weights] = measure(subject, reference, text, tmp_path / "cache", window=24, limit=1).kl
     assert kl["f16"] < 1e-4 < kl["stored"] < 0.1  # type: ignore[operator]
     assert kl["f16"] < kl["bf16"] < kl["stored"]  # type: ignore[operator]
@@ -132,7 +139,7 @@ def test_dequantized_weights_leave_only_the_caches_loss(smollm2: Path, tmp_path:
 def test_an_interrupted_run_goes_on_and_gives_the_same(
     tiny_llama: Path, tiny_mla: Path, letters: Path, tmp_path: Path
 ) -> None:
-    subject, reference = Subject(tiny_mla), Subject(tiny_llama, "reference")
+    subject, reference = ModelUnderTest(tiny_mla), ModelUnderTest(tiny_llama, "reference")
     whole = measure(subject, reference, letters, tmp_path / "a")
     partial = measure(subject, reference, letters, tmp_path / "b", limit=4)
     assert partial.windows == 4
@@ -144,7 +151,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(
 def test_a_damaged_reference_is_made_again(
     tiny_llama: Path, tiny_mla: Path, letters: Path, tmp_path: Path
 ) -> None:
-    subject, reference = Subject(tiny_mla), Subject(tiny_llama, "reference")
+    subject, reference = ModelUnderTest(tiny_mla), ModelUnderTest(tiny_llama, "reference")
     whole = measure(subject, reference, letters, tmp_path)
     (store,) = tmp_path.glob("reference-*")
     data = bytearray(store.read_bytes())
@@ -158,9 +165,12 @@ def test_a_damaged_reference_is_made_again(
 def test_what_is_done_is_not_run_again(
     tiny_llama: Path, letters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = measure(Subject(tiny_llama), Subject(tiny_llama, "reference"), letters, tmp_path)
-    monkeypatch.setattr("edgekv.evaluate.pool.open_subject", None)
-    assert measure(Subject(tiny_llama), Subject(tiny_llama, "reference"), letters, tmp_path) == whole
+    whole = measure(ModelUnderTest(tiny_llama), ModelUnderTest(tiny_llama, "reference"), letters, tmp_path)
+    monkeypatch.setattr("edgekv.evaluate.workers.open_engine", None)
+    assert (
+        measure(ModelUnderTest(tiny_llama), ModelUnderTest(tiny_llama, "reference"), letters, tmp_path)
+        == whole
+    )
 
 
 def test_two_runs_of_the_same_do_not_mix(tiny_llama: Path, letters: Path, tmp_path: Path) -> None:
@@ -174,7 +184,7 @@ def test_two_runs_of_the_same_do_not_mix(tiny_llama: Path, letters: Path, tmp_pa
 
 
 def test_workers_give_the_same(tiny_llama: Path, tiny_mla: Path, letters: Path, tmp_path: Path) -> None:
-    subject, reference = Subject(tiny_mla, cache_type="f32"), Subject(tiny_llama, "reference")
+    subject, reference = ModelUnderTest(tiny_mla, cache_type="f32"), ModelUnderTest(tiny_llama, "reference")
     alone = measure(subject, reference, letters, tmp_path / "a")
     together = measure(subject, reference, letters, tmp_path / "b", jobs=3)
     assert together.windows == alone.windows
@@ -186,13 +196,17 @@ def test_a_worker_that_dies_is_told_and_what_is_done_stays(tiny_llama: Path, tmp
     items = [3, 1, 4, -1, 5, 9]
     given = []
     with pytest.raises(BackendError, match="a worker died: killed by SIGKILL"):
-        given.extend(run_units(Subject(tiny_llama, "reference"), 64, quietly(tmp_path, 2), square, items))
+        given.extend(
+            run_units(ModelUnderTest(tiny_llama, "reference"), 64, quietly(tmp_path, 2), square, items)
+        )
     assert given == [9, 1, 16]
 
 
 def test_a_workers_error_keeps_its_kind(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown cache type 'q9_9'"):
-        list(run_units(Subject(tiny_llama, cache_type="q9_9"), 64, quietly(tmp_path, 2), square, [1, 2]))
+        list(
+            run_units(ModelUnderTest(tiny_llama, cache_type="q9_9"), 64, quietly(tmp_path, 2), square, [1, 2])
+        )
 
 
 def square(backend: Backend, item: int) -> int:
@@ -220,7 +234,7 @@ def test_kill_9_and_again(tiny_llama: Path, letters: Path, tmp_path: Path) -> No
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = _lines(tmp_path / "cache")
-    subject = Subject(tiny_llama)
+    subject = ModelUnderTest(tiny_llama)
     measure(subject, None, long, tmp_path / "cache", limit=len(before) + 5)
     after = _lines(tmp_path / "cache")
     whole = [line for line in before if line.endswith(b"\n")]
@@ -233,8 +247,8 @@ def _lines(folder: Path) -> list[bytes]:
 
 
 def test_bytes_a_token_are_the_engines(tiny_llama: Path, tiny_mla: Path) -> None:
-    assert cache_nbytes_per_token(Subject(tiny_llama), Path()) == 3 * 2 * 2 * 32 * 2
-    assert cache_nbytes_per_token(Subject(tiny_mla, cache_type="q8_0"), Path()) == 3 * 64 // 32 * 34
+    assert cache_nbytes_per_token(ModelUnderTest(tiny_llama), Path()) == 3 * 2 * 2 * 32 * 2
+    assert cache_nbytes_per_token(ModelUnderTest(tiny_mla, cache_type="q8_0"), Path()) == 3 * 64 // 32 * 34
 
 
 def test_the_command(tiny_llama: Path, tiny_mla: Path, letters: Path, tmp_path: Path) -> None:
@@ -283,7 +297,11 @@ def test_an_onnx_folder_is_measured_like_any_model(
     assert (model["backend"], model["cache_type"]) == ("onnx", cache_type)
     assert (model["cache_nbytes_per_token"] < 3 * 64 * 2) == (cache_type == "int8")
     gguf = measure(
-        Subject(tiny_mla, cache_type="f32"), Subject(tiny_llama, "reference"), letters, tmp_path, 3
+        ModelUnderTest(tiny_mla, cache_type="f32"),
+        ModelUnderTest(tiny_llama, "reference"),
+        letters,
+        tmp_path,
+        3,
     )
     assert report["windows"]["kl"] == pytest.approx(gguf.kl, rel=1e-2 if cache_type == "f32" else 0.2)
     assert trained_context(tmp_path / "onnx") == trained_context(tiny_llama) == 512

@@ -9,9 +9,9 @@ import gguf
 import numpy as np
 import pytest
 
-from edgekv.bpe import BYTE_OF_LETTER
-from edgekv.gguf_spec import layer_tensor_shapes
 from edgekv.spec import MLA, RopeSpec
+from edgekv.tensors import layer_tensor_shapes
+from edgekv.tokenizer.bpe import BYTE_OF_LETTER
 
 LETTERS = [*BYTE_OF_LETTER, "ab", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 DIM, FFN_DIM, N_LAYERS, N_HEADS = 128, 96, 3, 4

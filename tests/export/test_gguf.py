@@ -12,12 +12,13 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from edgekv.export.gguf import KEEP, WEIGHT_TYPES, tensor_type, write_gguf
 from gguf import GGMLQuantizationType as QuantType
 
 from edgekv.errors import OutputError
-from edgekv.gguf_check import check_gguf
-from edgekv.source import Array, LazySource, TensorSource, open_source
+from edgekv.export.gguf.write import KEEP, WEIGHT_TYPES, tensor_type, write_gguf
+from edgekv.models.gguf.header import check_gguf
+from edgekv.models.open import open_source
+from edgekv.source import Array, LazySource, TensorSource
 
 
 def write(source: TensorSource, path: Path, weights: str = "f32", force: bool = False) -> Path:

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from edgekv.devices.modelinfo import describe_llama_cache
-from edgekv.export.verify import compare
 
-from edgekv.backends import open_backend
-from edgekv.source import open_source
+from edgekv.backends.open import open_backend
+from edgekv.devices.predict.model_info import describe_llama_cache
+from edgekv.evaluate.verify import compare
+from edgekv.models.open import open_source
 from edgekv.spec import MLA
 
 TOKENS = [int(t) for t in np.random.default_rng(5).integers(0, 250, 200)]

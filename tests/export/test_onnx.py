@@ -9,21 +9,22 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from edgekv.export.gguf import write_gguf
-from edgekv.export.onnx import OnnxOptions, write_onnx
-from edgekv.export.onnx_weights import LatentCache, Weights, quantize_blocks
-from edgekv.export.verify import Comparison, compare
 
-from edgekv.backends import open_backend
-from edgekv.backends.onnx import OnnxBackend
+from edgekv.backends.onnxruntime import OnnxBackend
+from edgekv.backends.open import open_backend
 from edgekv.backends.reference import ReferenceBackend
 from edgekv.errors import OutputError, UnsupportedError
-from edgekv.gguf_check import read_header
-from edgekv.gguf_spec import block_tensor_shapes
-from edgekv.onnx_folder import DATA, GRAPH, MANIFEST, VOCABULARY, read_manifest
-from edgekv.source import LazySource, TensorSource, open_source
+from edgekv.evaluate.verify import Comparison, compare
+from edgekv.export.gguf.write import write_gguf
+from edgekv.export.onnx.weights import LatentCache, Weights, quantize_blocks
+from edgekv.export.onnx.write import OnnxOptions, write_onnx
+from edgekv.models.gguf.header import read_header
+from edgekv.models.onnx.manifest import DATA, GRAPH, MANIFEST, VOCABULARY, read_manifest
+from edgekv.models.open import open_source
+from edgekv.source import LazySource, TensorSource
 from edgekv.spec import MLA, RopeSpec, Yarn
-from edgekv.tokenizer import Tokenizer
+from edgekv.tensors import block_tensor_shapes
+from edgekv.tokenizer.tokenizer import Tokenizer
 
 TOKENS = [int(t) for t in np.random.default_rng(5).integers(0, 250, 200)]
 ACTIVATIONS_KL = (

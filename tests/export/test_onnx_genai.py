@@ -6,10 +6,10 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from edgekv.export.onnx import OnnxOptions, write_onnx
 
-from edgekv.backends.onnx import OnnxBackend
-from edgekv.source import open_source
+from edgekv.backends.onnxruntime import OnnxBackend
+from edgekv.export.onnx.write import OnnxOptions, write_onnx
+from edgekv.models.open import open_source
 
 
 @pytest.mark.skipif(

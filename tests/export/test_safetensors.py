@@ -11,20 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from edgekv.export.deepseek_folder import write_deepseek
-from edgekv.export.safetensors_file import LazyTensor, write_safetensors
-from edgekv.export.safetensors_tokenizer import tokenizer_json
 from safetensors.numpy import load_file
 
-from edgekv.bpe import BYTE_OF_LETTER
+from edgekv.chat.template import ChatTemplate
 from edgekv.errors import InputError, OutputError, UnsupportedError
-from edgekv.gguf_spec import layer_tensor_shapes
-from edgekv.model import ReferenceModel
-from edgekv.ops import log_softmax
-from edgekv.source import Array, LazySource, Metadata, TensorSource, open_source
-from edgekv.spec import MLA, LayerSpec, ModelSpec, RopeSpec
-from edgekv.templates import ChatTemplate
-from edgekv.tokenizer import Tokenizer
+from edgekv.export.deepseek.safetensors_file import LazyTensor, write_safetensors
+from edgekv.export.deepseek.write import write_deepseek
+from edgekv.export.tokenizer_json import tokenizer_json
+from edgekv.models.open import open_source
+from edgekv.reference.model import ReferenceModel
+from edgekv.reference.ops import log_softmax
+from edgekv.source import Array, LazySource, TensorSource
+from edgekv.spec import MLA, LayerSpec, Metadata, ModelSpec, RopeSpec
+from edgekv.tensors import layer_tensor_shapes
+from edgekv.tokenizer.bpe import BYTE_OF_LETTER
+from edgekv.tokenizer.tokenizer import Tokenizer
 
 TOKENS = np.random.default_rng(3).integers(0, 256, 48).tolist()
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import llama_cpp.llama_cpp as api
 import pytest
-from edgekv.quant.presets import PRESETS, fell_back
 
 from edgekv.cli.quantize import WEIGHTS
+from edgekv.quant.presets import PRESETS, fell_back
 
 
 def test_the_command_offers_what_the_table_has() -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from edgekv.quant.q6_k import BLOCK, quantize_q6_k
 
-from edgekv.backends.llama_native import llama
+from edgekv.backends.llama_cpp.library import llama
+from edgekv.quant.q6_k import BLOCK, quantize_q6_k
 
 Q6_K = gguf.GGMLQuantizationType.Q6_K
 

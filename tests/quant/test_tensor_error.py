@@ -5,9 +5,10 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType as QuantType
+
 from edgekv.quant import tensor_error
 from edgekv.quant.tensor_error import StoredTensor, relative_error
-from gguf import GGMLQuantizationType as QuantType
 
 
 def stored(array: np.ndarray, name: str, matrices: int = 1) -> StoredTensor:

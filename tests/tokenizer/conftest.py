@@ -17,8 +17,8 @@ import gguf
 import llama_cpp
 import pytest
 
-from edgekv.gguf_check import read_header
-from edgekv.tokenizer import Tokenizer
+from edgekv.models.gguf.header import read_header
+from edgekv.tokenizer.tokenizer import Tokenizer
 
 SCRIPTS = {
     "Latin": [*range(0xC0, 0x250)],

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from tokenizers import models
 
-from edgekv.bpe import BYTE_OF_LETTER, SPACE, Merges
 from edgekv.errors import ModelFileError
-from edgekv.pre_tokenize import PRE_TYPES
+from edgekv.tokenizer.bpe import BYTE_OF_LETTER, SPACE, Merges
+from edgekv.tokenizer.pre_tokenize import PRE_TYPES
 
 Comparison = Callable[[Path], Any]
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)

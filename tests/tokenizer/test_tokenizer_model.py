@@ -13,8 +13,8 @@ import pytest
 import sentencepiece
 
 from edgekv.errors import InputError, ModelFileError, UnsupportedError
-from edgekv.hf.tokenizer import read_tokenizer
-from edgekv.tokenizer import Tokenizer
+from edgekv.models.hf.tokenizer_json import read_tokenizer
+from edgekv.tokenizer.tokenizer import Tokenizer
 
 Comparison = Callable[[Path], Any]
 N_PIECES = 900

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from edgekv.bpe import BYTE_OF_LETTER
 from edgekv.errors import ModelFileError, UnsupportedError
-from edgekv.gguf_check import read_header
-from edgekv.tokenizer import Tokenizer
-from edgekv.vocab import PackedTexts, read_vocab
+from edgekv.models.gguf.header import read_header
+from edgekv.tokenizer.bpe import BYTE_OF_LETTER
+from edgekv.tokenizer.tokenizer import Tokenizer
+from edgekv.tokenizer.vocab import PackedTexts, read_vocab
 
 Comparison = Callable[[Path], Any]
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)

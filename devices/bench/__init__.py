@@ -1,0 +1,1 @@
+"""Benchmarks of prefill and decode speed and memory."""

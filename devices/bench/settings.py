@@ -1,0 +1,91 @@
+"""What a bench is asked to do, and what can be said before it runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgekv.backends.open import Kind
+from edgekv.devices.reporting.report import CacheInfo, ModelInfo, Run
+from edgekv.errors import InputError
+from edgekv.host.threads import allowed_cpus
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model file with one cache type."""
+
+    path: Path
+    cache_type: str = "f16"
+    engine: Kind = "llama.cpp"
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What to measure. `cpus` empty: the big physical cores; `threads` 0: as many."""
+
+    depths: tuple[int, ...] = (0, 512)
+    n_prompt: int = 128
+    n_gen: int = 32
+    repeats: int = 5
+    threads: int = 0
+    cpus: tuple[int, ...] = ()
+    context: int = 0
+    with_hash: bool = True
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens of context to open: what the deepest point needs, or `context` if that is more."""
+        return max(self.context, max(self.depths) + max(self.n_prompt, self.n_gen))
+
+
+def load_note() -> tuple[str, ...]:
+    """A note if other programs were using the CPUs."""
+    if not hasattr(os, "getloadavg"):
+        return ()
+    load = os.getloadavg()[0]
+    busy = load > 0.25 * len(allowed_cpus())
+    return (f"the machine was busy when the bench began: load average {load:.1f}",) if busy else ()
+
+
+def labels(candidates: Sequence[Candidate]) -> list[str]:
+    """A short unique name for each: the file's stem, the cache type, and a number if both repeat."""
+    wanted = [f"{c.path.stem} {c.cache_type}" for c in candidates]
+    return [
+        name if wanted.count(name) == 1 else f"{name} #{wanted[:i].count(name) + 1}"
+        for i, name in enumerate(wanted)
+    ]
+
+
+def empty_run(label: str, engine: Kind, model: ModelInfo, cache: CacheInfo) -> Run:
+    """A run without results yet."""
+    return Run(
+        label=label,
+        engine=engine,
+        model=model,
+        cache=cache,
+        load_s=None,
+        first_ttft_s=None,
+        points=(),
+        memory=None,
+        bandwidth_gb_s=None,
+        bandwidth_nbytes=None,
+        energy_source=None,
+        before=None,
+        after=None,
+        error=None,
+    )
+
+
+def check(candidates: Sequence[Candidate], settings: BenchSettings) -> None:
+    if not candidates:
+        raise InputError("nothing to bench: name at least one model file")
+    s = settings
+    if not s.depths or min(s.depths) < 0 or list(s.depths) != sorted(set(s.depths)):
+        raise InputError(f"depths {s.depths}: give whole numbers from 0, each once, in rising order")
+    if min(s.n_prompt, s.n_gen, s.repeats) < 1:
+        raise InputError("the prompt, the answer and the repeats must be at least 1")
+    if unknown := sorted(set(s.cpus) - set(allowed_cpus())):
+        raise InputError(f"CPU {unknown[0]} is not one that this process may use: {allowed_cpus()}")

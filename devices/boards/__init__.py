@@ -1,0 +1,1 @@
+"""Board profiles: one TOML file per board, every number with its source."""

@@ -1,0 +1,162 @@
+"""Board profiles: what a plan needs to know of a machine it does not run on, each number with its source."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from edgekv.backends.llama_cpp.footprint import RUNTIME_NBYTES
+from edgekv.devices.reporting.report import Machine
+from edgekv.errors import InputError
+
+PROFILES = Path(__file__).parent
+# Machines whose speed follows the same rules; each has its coefficients in speed.json.
+KINDS = ("arm", "arm-dotprod", "x86", "igpu", "gpu", "gpu-hbm")
+WORDS = ("name", "kind", "soc", "memory", "aliases", "isa", "matches")
+NUMBERS = ("ram_mib", "read_gb_s", "os_mib")
+CPU_NUMBERS = ("cores", "clock_ghz")  # needed where the model runs on the CPU
+OPTIONAL_NUMBERS = ("prefill_gflops", "decode_w")
+GPU_KINDS = ("igpu", "gpu", "gpu-hbm")
+
+
+@dataclass(frozen=True)
+class Board:
+    """One machine.
+
+    `ram_mib` lists the sizes it is sold with; `read_gb_s` is the read bandwidth by number of threads (of
+    the whole card for a GPU, where `cores` and `clock_ghz` play no part); `os_mib` is the memory that the
+    system takes before any program starts; `prefill_gflops` is what a GPU's prefill reaches; `decode_w` is
+    the power while decoding; `runtime_nbytes` is what a process holds there before any model.
+    """
+
+    key: str
+    name: str
+    kind: str
+    soc: str
+    memory: str
+    aliases: tuple[str, ...]
+    isa: tuple[str, ...]
+    matches: tuple[str, ...]
+    ram_mib: tuple[int, ...]
+    cores: int
+    clock_ghz: float
+    read_gb_s: Mapping[int, float]
+    os_mib: int
+    prefill_gflops: float | None
+    decode_w: float | None
+    sources: Mapping[str, str]
+    runtime_nbytes: int = RUNTIME_NBYTES
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether the model runs on a GPU of this board."""
+        return self.kind in GPU_KINDS
+
+    def bandwidth_gb_s(self, threads: int) -> float:
+        """Read bandwidth at a number of threads: interpolated between the measured ones, flat outside."""
+        known = sorted(self.read_gb_s.items())
+        for (low, slow), (high, fast) in itertools.pairwise(known):
+            if low <= threads <= high:
+                return slow + (fast - slow) * (threads - low) / (high - low)
+        return known[0][1] if threads < known[0][0] else known[-1][1]
+
+
+def load_boards() -> dict[str, Board]:
+    """Every profile in this folder by its key, in the order of their RAM and name."""
+    boards = [parse_board(path.stem, path.read_text(encoding="utf-8")) for path in PROFILES.glob("*.toml")]
+    return {board.key: board for board in sorted(boards, key=lambda b: (b.is_gpu, b.ram_mib[-1], b.name))}
+
+
+def parse_board(key: str, text: str) -> Board:
+    """One profile from its TOML text.
+
+    Raises:
+        InputError: a key is missing, unknown or without a source.
+    """
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"board profile {key}: not valid TOML: {error}") from error
+    if data.get("kind") not in KINDS:
+        raise InputError(f"board profile {key}: kind {data.get('kind')!r} is not one of {', '.join(KINDS)}")
+    required = {*WORDS, *NUMBERS} | (set() if data["kind"] in GPU_KINDS else {*CPU_NUMBERS})
+    if missing := sorted(required - data.keys()):
+        raise InputError(f"board profile {key}: {missing[0]} is missing")
+    if unknown := sorted(data.keys() - required - {*CPU_NUMBERS, *OPTIONAL_NUMBERS}):
+        raise InputError(f"board profile {key}: {unknown[0]} is not a known key")
+    sources = {}
+    for name in data.keys() - {*WORDS}:
+        if set(data[name]) != {"value", "source"} or not data[name]["source"]:
+            raise InputError(f"board profile {key}: {name} needs exactly a value and a source")
+        sources[name] = data[name]["source"]
+    return _board(key, data, sources)
+
+
+def _board(key: str, data: dict[str, Any], sources: dict[str, str]) -> Board:
+    value = {name: data[name]["value"] for name in sources}
+    return Board(
+        key=key,
+        name=data["name"],
+        kind=data["kind"],
+        soc=data["soc"],
+        memory=data["memory"],
+        aliases=tuple(data["aliases"]),
+        isa=tuple(data["isa"]),
+        matches=tuple(data["matches"]),
+        ram_mib=tuple(value["ram_mib"]),
+        cores=value.get("cores", 1),
+        clock_ghz=value.get("clock_ghz", 1.0),
+        read_gb_s={int(threads): gb_s for threads, gb_s in value["read_gb_s"].items()},
+        os_mib=value["os_mib"],
+        prefill_gflops=value.get("prefill_gflops"),
+        decode_w=value.get("decode_w"),
+        sources=sources,
+    )
+
+
+def find_board(name: str) -> Board:
+    """The board of that key, alias or name, in any case.
+
+    Raises:
+        InputError: there is none; the message suggests the nearest.
+    """
+    boards = load_boards()
+    names = {
+        alias.lower(): board for board in boards.values() for alias in (board.key, board.name, *board.aliases)
+    }
+    wanted = name.strip().lower().replace("_", "-")
+    if wanted in names:
+        return names[wanted]
+    near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
+    keys = list(dict.fromkeys(names[match].key for match in near))
+    hint = f"did you mean {' or '.join(keys)}?" if keys else f"known: {', '.join(boards)}"
+    raise InputError(f"no board {name!r}; {hint} (`edgekv plan --list-boards` prints all)")
+
+
+def match_board(machine: Machine) -> Board | None:
+    """The profile of the machine at hand, if its model or CPU names one."""
+    said = [machine.board, *(group.name for group in machine.cores)]
+    found = [
+        (len(pattern), board)
+        for board in load_boards().values()
+        for pattern in board.matches
+        if any(pattern in text for text in said)
+    ]
+    return max(found, key=lambda item: item[0])[1] if found else None
+
+
+def known_memory(machine: Machine, notes: tuple[str, ...]) -> tuple[Machine, tuple[str, ...]]:
+    """A probed machine and its notes, its memory type filled in from the board's profile where it tells none."""
+    board = match_board(machine)
+    if machine.memory_type is not None or board is None or board.is_gpu:
+        return machine, notes
+    kept = tuple(note for note in notes if not note.startswith("memory type"))
+    return replace(machine, memory_type=board.memory), (
+        *kept,
+        f"memory type from the profile of {board.name}",
+    )

@@ -1,0 +1,221 @@
+"""Is this machine ready: one check a function, each with what was found and what to do about it."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgekv.devices.bench.workers import WorkerProcess
+from edgekv.devices.doctor.check import Check
+from edgekv.devices.doctor.comfort import check_comfort
+from edgekv.devices.predict.plan import MIB
+from edgekv.devices.sensors.health import read_health
+from edgekv.devices.sensors.machine import meminfo, package_version, probe
+from edgekv.errors import BackendError
+from edgekv.host.isa import REBUILD, arm_flags_used, cpu_flags, engine_library, missing_features
+from edgekv.host.memory import memory_limit_nbytes
+from edgekv.host.threads import allowed_cpus, cpu_quota
+
+MIN_RAM_NBYTES = 200 * MIB  # the runtime, the smallest model and its buffers
+HOT_C = 75.0
+
+
+def examine() -> list[Check]:
+    """All checks, in the order in which trouble would show."""
+    checks = [
+        check_python(),
+        *check_packages(),
+        check_wheels(),
+        check_engine(),
+        *check_memory(),
+        check_cores(),
+        check_governor(),
+        *check_heat(),
+    ]
+    return [*checks, check_comfort()]
+
+
+def check_python() -> Check:
+    """Version and word size."""
+    bits = 64 if sys.maxsize > 2**32 else 32
+    found = f"Python {platform.python_version()}, {platform.machine()}, {bits} bit"
+    if bits == 32:
+        return Check("python", "fail", found, "install a 64-bit system: models and wheels need it")
+    return Check("python", "ok", found)
+
+
+EXTRAS = {  # package: (import name, extra, what it is for)
+    "llama-cpp-python": ("llama_cpp", "llama", "running GGUF files (ONNX folders run without it)"),
+    "onnx": ("onnx", "onnx", "ONNX export"),
+    "torch": ("torch", "heal", "healing a conversion"),
+    "matplotlib": ("matplotlib", "plot", "plots"),
+}
+
+
+def check_packages() -> list[Check]:
+    """Extras that are missing, with the command that installs them."""
+    found = []
+    for package, (module, extra, use) in EXTRAS.items():
+        version = package_version(package)
+        if version and importlib.util.find_spec(module):
+            found.append(Check(package, "ok", version))
+        else:
+            advice = f"for {use}: pip install 'edgekv[{extra}]'"
+            found.append(Check(package, "warn", "not installed", advice))
+    return found
+
+
+# Wheels on PyPI as of numpy 2.4, onnxruntime 1.32, tokenizers 0.23, safetensors 0.8, psutil 7.2.
+WHEELS = {
+    ("x86_64", "glibc"): ("numpy", "onnxruntime", "tokenizers", "safetensors", "psutil"),
+    ("aarch64", "glibc"): ("numpy", "onnxruntime", "tokenizers", "safetensors", "psutil"),
+    ("x86_64", "musl"): ("numpy", "tokenizers", "safetensors", "psutil"),
+    ("aarch64", "musl"): ("numpy", "tokenizers", "safetensors", "psutil"),
+    ("armv7l", "glibc"): ("tokenizers", "safetensors"),
+}
+
+
+def check_wheels() -> Check:
+    """What pip finds ready-made for this platform, and whether the rest can be compiled."""
+    libc = "glibc" if platform.libc_ver()[0] == "glibc" else "musl"
+    wheels = WHEELS.get((platform.machine(), libc))
+    where = f"{platform.machine()} {libc}"
+    tools = [tool for tool in ("cmake", "c++") if shutil.which(tool) is None]
+    missing = f"; {' and '.join(tools)} not found" if tools else ""
+    if wheels is None:
+        return Check(
+            "wheels", "unknown", f"{where}: no list for this platform", "pip tells what it has to compile"
+        )
+    found = f"{where}: {', '.join(wheels)}; llama-cpp-python is compiled{missing}"
+    absent = sorted(set(WHEELS["x86_64", "glibc"]) - set(wheels))
+    if absent:
+        return Check(
+            "wheels",
+            "warn",
+            found,
+            f"no wheel of {', '.join(absent)}: pip compiles it, or use a 64-bit glibc system",
+        )
+    if tools and package_version("llama-cpp-python") is None:
+        return Check("wheels", "warn", found, "apt-get install build-essential cmake")
+    return Check("wheels", "ok", found)
+
+
+def check_engine() -> Check:
+    """Whether the llama.cpp build runs on this CPU; its code is only executed in a child process."""
+    library = engine_library()
+    if library is None:
+        return Check(
+            "llama.cpp on this CPU", "unknown", "llama.cpp is not installed", "see llama-cpp-python above"
+        )
+    flags = cpu_flags()
+    used = arm_flags_used(library.read_bytes())
+    lacking = sorted(flag for flag in used if flag not in flags) if flags else []
+    features: list[str] = []
+    if not lacking:
+        try:
+            with WorkerProcess("llama.cpp") as worker:
+                features = worker.ask("engine_features")
+        except BackendError as error:
+            return Check("llama.cpp on this CPU", "fail", str(error), REBUILD)
+        lacking = missing_features(features, flags) if flags else []
+    if lacking:
+        found = (
+            f"the build uses {', '.join(lacking)}, which this CPU lacks: it dies of an illegal instruction"
+        )
+        return Check("llama.cpp on this CPU", "fail", found, REBUILD)
+    if not flags:
+        return Check(
+            "llama.cpp on this CPU",
+            "unknown",
+            f"the build uses {' '.join(features)}; the CPU's flags are not readable",
+        )
+    return Check("llama.cpp on this CPU", "ok", f"build uses {' '.join(features)}; the CPU has them")
+
+
+def check_memory(root: Path = Path("/")) -> list[Check]:
+    """RAM, the cgroup's limit on it, and swap."""
+    memory = meminfo(root)
+    if "MemTotal" not in memory or "MemAvailable" not in memory:
+        return [Check("memory", "unknown", "/proc/meminfo could not be read")]
+    total, free = memory["MemTotal"], memory["MemAvailable"]
+    found = f"{free / MIB:,.0f} of {total / MIB:,.0f} MiB available"
+    limit = memory_limit_nbytes(root)
+    if limit is not None and limit < free:
+        found, free = f"{found}, but the container may use {limit / MIB:,.0f} MiB", limit
+    low = free < MIN_RAM_NBYTES
+    advice = f"close programs: the smallest model needs about {MIN_RAM_NBYTES / MIB:.0f} MiB" if low else ""
+    swap = memory.get("SwapTotal", 0)
+    checks = [Check("memory", "fail" if low else "ok", found, advice)]
+    if swap == 0 and total < 4 * 2**30:
+        checks.append(
+            Check(
+                "swap",
+                "warn",
+                "none",
+                "a tight fit ends in the OOM killer: add zram (apt-get install zram-tools)",
+            )
+        )
+    else:
+        checks.append(Check("swap", "ok", f"{swap / MIB:,.0f} MiB"))
+    return checks
+
+
+def check_cores() -> Check:
+    """Cores, and whether this process may use them."""
+    machine, _ = probe()
+    kinds = ", ".join(f"{len(group.cpus)} x {group.name}" for group in machine.cores)
+    quota = cpu_quota()
+    if quota is not None and quota < len(allowed_cpus()):
+        return Check(
+            "cores", "warn", f"{kinds}; the container may use {quota:g}", "raise its CPU quota for more speed"
+        )
+    if machine.emulator:
+        return Check(
+            "cores", "warn", f"{kinds}; emulated by {machine.emulator}", "times are not those of a real board"
+        )
+    return Check("cores", "ok", f"{kinds}; {len(allowed_cpus())} usable")
+
+
+def check_governor() -> Check:
+    """A governor that keeps the clock down slows decoding."""
+    governor = probe()[0].governor
+    if governor is None:
+        return Check("governor", "unknown", "this machine shows no cpufreq in /sys")
+    if (
+        governor in ("powersave", "conservative")
+        and not Path("/sys/devices/system/cpu/intel_pstate").exists()
+    ):
+        return Check("governor", "warn", governor, "sudo cpupower frequency-set -g performance")
+    return Check("governor", "ok", governor)
+
+
+def check_heat(root: Path = Path("/")) -> list[Check]:
+    """Temperature and throttling."""
+    health = read_health(root)
+    if health.temperature_c:
+        name, hottest = max(health.temperature_c.items(), key=lambda item: item[1])
+        hot = hottest >= HOT_C
+        checks = [
+            Check(
+                "temperature", "warn" if hot else "ok", f"{hottest:.0f} C ({name})", "cool it" if hot else ""
+            )
+        ]
+    else:
+        checks = [Check("temperature", "unknown", "no thermal sensor could be read")]
+    if health.throttling is None:
+        return [*checks, Check("throttling", "unknown", "this machine does not tell")]
+    if not health.throttling:
+        return [*checks, Check("throttling", "ok", "none")]
+    voltage = any("under-voltage" in words for words in health.throttling)
+    advice = "use the board's own power supply and a short cable" if voltage else "improve cooling"
+    now = any(words.endswith("now") for words in health.throttling)
+    return [*checks, Check("throttling", "fail" if now else "warn", ", ".join(health.throttling), advice)]
+
+
+def is_ready(checks: Sequence[Check]) -> bool:
+    """Nothing failed; warnings and unknowns are allowed."""
+    return all(check.status != "fail" for check in checks)

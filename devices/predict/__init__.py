@@ -1,0 +1,1 @@
+"""Predictions of memory and speed on a board."""

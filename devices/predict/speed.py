@@ -1,0 +1,155 @@
+"""How fast a board decodes and prefills a model: bytes over bandwidth, FLOPs over clock, a few coefficients.
+
+A decoded token costs
+    max(weight bytes / bandwidth, weight FLOPs / compute) + layers x fixed time
+    + cached tokens x max(cache bytes / bandwidth, attention FLOPs / compute)
+and a prefilled one weight FLOPs / compute + mean cached tokens x attention FLOPs / compute. On CPUs
+attention over a cache is compute and not traffic: bytes alone predict 80 % of the speed at depth 8192 where
+39 % is measured. The coefficients, fitted by `benchmarks/plan/fit.py` on public measurements, lie in speed.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from edgekv.devices.boards.profile import Board
+from edgekv.devices.reporting.report import CacheInfo, ModelInfo
+from edgekv.documents import decode as decode_json
+
+COEFFICIENTS = Path(__file__).with_name("speed.json")
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """How one kind of machine turns bandwidth and clock into tokens.
+
+    `bandwidth_share` of the board's read bandwidth reaches the kernels; each layer costs `layer_s` however
+    small it is; a core does `decode_flops_per_cycle`, of 2- and 3-bit weights `low_bit_cost` times fewer
+    (on a GPU those cost that much more time); decoding attention does `attention_flops_per_cycle` a core by
+    the kind of attention and of cache (on a GPU it reads the cache `attention_passes` times); prefill does
+    `prefill_flops_per_cycle` a core by weight family, and attention in it runs at `prefill_attention_share` of
+    the weights' rate, `quantized_prefill_cost` times slower on a quantized cache. Zero: not used.
+    `assumed` names those that no public figure backs.
+    """
+
+    bandwidth_share: float
+    layer_s: float
+    decode_flops_per_cycle: float
+    low_bit_cost: float
+    attention_flops_per_cycle: Mapping[str, float]
+    attention_passes: float
+    prefill_flops_per_cycle: Mapping[str, float]
+    prefill_attention_share: float
+    quantized_prefill_cost: float
+    assumed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one model with one cache type asks of a machine, a token."""
+
+    n_layers: int
+    weight_flops: float
+    read_nbytes: float
+    weights: str  # GGML type that holds the most bytes
+    cache_nbytes: float  # a cached token, all layers
+    attention_flops: float  # a cached token, all layers
+    quantized_cache: bool = False
+    latent: bool = False  # MLA
+
+    @property
+    def attention(self) -> str:
+        """Which attention kernel decodes it: a key of `attention_flops_per_cycle`."""
+        return f"{'mla' if self.latent else 'gqa'} {'quantized' if self.quantized_cache else 'f16'}"
+
+
+def workload(model: ModelInfo, kept: CacheInfo) -> Workload:
+    """The workload of a model whose numbers are all known, as `describe_model` gives them."""
+    assert model.n_layers is not None
+    assert model.flops is not None
+    assert model.read_nbytes is not None
+    assert model.flops_per_cached_token is not None
+    assert kept.nbytes_per_token is not None
+    return Workload(
+        n_layers=model.n_layers,
+        weight_flops=model.flops,
+        read_nbytes=model.read_nbytes,
+        weights=model.quantization,
+        cache_nbytes=kept.nbytes_per_token,
+        attention_flops=model.flops_per_cached_token,
+        quantized_cache=kept.type not in ("f32", "f16", "bf16"),
+        latent=model.attention == "MLA",
+    )
+
+
+@cache
+def load_coefficients() -> dict[str, Coefficients]:
+    """The fitted coefficients by kind of machine."""
+    data = json.loads(COEFFICIENTS.read_text(encoding="utf-8"))
+    return {kind: decode_json(Coefficients, value, kind) for kind, value in data.items()}
+
+
+def weight_family(weights: str) -> str:
+    """The kernels that a weight type runs on: f16, q8, q4 (blocks of 32), k (K-quants) or low (2, 3 bit)."""
+    first = weights.split("+")[0].upper().removeprefix("UD-")
+    if first in ("F32", "F16", "BF16"):
+        return "f16"
+    if first.startswith(("Q2", "Q3", "IQ1", "IQ2", "IQ3", "TQ")):
+        return "low"
+    if first.startswith("Q8"):
+        return "q8"
+    return "k" if "_K" in first else "q4"
+
+
+def decode_s(work: Workload, board: Board, threads: int, depth: float, c: Coefficients) -> float:
+    """Seconds of one decoded token with `depth` tokens in the cache."""
+    return weights_s(work, board, threads, c) + depth * cached_token_s(work, board, threads, c)
+
+
+def weights_s(work: Workload, board: Board, threads: int, c: Coefficients) -> float:
+    """The part of a decoded token that does not depend on the cache."""
+    cost = c.low_bit_cost if weight_family(work.weights) == "low" else 1.0
+    traffic_s = work.read_nbytes / _bytes_per_s(board, threads, c)
+    fixed_s = work.n_layers * c.layer_s
+    if board.is_gpu:
+        return traffic_s * cost + fixed_s
+    return (
+        max(traffic_s, work.weight_flops * cost / _flops_per_s(board, threads, c.decode_flops_per_cycle))
+        + fixed_s
+    )
+
+
+def cached_token_s(work: Workload, board: Board, threads: int, c: Coefficients) -> float:
+    """What one token in the cache adds to the time of a decoded token."""
+    traffic_s = work.cache_nbytes / _bytes_per_s(board, threads, c)
+    if board.is_gpu:
+        return traffic_s * c.attention_passes
+    rate = _flops_per_s(board, threads, c.attention_flops_per_cycle[work.attention])
+    return max(traffic_s, work.attention_flops / rate)
+
+
+def prefill_s(
+    work: Workload, board: Board, threads: int, n: int, depth: float, c: Coefficients
+) -> float | None:
+    """Seconds to prefill `n` tokens after `depth` ones; None for a GPU whose prefill rate is not known."""
+    if board.is_gpu:
+        rate = (board.prefill_gflops or 0.0) * 1e9
+    else:
+        rate = _flops_per_s(board, threads, c.prefill_flops_per_cycle[weight_family(work.weights)])
+    if not rate:
+        return None
+    cost = c.quantized_prefill_cost if work.quantized_cache else 1.0
+    attention_s = (depth + n / 2) * work.attention_flops * cost / (rate * c.prefill_attention_share)
+    return n * (work.weight_flops / rate + attention_s)
+
+
+def _bytes_per_s(board: Board, threads: int, c: Coefficients) -> float:
+    return board.bandwidth_gb_s(threads) * 1e9 * c.bandwidth_share
+
+
+def _flops_per_s(board: Board, threads: int, flops_per_cycle: float) -> float:
+    return threads * board.clock_ghz * 1e9 * flops_per_cycle

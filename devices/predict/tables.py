@@ -1,0 +1,243 @@
+"""Plans as tables and as projected reports that `edgekv compare` puts beside measured ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+from edgekv.devices.boards.profile import Board, load_boards
+from edgekv.devices.predict.model_info import describe_cache
+from edgekv.devices.predict.plan import MIB, PROMPT, Plan
+from edgekv.devices.reporting.report import (
+    FORMAT,
+    VERSION,
+    CoreGroup,
+    Machine,
+    Memory,
+    ModelInfo,
+    Point,
+    Report,
+    Run,
+    Settings,
+    Stat,
+)
+from edgekv.devices.reporting.tables import Table, mebibytes, seconds, whole
+from edgekv.devices.sensors.machine import software
+
+
+def memory_lines(plan: Plan) -> list[str]:
+    """The memory of one plan, a line each."""
+    parts = plan.footprint
+    runs_on_card = plan.board.kind.startswith("gpu")
+    rows = [
+        ("weights", parts.weights_nbytes),
+        (f"cache, {plan.option.cache_type}, {plan.context:,} tokens", parts.cache_nbytes),
+        ("compute buffers", parts.compute_nbytes),
+        *([] if runs_on_card else [("runtime", parts.runtime_nbytes)]),
+        ("system", plan.ram_nbytes - plan.available_nbytes),
+    ]
+    total = sum(size for _, size in rows)
+    spare = plan.available_nbytes - plan.needed_nbytes
+    verdict = (
+        f"fits, {mebibytes(spare)} to spare" if plan.fits else f"does not fit: {mebibytes(-spare)} too much"
+    )
+    lines = [f"  {name:<34}{mebibytes(size):>14}" for name, size in rows]
+    lines.append(f"  {'total of ' + mebibytes(plan.ram_nbytes):<34}{mebibytes(total):>14}  {verdict}")
+    trained = plan.option.spec.context_length
+    lines.append(f"  longest context that fits: {plan.max_context:,} (the model was trained for {trained:,})")
+    lines.append(f"  sessions of {plan.context:,} tokens at once: {plan.sessions:,}")
+    return lines
+
+
+def speed_table(plan: Plan) -> Table:
+    """Predicted speed by depth."""
+    head = ("tokens in the cache", "decode t/s", f"prefill t/s ({PROMPT})", f"TTFT ({PROMPT})")
+    rows = tuple(
+        (
+            f"{speed.depth:,}",
+            f"{speed.decode_tps:.3g}",
+            f"{speed.prefill_tps:.3g}" if speed.prefill_tps else "–",
+            seconds(speed.ttft_s),
+        )
+        for speed in plan.speeds
+    )
+    plural = "" if plan.threads == 1 else "s"
+    where = "" if plan.board.is_gpu else f", {plan.threads} thread{plural}"
+    return Table(f"Speed{where} (projected)", head, rows)
+
+
+def plans_table(title: str, plans: Sequence[Plan], first: str) -> Table:
+    """A row a plan; `first` names the first column: "board" or "option"."""
+    head = (
+        first,
+        "RAM",
+        "needs",
+        "fits",
+        "longest context",
+        "sessions",
+        "decode t/s",
+        "at depth",
+        "prefill t/s",
+        "t/J",
+    )
+    rows = []
+    for plan in plans:
+        deep = plan.speeds[-1]
+        rows.append(
+            (
+                plan.board.name if first == "board" else plan.option.label,
+                mebibytes(plan.ram_nbytes),
+                mebibytes(plan.needed_nbytes),
+                "yes" if plan.fits else "no",
+                whole(plan.max_context),
+                whole(plan.sessions),
+                f"{plan.speeds[0].decode_tps:.3g}",
+                f"{deep.decode_tps:.3g}",
+                f"{plan.speeds[0].prefill_tps:.3g}" if plan.speeds[0].prefill_tps else "–",
+                f"{plan.tokens_per_joule:.2g}" if plan.tokens_per_joule else "–",
+            )
+        )
+    return Table(title, head, tuple(rows))
+
+
+def boards_table() -> Table:
+    """Every profile."""
+    head = ("board", "name", "kind", "RAM", "read GB/s", "system MiB", "W")
+    rows = tuple(
+        (
+            board.key,
+            board.name,
+            board.kind,
+            " ".join(f"{ram / 1024:g}" for ram in board.ram_mib) + " GB",
+            f"{max(board.read_gb_s.values()):g}",
+            str(board.os_mib),
+            f"{board.decode_w:g}" if board.decode_w else "–",
+        )
+        for board in load_boards().values()
+    )
+    return Table("Boards", head, rows)
+
+
+def plan_as_dict(plan: Plan) -> dict[str, Any]:
+    """One plan for machines."""
+    parts = plan.footprint
+    return {
+        "provenance": "projected",
+        "board": plan.board.key,
+        "board_name": plan.board.name,
+        "option": list(plan.option.steps),
+        "cache_type": plan.option.cache_type,
+        "context": plan.context,
+        "ram_nbytes": plan.ram_nbytes,
+        "available_nbytes": plan.available_nbytes,
+        "needed_nbytes": plan.needed_nbytes,
+        "weights_nbytes": parts.weights_nbytes,
+        "cache_nbytes": parts.cache_nbytes,
+        "compute_nbytes": parts.compute_nbytes,
+        "runtime_nbytes": parts.runtime_nbytes,
+        "fits": plan.fits,
+        "max_context": plan.max_context,
+        "sessions": plan.sessions,
+        "threads": plan.threads,
+        "speeds": [
+            {"depth": s.depth, "decode_tps": s.decode_tps, "prefill_tps": s.prefill_tps, "ttft_s": s.ttft_s}
+            for s in plan.speeds
+        ],
+        "tokens_per_joule": plan.tokens_per_joule,
+        "notes": list(plan.notes),
+        "sources": dict(plan.board.sources),
+    }
+
+
+def projected_report(plans: Sequence[Plan], model: ModelInfo, command: str) -> Report:
+    """A report of plans for one board, marked as projected in every part."""
+    board, ram_nbytes = plans[0].board, plans[0].ram_nbytes
+    assert all(plan.board == board for plan in plans)
+    return Report(
+        format=FORMAT,
+        version=VERSION,
+        provenance="projected",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
+        machine=_machine(board, ram_nbytes),
+        software=replace(software(), llama_cpp=None),
+        settings=Settings(
+            n_prompt=PROMPT,
+            n_gen=1,
+            repeats=0,
+            depths=tuple(speed.depth for speed in plans[0].speeds),
+            threads=plans[0].threads,
+            cpus=(),
+            turns=False,
+        ),
+        runs=tuple(_run(plan, model) for plan in plans),
+        notes=tuple(dict.fromkeys(note for plan in plans for note in plan.notes)),
+    )
+
+
+def _machine(board: Board, ram_nbytes: int) -> Machine:
+    return Machine(
+        board=board.name,
+        soc=board.soc,
+        arch=board.kind,
+        cores=(CoreGroup(tuple(range(board.cores)), board.soc, board.clock_ghz * 1000),),
+        isa_flags=board.isa,
+        ram_nbytes=ram_nbytes,
+        available_nbytes=max(0, ram_nbytes - board.os_mib * MIB),
+        swap_nbytes=None,
+        memory_type=board.memory,
+        governor=None,
+        kernel="not run",
+        emulator=None,
+    )
+
+
+def _run(plan: Plan, model: ModelInfo) -> Run:
+    option, parts = plan.option, plan.footprint
+    work = option.workload()
+    info = replace(
+        model,
+        arch=option.spec.arch,
+        attention=option.spec.layers[0].attention.kind,
+        sha256=None if option.keep or option.weights != "keep" else model.sha256,
+        quantization=option.quantization,
+        weights_nbytes=option.weights_nbytes,
+        read_nbytes=option.read_nbytes,
+        flops=round(work.weight_flops),
+        flops_per_cached_token=round(work.attention_flops),
+    )
+    return Run(
+        label=f"{model.name}: {option.label}",
+        engine="projection",
+        model=info,
+        cache=describe_cache(option.spec, option.cache_type, plan.context),
+        load_s=None,
+        first_ttft_s=None,
+        points=tuple(
+            Point(
+                depth=speed.depth,
+                ttft_s=Stat.of([speed.ttft_s]) if speed.ttft_s else None,
+                prefill_tps=Stat.of([speed.prefill_tps]) if speed.prefill_tps else None,
+                decode_tps=Stat.of([speed.decode_tps]),
+                decode_j_per_token=plan.board.decode_w / speed.decode_tps if plan.board.decode_w else None,
+                decode_nbytes=round(work.read_nbytes + work.cache_nbytes * speed.depth),
+                roofline_share=None,
+            )
+            for speed in plan.speeds
+        ),
+        memory=Memory(
+            peak_rss_nbytes=parts.rss_nbytes,
+            weights_nbytes=parts.weights_nbytes,
+            cache_nbytes=parts.cache_nbytes,
+            compute_nbytes=parts.compute_nbytes,
+            other_nbytes=parts.runtime_nbytes,
+        ),
+        bandwidth_gb_s=None,
+        bandwidth_nbytes=None,
+        energy_source=None,
+        before=None,
+        after=None,
+        error=None,
+    )

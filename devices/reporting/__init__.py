@@ -1,0 +1,1 @@
+"""Device reports: schema, tables, charts, comparison page."""

@@ -1,0 +1,58 @@
+"""Reports side by side: reading them, and every form but the page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgekv.devices.reporting.llama_bench import looks_like_llama_bench, parse_llama_bench
+from edgekv.devices.reporting.report import parse_report, read_json
+from edgekv.devices.reporting.tables import Source, as_markdown, as_text, entries, notes, tables, warnings
+from edgekv.documents import encode
+
+
+def load_sources(paths: Sequence[Path]) -> tuple[Source, ...]:
+    """Read reports of EdgeKV and of llama-bench; files of the same name go by their path.
+
+    Raises:
+        InputError: one of them cannot be read.
+    """
+    names = [path.name for path in paths]
+    found = []
+    for path in paths:
+        value = read_json(path)
+        report = (
+            parse_llama_bench(value, path) if looks_like_llama_bench(value) else parse_report(value, path)
+        )
+        found.append(Source(path.name if names.count(path.name) == 1 else str(path), report))
+    return tuple(found)
+
+
+def as_terminal(sources: Sequence[Source]) -> str:
+    """Aligned tables and notes."""
+    parts = [as_text(table) for table in tables(sources)]
+    said = [f"warning: {text}" for text in warnings(sources)] + [f"note: {text}" for text in notes(sources)]
+    return "\n\n".join([*parts, "\n".join(said)] if said else parts)
+
+
+def as_document(sources: Sequence[Source]) -> str:
+    """Markdown tables and notes."""
+    parts = [as_markdown(table) for table in tables(sources)]
+    said = [f"- {text}" for text in (*warnings(sources), *notes(sources))]
+    return "\n\n".join([*parts, "\n".join(said)] if said else parts)
+
+
+def as_json(sources: Sequence[Source]) -> str:
+    """Every run with its machine and provenance, and the warnings."""
+    runs = [
+        {
+            "name": entry.name,
+            "provenance": entry.source.report.provenance,
+            "report": entry.source.name,
+            "machine": encode(entry.source.report.machine),
+            "run": encode(entry.run),
+        }
+        for entry in entries(sources)
+    ]
+    return json.dumps({"runs": runs, "warnings": warnings(sources)}, indent=1)

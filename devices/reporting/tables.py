@@ -1,0 +1,253 @@
+"""Reports side by side as tables: for the terminal and for Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edgekv.devices.reporting.report import Report, Run, Stat
+
+NOISY_SPREAD = 0.10  # (high - low) / median from which a figure is called noisy
+UNKNOWN = "–"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One report and the name it goes by (its file, or "this run")."""
+
+    name: str
+    report: Report
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run with the report that holds it, under a name unique in the comparison."""
+
+    name: str
+    run: Run
+    source: Source
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, column heads and rows of text; the first column is text, the others numbers."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def entries(sources: Sequence[Source]) -> tuple[Entry, ...]:
+    """Every run of every report; a label that repeats gets its report's name."""
+    labels = [run.label for source in sources for run in source.report.runs]
+    found: list[Entry] = []
+    for source in sources:
+        for run in source.report.runs:
+            name = run.label if labels.count(run.label) == 1 else f"{run.label} ({source.name})"
+            taken = sum(entry.name.split(" #")[0] == name for entry in found)
+            found.append(Entry(f"{name} #{taken + 1}" if taken else name, run, source))
+    return tuple(found)
+
+
+def tables(sources: Sequence[Source]) -> tuple[Table, ...]:
+    """Speed, memory and provenance."""
+    rows = entries(sources)
+    return (speed_table(rows), memory_table(rows), provenance_table(rows))
+
+
+def speed_table(rows: Sequence[Entry]) -> Table:
+    """A row for each run and depth, grouped by depth; `vs` is against the first run of the group."""
+    head = (
+        "run",
+        "depth",
+        "decode t/s",
+        "spread",
+        "vs",
+        "prefill t/s",
+        "TTFT",
+        "roofline",
+        "J/token",
+        "kind",
+    )
+    lines = []
+    for depth in sorted({point.depth for row in rows for point in row.run.points}):
+        base: float | None = None
+        for row in rows:
+            for point in (p for p in row.run.points if p.depth == depth):
+                speed = point.decode_tps.median if point.decode_tps else None
+                base = base if base is not None else speed
+                lines.append(
+                    (
+                        row.name,
+                        f"{depth:,}",
+                        rate(point.decode_tps),
+                        spread(point.decode_tps),
+                        f"x{speed / base:.2f}" if speed and base else UNKNOWN,
+                        rate(point.prefill_tps),
+                        seconds(point.ttft_s.median if point.ttft_s else None),
+                        f"{point.roofline_share:.0%}" if point.roofline_share is not None else UNKNOWN,
+                        f"{point.decode_j_per_token:.3g}" if point.decode_j_per_token else UNKNOWN,
+                        row.source.report.provenance,
+                    )
+                )
+    return _without_empty(Table("Speed", head, tuple(lines)))
+
+
+def memory_table(rows: Sequence[Entry]) -> Table:
+    """Where the memory of each run went, and what its cache costs."""
+    head = (
+        "run",
+        "peak RSS",
+        "on card",
+        "weights",
+        "cache",
+        "compute",
+        "other",
+        "bytes/token",
+        "context",
+        "load",
+    )
+    lines = []
+    for row in rows:
+        memory, cache = row.run.memory, row.run.cache
+        lines.append(
+            (
+                row.name,
+                mebibytes(memory.peak_rss_nbytes if memory else None),
+                mebibytes(memory.card_nbytes if memory else None),
+                mebibytes(memory.weights_nbytes if memory else row.run.model.weights_nbytes),
+                mebibytes(memory.cache_nbytes if memory else None),
+                mebibytes(memory.compute_nbytes if memory else None),
+                mebibytes(memory.other_nbytes if memory else None),
+                whole(cache.nbytes_per_token),
+                whole(cache.n_ctx),
+                seconds(row.run.load_s),
+            )
+        )
+    return _without_empty(Table("Memory", head, tuple(lines)))
+
+
+def provenance_table(rows: Sequence[Entry]) -> Table:
+    """Where each run's figures come from."""
+    head = ("run", "kind", "machine", "engine", "threads", "model", "date", "report")
+    lines = []
+    for row in rows:
+        report, run = row.source.report, row.run
+        digest = f" {run.model.sha256[:10]}" if run.model.sha256 else ""
+        lines.append(
+            (
+                row.name,
+                report.provenance,
+                report.machine.board + (f" [{report.machine.emulator}]" if report.machine.emulator else ""),
+                engine_name(run, report),
+                whole(report.settings.threads),
+                f"{run.model.file}{digest}",
+                report.created[:10],
+                row.source.name,
+            )
+        )
+    return Table("Provenance", head, tuple(lines))
+
+
+def engine_name(run: Run, report: Report) -> str:
+    """The engine and, where it is known, its version."""
+    versions = {"llama.cpp": report.software.llama_cpp, "onnx": report.software.onnxruntime}
+    known = versions.get(run.engine)
+    return f"{run.engine} {known}" if known else run.engine
+
+
+def warnings(sources: Sequence[Source]) -> tuple[str, ...]:
+    """What a reader must know before trusting the comparison."""
+    rows = entries(sources)
+    said = []
+    models = {(row.run.model.sha256 or row.run.model.name) for row in rows}
+    if len(models) > 1:
+        names = sorted({row.run.model.file for row in rows})
+        said.append(f"different models are compared: {', '.join(names)}")
+    machines = {source.report.machine.board for source in sources}
+    if len(machines) > 1:
+        said.append(f"different machines are compared: {', '.join(sorted(machines))}")
+    if len({(s.report.settings.n_prompt, s.report.settings.n_gen) for s in sources}) > 1:
+        said.append("the reports timed different numbers of tokens (see n_prompt and n_gen in each)")
+    for kind in sorted({source.report.provenance for source in sources} - {"measured"}):
+        names = [row.name for row in rows if row.source.report.provenance == kind]
+        said.append(f"{kind}, not measured on the board: {', '.join(names)}")
+    for row in rows:
+        said += _run_warnings(row)
+    return tuple(said)
+
+
+def notes(sources: Sequence[Source]) -> tuple[str, ...]:
+    """What the reports say about themselves: sensors that could not be read, and why."""
+    return tuple(f"{source.name}: {note}" for source in sources for note in source.report.notes)
+
+
+def _run_warnings(row: Entry) -> list[str]:
+    said = [f"{row.name} failed: {row.run.error}"] if row.run.error else []
+    for point in row.run.points:
+        if point.decode_tps and point.decode_tps.spread > NOISY_SPREAD:
+            said.append(
+                f"{row.name} at depth {point.depth}: samples lie {point.decode_tps.spread:.0%} apart; "
+                "the machine was busy or hot"
+            )
+    before, after = row.run.before, row.run.after
+    if after and after.throttling and after.throttling != (before.throttling if before else ()):
+        said.append(f"{row.name}: throttling during the run: {', '.join(after.throttling)}")
+    return said
+
+
+def _without_empty(table: Table) -> Table:
+    """The table without columns in which nothing is known."""
+    kept = [i for i in range(len(table.head)) if i == 0 or any(row[i] != UNKNOWN for row in table.rows)]
+    rows = tuple(tuple(row[i] for i in kept) for row in table.rows)
+    return Table(table.title, tuple(table.head[i] for i in kept), rows)
+
+
+def as_text(table: Table) -> str:
+    """Aligned columns for a terminal."""
+    widths = [max(len(row[i]) for row in (table.head, *table.rows)) for i in range(len(table.head))]
+    lines = [table.title, _line(table.head, widths), _line(["-" * width for width in widths], widths)]
+    return "\n".join(lines + [_line(row, widths) for row in table.rows])
+
+
+def as_markdown(table: Table) -> str:
+    """A GitHub table."""
+    head = "| " + " | ".join(table.head) + " |"
+    rule = "|" + "|".join([" --- "] + [" ---: "] * (len(table.head) - 1)) + "|"
+    rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table.rows]
+    return "\n".join([f"### {table.title}", "", head, rule, *rows])
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first = cells[0].ljust(widths[0])
+    rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+    return "  ".join([first, *rest]).rstrip()
+
+
+def rate(stat: Stat | None) -> str:
+    """A median in tokens a second."""
+    if stat is None:
+        return UNKNOWN
+    return f"{stat.median:.1f}" if stat.median < 1000 else f"{stat.median:,.0f}"
+
+
+def spread(stat: Stat | None) -> str:
+    """How far the samples lie apart, or unknown with fewer than two."""
+    return f"±{stat.spread / 2:.1%}" if stat and stat.high > stat.low else UNKNOWN
+
+
+def seconds(value: float | None) -> str:
+    """A time as ms or s."""
+    if value is None:
+        return UNKNOWN
+    return f"{value * 1000:.0f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def mebibytes(value: int | None) -> str:
+    """A size in MiB."""
+    return UNKNOWN if value is None else f"{value / 2**20:,.1f} MiB"
+
+
+def whole(value: int | None) -> str:
+    """A whole number with separators."""
+    return UNKNOWN if value is None else f"{value:,}"

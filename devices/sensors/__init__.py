@@ -1,0 +1,1 @@
+"""Sensors of this machine: cores, memory, temperature, energy, GPU."""

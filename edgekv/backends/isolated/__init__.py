@@ -1,0 +1,1 @@
+"""Engines in child processes: a native crash becomes an error message here."""

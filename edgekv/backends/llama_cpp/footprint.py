@@ -1,0 +1,121 @@
+"""How much memory a model takes before it is loaded: weights and cache exactly, buffers by their shapes.
+
+Weights are the bytes of the tensors, the cache is spec arithmetic over whole blocks of 256 cells. The rest was
+measured on llama-cpp-python 0.3.36 over GQA, MHA and MLA models of eight shapes (docs/reports.md): the largest
+stage of the graph for one micro-batch, and a runtime that grows with the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgekv.host.memory import SMALL_RAM_NBYTES
+from edgekv.spec import GQA, LayerSpec, ModelSpec
+
+if TYPE_CHECKING:
+    from edgekv.devices.predict.model_info import SizedSource
+
+CELLS = 256  # llama.cpp rounds a context up to whole blocks of cells
+RUNTIME_NBYTES = 33 * 2**20  # Python, numpy and libllama before any model; `this_board` measures its own
+ENGINE_NBYTES = 13 * 2**20  # what loading any model adds to that
+VOCAB_NBYTES = 246  # a token in llama.cpp's vocabulary and merge tables
+LAYER_NBYTES = 50_000  # graph nodes of one layer
+MASK_NBYTES = 2  # a cell of the attention mask, for each token of the micro-batch
+
+# Types that llama.cpp copies into another layout where the CPU has the feature (ggml-cpu/repack.cpp,
+# ggml_repack_get_optimal_repack_type). The mapped originals stay, but the system can drop them.
+REPACKED_X86 = frozenset({"Q4_0", "Q4_K", "IQ4_NL"})
+REPACKED_ARM = frozenset({"Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL"})
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Predicted bytes. `repacked` is a second copy of some of the weights."""
+
+    weights_nbytes: int
+    repacked_nbytes: int
+    cache_nbytes: int
+    compute_nbytes: int
+    runtime_nbytes: int
+
+    @property
+    def rss_nbytes(self) -> int:
+        """What the process shows as its peak."""
+        return self.needed_nbytes + self.repacked_nbytes
+
+    @property
+    def needed_nbytes(self) -> int:
+        """What must stay in memory: mapped originals of repacked weights may be dropped."""
+        return self.weights_nbytes + self.cache_nbytes + self.compute_nbytes + self.runtime_nbytes
+
+
+def footprint(
+    spec: ModelSpec,
+    weights_nbytes: int,
+    cache_type: str,
+    n_ctx: int,
+    n_ubatch: int,
+    repacked_nbytes: int = 0,
+    depth: int | None = None,
+    runtime_nbytes: int = RUNTIME_NBYTES,
+) -> Footprint:
+    """Memory of one process with one sequence; `depth` is how far the cache is filled, by default to n_ctx.
+
+    `runtime_nbytes` is what the process holds before any model. It differs from one installation to the next.
+
+    Raises:
+        ValueError: the cache type does not fit the model's dims.
+    """
+    cells = -(-n_ctx // CELLS) * CELLS
+    filled = n_ctx if depth is None else depth
+    return Footprint(
+        weights_nbytes=weights_nbytes,
+        repacked_nbytes=repacked_nbytes,
+        cache_nbytes=spec.kv_bytes_per_token(cache_type) * cells,
+        compute_nbytes=compute_nbytes(spec, min(n_ubatch, filled), filled),
+        runtime_nbytes=runtime_nbytes + ENGINE_NBYTES + VOCAB_NBYTES * spec.vocab,
+    )
+
+
+def compute_nbytes(spec: ModelSpec, n_ubatch: int, depth: int) -> int:
+    """Compute buffers that become resident in a prefill of `n_ubatch` tokens at a time."""
+    floats = max(max(_feed_forward(spec.dim, layer), _attention(spec.dim, layer)) for layer in spec.layers)
+    return n_ubatch * (4 * floats + MASK_NBYTES * depth) + LAYER_NBYTES * spec.n_layers
+
+
+def _feed_forward(dim: int, layer: LayerSpec) -> int:
+    """Floats a token: gate, up and their product, the same quantized, and four rows of the model's width."""
+    return round(3.27 * layer.ffn_dim) + 4 * dim
+
+
+def _attention(dim: int, layer: LayerSpec) -> int:
+    """Floats a token: queries, keys, values and output; absorbed MLA holds three rows of H x R at once."""
+    a = layer.attention
+    if isinstance(a, GQA):
+        return 3 * a.n_heads * a.head_dim + 2 * a.n_kv_heads * a.head_dim + 2 * dim
+    return a.n_heads * (3 * a.kv_lora_rank + a.rope.dim)
+
+
+def repacked_nbytes(source: SizedSource, isa: Collection[str]) -> int:
+    """Bytes of the copies that llama.cpp makes of two-dimensional weights on a CPU with these features.
+
+    None on CPUs with AMX: EdgeKV turns repacking off there (edgekv/backends/llama_cpp/library.py says why).
+    """
+    if "amx_tile" in isa:
+        return 0
+    kinds = REPACKED_ARM if "asimddp" in isa else (REPACKED_X86 if "avx2" in isa else frozenset())
+    heads = {"token_embd.weight"} if source.spec.tied_embeddings else set()
+    return sum(
+        source.nbytes(name)
+        for name in source.names()
+        if len(source.shape(name)) == 2
+        and source.quantization(name) in kinds
+        and (name != "token_embd.weight" or name in heads)
+    )
+
+
+def default_ubatch(ram_nbytes: int) -> int:
+    """The backend's micro-batch on a machine of that much memory (edgekv/backends/llama_cpp/backend.py)."""
+    return 512 if ram_nbytes >= SMALL_RAM_NBYTES else 128

@@ -1,0 +1,255 @@
+"""How much each input channel of each weight matters: llama.cpp's importance matrix, measured in llama.cpp.
+
+The error of a quantized row w on an input x is (dw . x)^2, and averaged over inputs that are uncorrelated it
+is the sum of dw_i^2 * E[x_i^2]. So E[x_i^2] of every matrix product is what its quantization should weigh
+errors with (ggml-org/llama.cpp pull request 4861; tools/imatrix there). The engine's graph is watched node
+by node, so that every architecture it runs is covered, experts and per-head matrices too.
+
+Runs in a child process: edgekv.backends.isolated.quantizer_child.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekv.backends.llama_cpp.library import LOG, llama, repacking_is_safe
+from edgekv.errors import BackendError
+from edgekv.progress import Progress
+from edgekv.source import Array
+
+LOGITS_EVERY = 8  # tokens: only where logits are asked for does the output matrix run
+FLOOR = 1e-6  # of the mean importance: a channel that was always zero still gets a say
+F32, I32 = 0, 26  # enum ggml_type
+MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
+
+
+class Tensor(ctypes.Structure):
+    """struct ggml_tensor of ggml/include/ggml.h, as llama-cpp-python 0.3.36 carries it."""
+
+
+Tensor._fields_ = [
+    ("type", ctypes.c_int),
+    ("buffer", ctypes.c_void_p),
+    ("ne", ctypes.c_int64 * 4),
+    ("nb", ctypes.c_size_t * 4),
+    ("op", ctypes.c_int),
+    ("op_params", ctypes.c_int32 * 16),
+    ("flags", ctypes.c_int32),
+    ("src", ctypes.POINTER(Tensor) * 10),
+    ("view_src", ctypes.c_void_p),
+    ("view_offs", ctypes.c_size_t),
+    ("data", ctypes.c_void_p),
+    ("name", ctypes.c_char * 64),
+]
+
+
+class Importance:
+    """Sums of squared inputs by weight name; `watch` is a ggml_backend_sched_eval_callback.
+
+    `error` holds what went wrong in the callback, where nothing can be raised.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, NDArray[np.float64]] = {}  # name: (matrices, columns)
+        self._counts: dict[str, NDArray[np.int64]] = {}  # name: (matrices,)
+        self._library = llama()._lib
+        self._library.ggml_op_name.restype = ctypes.c_char_p
+        self._library.ggml_get_name.restype = ctypes.c_void_p
+        ops = {self._library.ggml_op_name(i): i for i in range(64)}
+        self._plain, self._routed = ops[b"MUL_MAT"], ops[b"MUL_MAT_ID"]
+        self._checked = False
+        self.error: Exception | None = None
+
+    def watch(self, address: int, ask: bool, _: object) -> bool:
+        """Asked of each node whether its data are wanted, then called again with them."""
+        try:
+            node = Tensor.from_address(address)
+            if not self._checked:
+                self._check_layout(address, node)
+            if node.op not in (self._plain, self._routed):
+                return not ask
+            name = node.src[0].contents.name.decode()
+            if not name.endswith(".weight") or node.src[1].contents.type != F32:
+                return not ask
+            if not ask:
+                self._add(name, node)
+            return True
+        except Exception as error:
+            self.error = error
+            return False
+
+    def finish(self) -> dict[str, Array]:
+        """E[x^2] by weight name, (matrices * columns,) each: the layout that llama_model_quantize takes.
+
+        An expert that no token reached gets the mean of the others.
+        """
+        found = {}
+        for name, sums in self._sums.items():
+            seen = self._counts[name] > 0
+            mean = sums / np.maximum(self._counts[name], 1)[:, None]
+            mean[~seen] = mean[seen].mean(axis=0)
+            found[name] = np.asarray(np.maximum(mean, FLOOR * mean.mean()), np.float32).reshape(-1)
+        return {name: values for name, values in found.items() if values.any() and np.isfinite(values).all()}
+
+    def _check_layout(self, address: int, node: Tensor) -> None:
+        expected = address + Tensor.name.offset
+        if self._library.ggml_get_name(ctypes.c_void_p(address)) != expected:
+            raise BackendError(
+                "this llama.cpp lays tensors out in another way; install llama-cpp-python 0.3.36"
+            )
+        self._checked = True
+
+    def _add(self, name: str, node: Tensor) -> None:
+        weight, inputs = node.src[0].contents, _view(node.src[1].contents, np.float32)
+        n_matrices, columns = int(weight.ne[2]), int(weight.ne[0])
+        sums = self._sums.setdefault(name, np.zeros((n_matrices, columns)))
+        counts = self._counts.setdefault(name, np.zeros(n_matrices, np.int64))
+        if node.op == self._routed:
+            self._add_routed(sums, counts, inputs, _view(node.src[2].contents, np.int32))
+            return
+        squares = np.square(inputs[0]).sum(axis=1, dtype=np.float64)  # (inputs' matrices, columns)
+        repeat = squares.shape[0] // n_matrices  # query heads that share one matrix
+        sums += squares.reshape(n_matrices, repeat, columns).sum(axis=1)
+        counts += inputs.shape[2] * repeat
+
+    @staticmethod
+    def _add_routed(
+        sums: NDArray[np.float64], counts: NDArray[np.int64], inputs: Array, ids: NDArray[np.int32]
+    ) -> None:
+        """inputs (1, T, 1 or used experts, columns), ids (1, 1, T, used experts)."""
+        chosen = ids[0, 0]
+        squares = np.broadcast_to(np.square(inputs[0]), (*chosen.shape, inputs.shape[-1]))
+        for expert in np.unique(chosen):
+            rows = squares[chosen == expert]
+            sums[expert] += rows.sum(axis=0, dtype=np.float64)
+            counts[expert] += len(rows)
+
+
+def _view(tensor: Tensor, dtype: Any) -> Any:
+    """The tensor's data in numpy order (ne3, ne2, ne1, ne0), by its own strides."""
+    shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
+    nbytes = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 4
+    flat = np.frombuffer((ctypes.c_char * nbytes).from_address(tensor.data), np.uint8)
+    return np.ndarray(shape, dtype, buffer=flat.data, strides=strides)
+
+
+def measure_importance(
+    path: Path, windows: NDArray[np.int64], n_threads: int, progress: Progress
+) -> dict[str, Array]:
+    """Run token windows (n, T) through the model; E[x^2] of every weight's input.
+
+    Raises:
+        BackendError: the engine is not installed, refused the model or failed.
+    """
+    api, importance = llama(), Importance()
+    n_windows, length = windows.shape
+    with _context(path, length, 1, n_threads, importance) as context:
+        for i, window in enumerate(windows):
+            api.llama_memory_clear(api.llama_get_memory(context), True)
+            wanted = np.arange(length) % LOGITS_EVERY == LOGITS_EVERY - 1
+            wanted[-1] = True
+            _decode(context, window, np.arange(length), np.zeros(length, int), wanted)
+            if importance.error is not None:
+                raise importance.error
+            progress(i + 1, n_windows)
+    return importance.finish()
+
+
+def sample_text(
+    path: Path, prompts: NDArray[np.int64], length: int, seed: int, n_threads: int, progress: Progress
+) -> NDArray[np.int64]:
+    """Windows (n, length) that continue prompts (n, P) by sampling at temperature 1, all in one batch.
+
+    As edgekv.text.self_written (LLM-QAT, arXiv 2305.17888, section 2.1), for whatever llama.cpp runs.
+    """
+    api, rng = llama(), np.random.default_rng(seed)
+    n, given = prompts.shape
+    assert n <= MAX_SEQUENCES, n
+    windows = np.zeros((n, length), np.int64)
+    windows[:, :given] = prompts
+    sequences = np.arange(n)
+    with _context(path, length * n, n, n_threads, None) as context:
+        n_vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(api.llama_get_model(context)))
+        for position in range(length - 1):
+            _decode(context, windows[:, position], np.full(n, position), sequences, np.ones(n, bool))
+            if position + 1 >= given:
+                pointer = ctypes.addressof(api.llama_get_logits_ith(context, 0).contents)
+                floats = (ctypes.c_float * (n * n_vocab)).from_address(pointer)
+                logits = np.frombuffer(memoryview(floats), np.float32).reshape(n, n_vocab)
+                # Gumbel-max: argmax of logits plus Gumbel noise is a draw from the softmax
+                noise = -np.log(rng.exponential(size=logits.shape))
+                windows[:, position + 1] = (logits + noise).argmax(axis=-1)
+            progress(position + 1, length - 1)
+    return windows
+
+
+@contextmanager
+def _context(
+    path: Path, n_ctx: int, n_sequences: int, n_threads: int, importance: Importance | None
+) -> Iterator[Any]:
+    """A context on the CPU, closed with its model at the end."""
+    api = llama()
+    model_params = api.llama_model_default_params()
+    model_params.n_gpu_layers = 0
+    model_params.use_extra_bufts = repacking_is_safe()
+    model = api.llama_model_load_from_file(os.fsencode(path), model_params)
+    if not model:
+        raise BackendError(f"llama.cpp could not load {path}: {LOG.cause()}")
+    try:
+        params = api.llama_context_default_params()
+        params.n_ctx, params.n_seq_max = n_ctx, n_sequences
+        # src/models/plm.cpp hands V over in two dims: more tokens at once abort the process
+        params.n_ubatch = 1 if b"plm" in _architecture(api, model) else min(n_ctx, 512)
+        params.n_batch = min(n_ctx, 2048)
+        params.n_threads = params.n_threads_batch = n_threads
+        params.offload_kqv = params.op_offload = False
+        if importance is not None:
+            params.cb_eval = callback = api.ggml_backend_sched_eval_callback(importance.watch)  # noqa: F841
+        context = api.llama_init_from_model(model, params)
+        if not context:
+            raise BackendError(f"llama.cpp loaded {path} but gave no context: {LOG.cause()}")
+        try:
+            yield context
+        finally:
+            api.llama_free(context)
+    finally:
+        api.llama_model_free(model)
+
+
+def _architecture(api: Any, model: Any) -> bytes:
+    buffer = ctypes.create_string_buffer(64)
+    api.llama_model_meta_val_str(model, b"general.architecture", buffer, len(buffer))
+    return buffer.value
+
+
+def _decode(
+    context: Any,
+    tokens: NDArray[np.int64],
+    positions: NDArray[np.int64],
+    sequences: NDArray[np.int64],
+    wanted: NDArray[np.bool_],
+) -> None:
+    """One llama_decode; logits where `wanted`."""
+    api, n = llama(), len(tokens)
+    batch = api.llama_batch_init(n, 0, 1)
+    try:
+        batch.n_tokens = n
+        for i in range(n):
+            batch.token[i] = int(tokens[i])
+            batch.pos[i] = int(positions[i])
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = int(sequences[i])
+            batch.logits[i] = int(wanted[i])
+        status = api.llama_decode(context, batch)
+    finally:
+        api.llama_batch_free(batch)
+    if status not in (0, 2):  # 2: the callback stopped it, and knows why
+        raise BackendError(f"llama.cpp failed with status {status}: {LOG.cause()}")

@@ -1,0 +1,162 @@
+"""The only place that imports llama_cpp: its low-level functions, its log, and what differs by machine."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import re
+import sys
+import types
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from edgekv.errors import BackendError, InputError
+from edgekv.host.isa import require_runnable
+
+# Cache types as enum ggml_type numbers them (ggml/include/ggml.h).
+GGML_TYPES = {
+    "f32": 0,
+    "f16": 1,
+    "bf16": 30,
+    "q8_0": 8,
+    "q5_1": 7,
+    "q5_0": 6,
+    "q4_1": 3,
+    "q4_0": 2,
+    "iq4_nl": 20,
+}
+_LOG_DEBUG, _LOG_ERROR, _LOG_CONTINUED = 1, 4, 5  # enum ggml_log_level
+
+
+class EngineLog:
+    """What llama.cpp logs, kept instead of printed: its last lines, errors marked.
+
+    The engine has one log for the whole process.
+    """
+
+    def __init__(self, capacity: int = 400) -> None:
+        self._lines: deque[tuple[int, str]] = deque(maxlen=capacity)
+        self._level = 0
+
+    def write(self, level: int, text: bytes) -> None:
+        """Take one message; debug messages are dropped (hundreds for each graph that is built)."""
+        if level != _LOG_CONTINUED:
+            self._level = level
+        if self._level != _LOG_DEBUG:
+            self._lines.append((self._level, text.decode("utf-8", "replace").rstrip("\n")))
+
+    def clear(self) -> None:
+        """Forget what was logged so far."""
+        self._lines.clear()
+
+    def text(self) -> str:
+        """All lines kept."""
+        return "\n".join(line for _, line in self._lines)
+
+    def cause(self) -> str:
+        """The last error lines, else the last lines, joined to one."""
+        errors = [line for level, line in self._lines if level == _LOG_ERROR]
+        lines = errors[-3:] or [line for _, line in self._lines if line.strip(". ")][-2:]
+        return "; ".join(line.strip() for line in lines) or "it gave no reason"
+
+    def cache_nbytes(self) -> int:
+        """Sum of the "KV buffer size" lines, which round to 0.01 MiB each; 0 if there are none."""
+        sizes = re.findall(r"KV buffer size =\s*([\d.]+) MiB", self.text())
+        return round(sum(map(float, sizes)) * 2**20)
+
+
+LOG = EngineLog()
+_keep_alive: list[object] = []  # callbacks that native code holds, and ctypes does not count
+
+
+@functools.cache
+def llama() -> Any:
+    """The module llama_cpp.llama_cpp, its engine started and its log taken over.
+
+    Raises:
+        BackendError: llama-cpp-python is not installed, or was built for another CPU.
+    """
+    require_runnable()
+    try:
+        module = _low_level()
+    except ImportError as error:
+        raise BackendError(
+            "the llama.cpp engine is not installed: pip install 'edgekv[llama]' (it compiles for some "
+            f"minutes and needs cmake and a C++ compiler) [{error}]"
+        ) from error
+    callback = module.llama_log_callback(lambda level, text, _: LOG.write(level, text))
+    module.llama_log_set(callback, None)
+    _keep_alive.append(callback)
+    module.llama_backend_init()
+    return module
+
+
+def _low_level() -> Any:
+    """llama_cpp.llama_cpp without its package's __init__, which imports the high-level API, jinja2, diskcache
+    and sqlite3 for 9 MB. Who imports llama_cpp afterwards gets it whole."""
+    name = "llama_cpp"
+    spec = importlib.util.find_spec(name)
+    if name in sys.modules or spec is None:
+        return importlib.import_module(f"{name}.{name}")
+    package = sys.modules[name] = types.ModuleType(name)
+    package.__path__ = list(spec.submodule_search_locations or ())
+    try:
+        return importlib.import_module(f"{name}.{name}")
+    finally:
+        del sys.modules[name]
+
+
+def ggml_type(cache_type: str) -> int:
+    """Number of a cache type.
+
+    Raises:
+        InputError: unknown.
+    """
+    if cache_type not in GGML_TYPES:
+        raise InputError(f"unknown cache type {cache_type!r}; llama.cpp has {', '.join(GGML_TYPES)}")
+    return GGML_TYPES[cache_type]
+
+
+@functools.cache
+def repacking_is_safe(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether llama.cpp may repack weights for this CPU: yes, save on x86 with AMX.
+
+    Compiled by GCC 12 its AMX kernels load a tile configuration that the compiler optimized away, and the
+    process dies in ggml_backend_amx_mul_mat on the first prompt (ggml-org/llama.cpp issue 20824, pull
+    request 26954). AVX-512 runs the plain weights; Arm repacking is not touched.
+    """
+    try:
+        return not re.search(r"^flags\s*:.*\bamx_tile\b", cpuinfo.read_text(), re.MULTILINE)
+    except OSError:
+        return True
+
+
+def abort_callback() -> Any:
+    """A native abort callback whose data is a C string: true while the string is not empty.
+
+    llama.cpp asks it before every node of the graph, about a thousand times a token, so a Python function
+    would cost a millisecond of GIL a token. libc's strlen has the fitting shape: pointer in, and the low
+    byte of its result, 0 or 1 here, is the bool.
+    """
+    return ctypes.cast(ctypes.CDLL(None).strlen, llama().ggml_abort_callback)
+
+
+def exact_cache_nbytes(memory: int) -> int | None:
+    """Bytes that a plain llama_kv_cache allocated; None for other kinds of memory or hidden symbols.
+
+    The public API tells no sizes, so this calls the exported C++ method llama_kv_cache::total_size() const
+    (src/llama-kv-cache.h), after a look at the object's vtable that it is one.
+    """
+    library = llama()._lib
+    try:
+        vtable = ctypes.addressof(ctypes.c_char.in_dll(library, "_ZTV14llama_kv_cache"))
+        total_size = library["_ZNK14llama_kv_cache10total_sizeEv"]
+    except (AttributeError, ValueError):
+        return None
+    # Itanium C++ ABI: an object points 16 bytes into its class's vtable.
+    if ctypes.c_void_p.from_address(memory).value != vtable + 2 * ctypes.sizeof(ctypes.c_void_p):
+        return None
+    total_size.argtypes, total_size.restype = [ctypes.c_void_p], ctypes.c_size_t
+    return int(total_size(memory))

@@ -1,0 +1,247 @@
+"""onnxruntime behind the Backend protocol, for folders that `edgekv export onnx` wrote.
+
+The cache lives in arrays of this module that are bound as the graph's past and present alike: its nodes write
+new rows in place, and no token costs a copy of the past. The only place that imports onnxruntime.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import mmap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekv.backends.base import DEFAULT_N_CTX, Interrupted, require_positive, require_room
+from edgekv.errors import BackendError, InputError
+from edgekv.host.memory import is_small_machine, release_file
+from edgekv.host.threads import default_threads
+from edgekv.models.onnx.manifest import DATA, GRAPH, check_folder
+from edgekv.source import Array
+
+OLDEST = (1, 29)  # 1.26 has no Cos of float64 and gives other logits for quantized GQA
+# The latent graph attends to as many slots as are bound: a little more than are in use, in steps, because
+# binding all layers anew costs a millisecond.
+SLOT_STEP = 128
+# Tokens of a prefill at once: 128 are 10 % faster in an empty cache and hold 8 MiB more.
+MAX_PIECE = 64
+MAX_SCORES = 3 * 2**18  # attention scores of a layer at once: they bound the memory of a prefill at depth
+_ELEMENT_TYPES: dict[str, type[np.float32] | type[np.uint8]] = {
+    "tensor(float)": np.float32,
+    "tensor(uint8)": np.uint8,
+}
+_PAST, _PRESENT = "past_key_values.", "present."
+
+
+class OnnxBackend:
+    """edgekv.backends.base.Backend over an exported graph on onnxruntime's CPU provider.
+
+    Args:
+        folder: what `edgekv export onnx` wrote; it is checked before the engine sees it.
+        n_ctx: slots of the cache; by default what the model was trained for, but at most 4096.
+        cache_type: None, or what the graph was exported with.
+        n_threads: by default the physical big cores.
+        abort_flag: two bytes; a prefill ends with Interrupted at its next piece when the first is set.
+
+    Raises:
+        ModelFileError: a file is missing, damaged or cut short, or a weight lies outside of the folder.
+        InputError: an option is impossible.
+        BackendError: the engine is not installed, or refused the model.
+    """
+
+    name = "onnx"
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        n_ctx: int | None = None,
+        cache_type: str | None = None,
+        n_threads: int | None = None,
+        abort_flag: ctypes.Array[ctypes.c_char] | None = None,
+    ) -> None:
+        require_positive(n_ctx=n_ctx, n_threads=n_threads)
+        model = check_folder(folder).model
+        if cache_type not in (None, model.cache_type):
+            raise InputError(
+                f"{folder} was exported with a cache in {model.cache_type}, not {cache_type}; leave out the cache "
+                "type, or export it again"
+            )
+        if n_ctx is not None and model.attention != "MLA" and n_ctx > model.context_length:
+            raise InputError(
+                f"{folder} was exported for {model.context_length} tokens and {n_ctx} are asked for; "
+                "take a smaller --ctx-size"
+            )
+        self.n_ctx = n_ctx or min(model.context_length, DEFAULT_N_CTX)
+        self.n_vocab = model.vocab
+        self.n_threads = n_threads or default_threads()
+        self._n_heads = model.n_heads
+        self._whole = model.attention != "MLA"  # GroupQueryAttention is told how many slots are in use
+        self._abort = abort_flag if abort_flag is not None else ctypes.create_string_buffer(2)
+        self._session = _open_session(folder / GRAPH, self.n_threads)
+        self._data = folder / DATA
+        # The engine has read all weights to pack them its own way. Of the token table, which it also keeps mapped, only
+        # the rows of tokens in use are needed from here on: they come from the file again, with 15 pages around each,
+        # so that a long prompt would hold the table twice.
+        release_file(self._data)
+        self._binding = self._session.io_binding()
+        small = is_small_machine()
+        self._cache = {
+            entry.name.removeprefix(_PAST): _slots(
+                [size if isinstance(size, int) else self.n_ctx for size in entry.shape],
+                _ELEMENT_TYPES[entry.type],
+                small,
+            )
+            for entry in self._session.get_inputs()
+            if entry.name.startswith(_PAST)
+        }
+        self._ones = np.ones((1, self.n_ctx), np.int64)
+        self._n_bound = 0
+        self._n_past = 0
+
+    @property
+    def n_past(self) -> int:
+        return self._n_past
+
+    def prefill(self, tokens: Sequence[int]) -> Array:
+        """Append tokens; logits of the last one, shape (vocab,).
+
+        Raises:
+            BackendError: the cache has no room for them, or the engine failed.
+            Interrupted: `interrupt` was called meanwhile; `n_past` tells how far it came.
+        """
+        require_room(self, len(tokens))
+        for piece in self._pieces(tokens):
+            if self._abort[0] != b"\0":
+                self._abort[0] = b"\0"
+                raise Interrupted
+            logits = self._run(piece, 1)
+            if len(piece) > 1:
+                release_file(self._data)
+        return logits.reshape(-1)
+
+    def prefill_all(self, tokens: Sequence[int]) -> Array:
+        """Append tokens; logits of every one, shape (T, vocab)."""
+        require_room(self, len(tokens))
+        return np.concatenate([self._run(piece, len(piece)) for piece in self._pieces(tokens)])
+
+    def decode(self, token: int) -> Array:
+        """Append one token; its logits, shape (vocab,)."""
+        require_room(self, 1)
+        return self._run([token], 1).reshape(-1)
+
+    def trim(self, n_past: int) -> None:
+        assert 0 <= n_past <= self._n_past, (n_past, self._n_past)
+        self._n_past = n_past
+
+    def interrupt(self) -> None:
+        """End the prefill in progress in another thread with Interrupted, or else the next call."""
+        self._abort[0] = b"\1"
+
+    def cache_nbytes(self) -> int:
+        return sum(array.nbytes for array in self._cache.values())
+
+    def close(self) -> None:
+        """Free the model."""
+        self._binding = self._session = None
+        self._cache = {}
+
+    def _pieces(self, tokens: Sequence[int]) -> Iterator[Sequence[int]]:
+        """What to run at once: fewer tokens the deeper the cache is."""
+        start = 0
+        while start < len(tokens):
+            slots = self._n_past + MAX_PIECE
+            size = min(max(MAX_SCORES // (self._n_heads * slots), 1), MAX_PIECE)
+            yield tokens[start : start + size]
+            start += size
+
+    def _run(self, tokens: Sequence[int], n_logits: int) -> Array:
+        """Append tokens; logits of the last `n_logits`, shape (n_logits, vocab)."""
+        total = self._n_past + len(tokens)
+        self._bind_cache(total)
+        logits = np.empty((1, n_logits, self.n_vocab), np.float32)
+        inputs: dict[str, NDArray[np.int64]] = {
+            "input_ids": np.array([tokens], np.int64),
+            "position_ids": np.arange(self._n_past, total, dtype=np.int64)[None],
+            "num_logits_to_keep": np.array([n_logits], np.int64),
+        }
+        for name, array in inputs.items():
+            self._bind(name, array, array.shape)
+        self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # onnxruntime's exceptions have no common base of their own
+            raise BackendError(
+                f"onnxruntime failed at token {self._n_past} of {self.n_ctx}: {error}"
+            ) from error
+        self._n_past = total
+        return logits.reshape(n_logits, -1)
+
+    def _bind_cache(self, total: int) -> None:
+        """Bind the mask and the cache for `total` tokens."""
+        slots = self.n_ctx if self._whole else min(-(-total // SLOT_STEP) * SLOT_STEP, self.n_ctx)
+        if slots != self._n_bound:
+            for name, array in self._cache.items():
+                shape = (1, array.shape[1], slots, array.shape[3])
+                self._bind(_PAST + name, array, shape)
+                self._binding.bind_output(
+                    _PRESENT + name, "cpu", 0, array.dtype.type, shape, array.ctypes.data
+                )
+            self._n_bound = slots
+        self._bind("attention_mask", self._ones, (1, total if self._whole else slots))
+
+    def _bind(self, name: str, array: NDArray[Any], shape: Sequence[int]) -> None:
+        self._binding.bind_input(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
+
+
+def _open_session(graph: Path, n_threads: int) -> Any:
+    """An InferenceSession for one sequence on a small machine."""
+    engine = _onnxruntime()
+    options = engine.SessionOptions()
+    options.intra_op_num_threads = n_threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors only
+    # Shapes differ from call to call: a memory plan made for one only holds memory back from the next.
+    options.enable_mem_pattern = False
+    try:
+        session = engine.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions have no common base of their own
+        raise BackendError(f"onnxruntime could not load {graph}: {error}") from error
+    return session
+
+
+def _slots(shape: Sequence[int], dtype: type[np.float32] | type[np.uint8], small_pages: bool) -> NDArray[Any]:
+    """Zeros whose pages are taken when they are written.
+
+    NumPy asks for huge pages from 4 MiB on: decode at depth 7600 is a tenth faster, and the first token of a head
+    takes 2 MiB of its slots at once (260 MiB of SmolLM2's GQA cache of 8192). `small_pages` forbids them.
+    """
+    if not small_pages:
+        return np.zeros(shape, dtype)
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype).reshape(shape)
+
+
+def _onnxruntime() -> ModuleType:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError(f"onnxruntime cannot be imported ({error}): pip install onnxruntime") from None
+    engine: ModuleType = onnxruntime
+    if tuple(int(part) for part in engine.__version__.split(".")[:2]) < OLDEST:
+        raise BackendError(
+            f"onnxruntime {engine.__version__} is too old, it lacks operators or computes others differently: "
+            f"pip install 'onnxruntime>={OLDEST[0]}.{OLDEST[1]}'"
+        )
+    engine.disable_telemetry_events()
+    return engine

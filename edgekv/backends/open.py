@@ -1,0 +1,96 @@
+"""Inference engines behind one protocol; this is the door that opens them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import ctypes
+    from pathlib import Path
+
+    from edgekv.backends.base import Backend
+    from edgekv.tokenizer.language import Language
+
+Kind = Literal["llama.cpp", "onnx", "reference"]
+KINDS: tuple[Kind, ...] = ("llama.cpp", "onnx", "reference")
+REFERENCE_N_CTX = 4096
+
+
+def open_backend(
+    path: Path,
+    kind: Kind | None = None,
+    *,
+    n_ctx: int | None = None,
+    cache_type: str | None = None,
+    n_threads: int | None = None,
+    abort_flag: ctypes.Array[ctypes.c_char] | None = None,
+) -> Backend:
+    """Open a model in an engine, in this process.
+
+    Args:
+        path: the model: a file, or for onnx a folder that `edgekv export onnx` wrote.
+        kind: "llama.cpp", "onnx", or "reference" for the NumPy reference; by default what the model is made for.
+        n_ctx: tokens the cache holds; by default the trained length, but at most 4096.
+        cache_type: how the cache is stored: by default f16 in llama.cpp; the reference has only f32, an ONNX
+            folder only what it was exported with.
+        n_threads: by default the physical big cores; the reference's threads are its BLAS's affair.
+        abort_flag: two bytes whose first ends a call in progress; see LlamaCppBackend and OnnxBackend.
+
+    Raises:
+        InputError: an option is impossible, or the file is malformed or unsupported.
+        BackendError: the engine is not installed or failed.
+    """
+    from edgekv.errors import InputError
+
+    kind = kind or default_kind(path)
+    if kind == "onnx":
+        from edgekv.backends.onnxruntime import OnnxBackend
+
+        return OnnxBackend(
+            path, n_ctx=n_ctx, cache_type=cache_type, n_threads=n_threads, abort_flag=abort_flag
+        )
+    if default_kind(path) == "onnx":
+        raise InputError(f"{path} is an ONNX folder, which {kind} cannot open; leave out --backend {kind}")
+    if kind == "llama.cpp":
+        from edgekv.backends.llama_cpp.backend import LlamaCppBackend
+
+        return LlamaCppBackend(
+            path, n_ctx=n_ctx, cache_type=cache_type or "f16", n_threads=n_threads, abort_flag=abort_flag
+        )
+    if kind != "reference":
+        raise InputError(f"unknown backend {kind!r}; there are {', '.join(KINDS)}")
+    if cache_type not in (None, "f32"):
+        raise InputError(f"the reference backend caches in f32, not {cache_type}; use --backend llama.cpp")
+    if n_threads is not None:
+        raise InputError("the reference backend's threads are NumPy's: set OMP_NUM_THREADS instead")
+    from edgekv.backends.reference import ReferenceBackend
+    from edgekv.models.open import open_source
+
+    source = open_source(path)
+    return ReferenceBackend(source, n_ctx or min(source.spec.context_length, REFERENCE_N_CTX))
+
+
+def open_language(backend: Backend, path: Path) -> Language:
+    """The vocabulary of an opened model: llama.cpp's own, so that there is one copy, or else read from the file.
+
+    Raises:
+        ModelFileError: the file's vocabulary is unusable.
+        UnsupportedError: its kind is.
+    """
+    if backend.name == "llama.cpp":
+        from edgekv.backends.llama_cpp.backend import LlamaCppBackend
+
+        assert isinstance(backend, LlamaCppBackend)
+        return backend.language()
+    from edgekv.models.gguf.header import read_header
+    from edgekv.models.onnx.manifest import language_file
+    from edgekv.tokenizer.tokenizer import Tokenizer
+
+    return Tokenizer.from_metadata(read_header(language_file(path)).metadata)
+
+
+def default_kind(path: Path) -> Kind:
+    """The engine that a model is made for."""
+    from edgekv.models.onnx.manifest import is_onnx_folder
+
+    return "onnx" if is_onnx_folder(path) else "llama.cpp"

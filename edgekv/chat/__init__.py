@@ -1,0 +1,1 @@
+"""Conversations: prompt templates, sampling, token generation, sessions."""

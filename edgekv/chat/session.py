@@ -1,0 +1,221 @@
+"""A conversation: what was said, what of it fits the context, and the prompt it becomes. Prints nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from edgekv.chat.generate import AnswerText, Finish, Generator, Step, Timings
+from edgekv.chat.sampling import Sampler
+from edgekv.chat.template import ChatTemplate
+from edgekv.errors import InputError
+from edgekv.tokenizer.language import Language
+
+PRIVATE_USE = 0xF0000  # supplementary private use area A: stands for control tokens' names in rendered text
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question and its answer."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """The context was full, so this many of the oldest turns were forgotten."""
+
+    n_turns: int
+
+
+class PromptFormat:
+    """Turns a conversation into tokens, by the model's chat template or, without one, end to end."""
+
+    def __init__(self, tokenizer: Language, template: ChatTemplate | None) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+        first = tokenizer.encode("", add_special=True)[:1]
+        self._bos = [token for token in first if token == tokenizer.bos_id]
+
+    @classmethod
+    def of_model(cls, tokenizer: Language) -> PromptFormat:
+        """The format of the model's own chat template, if it has one.
+
+        Raises:
+            ModelFileError: the template is broken.
+        """
+        if tokenizer.chat_template is None:
+            return cls(tokenizer, None)
+        bos, eos = _name(tokenizer, tokenizer.bos_id), _name(tokenizer, tokenizer.eos_id)
+        return cls(tokenizer, ChatTemplate(tokenizer.chat_template, bos, eos))
+
+    @property
+    def has_template(self) -> bool:
+        return self._template is not None
+
+    def tokens(self, system: str, turns: Sequence[Turn], question: str) -> list[int]:
+        """The prompt that asks `question` after the turns; without a template all texts in a row.
+
+        Control tokens count as such only where the template wrote them: a text that spells <|im_end|> is text.
+
+        Raises:
+            ModelFileError: the template refused or failed.
+        """
+        if self._template is None:
+            text = system + "".join(turn.question + turn.answer for turn in turns) + question
+            return self._bos + self._tokenizer.encode(text)
+        messages = [{"role": "system", "content": system}] if system else []
+        for turn in turns:
+            messages.append({"role": "user", "content": turn.question})
+            messages.append({"role": "assistant", "content": turn.answer})
+        messages.append({"role": "user", "content": question})
+        stand_ins = self._hide_control_names(messages)
+        text = self._template.render(messages)
+        starts_with_bos = bool(self._bos) and text.startswith(_name(self._tokenizer, self._bos[0]))
+        tokens = [] if starts_with_bos else list(self._bos)
+        for part in re.split(f"([{''.join(stand_ins)}])", text) if stand_ins else [text]:
+            tokens += self._tokenizer.encode(stand_ins.get(part, part), parse_special=part not in stand_ins)
+        return tokens
+
+    def _hide_control_names(self, messages: list[dict[str, str]]) -> dict[str, str]:
+        """Replace the names of control tokens in the contents; returns {stand-in character: name}."""
+        stand_ins: dict[str, str] = {}
+        for message in messages:
+            for token in self._tokenizer.encode(message["content"], parse_special=True):
+                if self._tokenizer.is_control(token):
+                    name = _name(self._tokenizer, token)
+                    stand_in = chr(PRIVATE_USE + len(stand_ins))
+                    if name and name not in stand_ins.values():
+                        stand_ins[stand_in] = name
+        for stand_in, name in stand_ins.items():
+            for message in messages:
+                message["content"] = message["content"].replace(name, stand_in)
+        return stand_ins
+
+
+class ChatSession:
+    """One conversation with one model.
+
+    A context that would overflow loses its oldest turns, never the system prompt, until half of it is free:
+    what stays must be prefilled anew, for a cache is never shifted here, and so that happens rarely.
+
+    Attributes:
+        system: the system prompt, "" for none (templates may have their own default).
+        turns: what was said and is still remembered.
+        unanswered: the last question, if its answer failed or was stopped before its first token.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        prompt_format: PromptFormat,
+        sampler: Sampler,
+        *,
+        system: str = "",
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> None:
+        self.generator = generator
+        self.system = system
+        self.turns: list[Turn] = []
+        self.unanswered: str | None = None
+        self._format = prompt_format
+        self._sampler = sampler
+        self._max_tokens = max_tokens
+        self._stop = stop
+
+    def clear(self) -> None:
+        """Forget all turns, not the system prompt."""
+        self.turns.clear()
+        self.unanswered = None
+
+    def regenerate(self) -> Iterator[Step | Dropped]:
+        """Answer the last question again.
+
+        Raises:
+            InputError: there was none.
+        """
+        if self.unanswered is None and not self.turns:
+            raise InputError("there is no answer yet to give again; ask something first")
+        question = self.unanswered if self.unanswered is not None else self.turns.pop().question
+        return self.ask(question)
+
+    def ask(self, question: str) -> Iterator[Step | Dropped]:
+        """Answer a question; the turn is remembered once the last step is out.
+
+        Raises:
+            InputError: the question alone does not fit the context.
+            ModelFileError: the chat template refused.
+            BackendError: the engine failed; `unanswered` holds the question.
+        """
+        self.unanswered = question
+        text = AnswerText(self.generator.tokenizer, self._stop)
+        answer: list[int] = []
+        said: list[str] = []
+        done = Timings()
+        n_ctx = self.generator.backend.n_ctx
+        limit = n_ctx - n_ctx // 8  # an answer wants some room before it is worth forgetting something
+        finish: Finish | None = None
+        while finish is None:
+            prompt, n_dropped = self._fit(question, len(answer), limit)
+            if n_dropped:
+                yield Dropped(n_dropped)
+            left = None if self._max_tokens is None else self._max_tokens - len(answer)
+            before = done
+            for step in self.generator.generate(prompt + answer, self._sampler, max_tokens=left, text=text):
+                finish, done = step.finish, _sum(before, step.timings)
+                if step.token is not None:
+                    answer.append(step.token)
+                new = step.text
+                if finish == "context":
+                    if self._can_make_room(question, len(answer)):
+                        finish = None
+                    else:
+                        new += text.finish()
+                said.append(new)
+                yield replace(step, text=new, timings=done, finish=finish)
+            limit = n_ctx - 1
+        if finish != "interrupted" or "".join(said):
+            self.turns.append(Turn(question, "".join(said)))
+            self.unanswered = None
+
+    def _can_make_room(self, question: str, n_answer: int) -> bool:
+        bare = self._format.tokens(self.system, [], question)
+        return bool(self.turns) and len(bare) + n_answer < self.generator.backend.n_ctx
+
+    def _fit(self, question: str, n_answer: int, limit: int) -> tuple[list[int], int]:
+        """The prompt, and how many turns were dropped to keep it and the answer within `limit` tokens."""
+        n_ctx = self.generator.backend.n_ctx
+        prompt = self._format.tokens(self.system, self.turns, question)
+        if len(prompt) + n_answer <= limit:
+            return prompt, 0
+        bare = self._format.tokens(self.system, [], question)
+        if len(bare) + n_answer > n_ctx:
+            raise InputError(
+                f"this message takes {len(bare)} tokens and the context holds {n_ctx}; shorten it, or start "
+                "with a larger --ctx-size"
+            )
+        n_dropped = 0
+        while self.turns and len(prompt) + n_answer > n_ctx // 2:
+            del self.turns[0]
+            n_dropped += 1
+            prompt = self._format.tokens(self.system, self.turns, question)
+        return prompt, n_dropped
+
+
+def _sum(first: Timings, then: Timings) -> Timings:
+    """Timings of an answer that was given in two parts; its first token is the first part's."""
+    return Timings(
+        n_reused=first.n_reused + then.n_reused,
+        n_prefilled=first.n_prefilled + then.n_prefilled,
+        n_generated=first.n_generated + then.n_generated,
+        ttft_s=first.ttft_s or then.ttft_s,
+        prefill_s=first.prefill_s + then.prefill_s,
+        decode_s=first.decode_s + then.decode_s,
+    )
+
+
+def _name(tokenizer: Language, token: int | None) -> str:
+    return "" if token is None else tokenizer.token_bytes(token).decode("utf-8", "replace")

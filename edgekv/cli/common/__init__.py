@@ -1,0 +1,1 @@
+"""Options, progress and tables that every command shares."""

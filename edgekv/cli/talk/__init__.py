@@ -1,0 +1,1 @@
+"""The conversation of `edgekv chat` at a terminal."""

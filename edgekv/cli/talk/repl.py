@@ -1,0 +1,123 @@
+"""The conversation of `edgekv chat`: messages, commands, and what happens when the engine dies."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import click
+
+from edgekv.cli.talk.answers import notice, show_answer, stats_line
+from edgekv.cli.talk.line_input import MessageReader, history_path
+from edgekv.errors import BackendError, InputError
+
+if TYPE_CHECKING:
+    from edgekv.backends.isolated.backend import IsolatedBackend
+    from edgekv.chat.generate import Step, Timings
+    from edgekv.chat.session import ChatSession, Dropped
+
+HELP = """\
+/regen          answer the last message again
+/clear          forget the conversation, keep the system prompt
+/system TEXT    set the system prompt (without TEXT: show it)
+/stats          times, tokens/s and memory of the last answer
+/exit           leave (or Ctrl-D)
+
+A message of several lines: paste it, end each line with \\, or put it between two lines of \"\"\".
+Ctrl-C stops an answer. A message that starts with / and is not a command: put a space before it."""
+
+
+class Repl:
+    """One conversation at a terminal."""
+
+    def __init__(
+        self, session: ChatSession, engine: IsolatedBackend, model_name: str, *, always_stats: bool
+    ) -> None:
+        self._session = session
+        self._engine = engine
+        self._always_stats = always_stats
+        self._last: Timings | None = None
+        self._reader = MessageReader(history_path())
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/help": lambda _: click.echo(HELP),
+            "/regen": lambda _: self._answer(self._session.regenerate),
+            "/clear": self._clear,
+            "/system": self._system,
+            "/stats": self._stats,
+        }
+        click.echo(
+            f"{model_name} in {engine.name}: {engine.n_ctx} tokens of context in "
+            f"{engine.cache_nbytes() / 1e6:.1f} MB of cache. /help tells more, Ctrl-D leaves.",
+            err=True,
+        )
+
+    def run(self) -> None:
+        """Read and answer until /exit or the end of the input."""
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # a shell's background job starts with it ignored
+        while True:
+            try:
+                message = self._reader.read("> ")
+            except KeyboardInterrupt:
+                click.echo("\n[Ctrl-D or /exit leaves]", err=True)
+                continue
+            except EOFError:
+                click.echo()
+                return
+            name, _, rest = message.strip().partition(" ")
+            if message.startswith("/"):
+                if name == "/exit":
+                    return
+                self._run_command(name, rest.strip())
+            elif message.strip():
+                text = message.strip()
+                self._answer(lambda text=text: self._session.ask(text))  # type: ignore[misc]
+
+    def _run_command(self, name: str, rest: str) -> None:
+        if name not in self._commands:
+            click.echo(f"there is no {name}; /help lists the commands", err=True)
+            return
+        self._commands[name](rest)
+
+    def _answer(self, events: Callable[[], Iterator[Step | Dropped]]) -> None:
+        """Print an answer; an error ends the answer and not the conversation."""
+        try:
+            answer = show_answer(self._session, events())
+        except InputError as error:
+            click.echo(f"error: {error}", err=True)
+            return
+        except BackendError as error:
+            self._recover(error)
+            return
+        except KeyboardInterrupt:  # in the instant before the answer began to listen for it
+            notice("stopped")
+            return
+        self._last = answer.timings
+        if answer.finish == "interrupted":
+            notice("stopped; /regen answers again")
+        if self._always_stats:
+            self._stats("")
+
+    def _recover(self, error: BackendError) -> None:
+        """Tell what happened; a dead engine is opened again, and prefills what was said when it is asked."""
+        click.echo(f"error: {error}", err=True)
+        if not self._engine.alive:
+            self._engine.restart()
+            notice("the engine is started again and the conversation is kept; /regen asks again")
+
+    def _clear(self, _: str) -> None:
+        self._session.clear()
+        notice("forgotten")
+
+    def _system(self, text: str) -> None:
+        if text:
+            self._session.system = text
+        notice(f"system prompt: {self._session.system or 'none of yours'}")
+
+    def _stats(self, _: str) -> None:
+        if self._last is None:
+            notice("no answer yet")
+        else:
+            click.echo(stats_line(self._last, self._engine), err=True)

@@ -1,0 +1,181 @@
+"""One layer's passes over all calibration windows, on all cores: what it sees, what it gives, and on to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+
+import numpy as np
+
+from edgekv.convert.biases import fold_biases
+from edgekv.convert.methods import LayerMaps, LayerStats, Method, complex_joint
+from edgekv.convert.one_window import QueryRows, View, attention_view, feed_forward, gqa_mixed, mixed_latents
+from edgekv.convert.output_fit import HELD_OUT, Moments
+from edgekv.convert.workers import Workers
+from edgekv.reference.model import BlockWeights
+from edgekv.reference.ops import rms_norm
+from edgekv.rewrite.linalg import Matrix
+from edgekv.source import Array
+from edgekv.spec import GQA, MLA, ModelSpec
+
+MAX_PROBES = 16  # windows whose attention matrices are looked at
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a layer is fitted: the method that finds its maps, and what is refitted behind them.
+
+    sequential: layers are fitted on the inputs that the converted layers before them give, not the original's.
+    """
+
+    method: Method = complex_joint
+    query_iterations: int = 4
+    refit_output: bool = True
+    sequential: bool = True
+
+
+@dataclass(frozen=True)
+class Job:
+    """What stays the same from layer to layer."""
+
+    spec: ModelSpec
+    gqa: GQA
+    target: MLA
+    recipe: Recipe
+    states: Array  # (n, T, D) hidden states of all windows, advanced layer by layer
+    workers: Workers
+
+    @property
+    def n_windows(self) -> int:
+        return len(self.states)
+
+    @property
+    def n_fitted(self) -> int:
+        """Windows before the held-out ones."""
+        return self.n_windows - round(self.n_windows * HELD_OUT)
+
+    @property
+    def judged(self) -> range:
+        """Windows on which errors are measured: the held-out ones, all if there are none."""
+        return range(self.n_fitted if self.n_fitted < self.n_windows else 0, self.n_windows)
+
+    @property
+    def probed(self) -> set[int]:
+        """Windows whose attention is looked at, some of the fitted and some of the held-out ones."""
+        n_held = min(round(MAX_PROBES * HELD_OUT), self.n_windows - self.n_fitted)
+        n_fitted = min(MAX_PROBES - n_held, self.n_fitted)
+        return {*range(n_fitted), *range(self.n_fitted, self.n_fitted + n_held)}
+
+    def inputs(self, w: BlockWeights, window: int) -> Array:
+        """The layer's normed inputs, (T, D)."""
+        return rms_norm(self.states[window], w["attn_norm.weight"], self.spec.norm_eps)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the original layer makes of the windows.
+
+    queries (n, T, H, K) before RoPE, mixed (n, T, H * K) values, energy: the sum of |output|^2 over judged tokens.
+    """
+
+    stats: LayerStats
+    views: dict[int, View]
+    queries: Array
+    mixed: Array
+    energy: float
+
+
+def without_biases(w: BlockWeights, job: Job) -> tuple[BlockWeights, float]:
+    """The layer with its biases folded into its weights, and the relative error of that."""
+    d = job.spec.dim
+
+    def share(windows: range) -> Moments:
+        gram, total = np.zeros((d, d), np.float32), np.zeros((d, 1), np.float32)
+        for i in windows:
+            inputs = job.inputs(w, i)
+            gram += inputs.T @ inputs
+            total[:, 0] += inputs.sum(axis=0)
+        n_tokens = len(windows) * job.states.shape[1]
+        return Moments(gram.astype(np.float64), total.astype(np.float64), n_tokens)
+
+    seen, held_out = _both_parts(job, share, Moments(np.zeros((d, d)), np.zeros((d, 1)), 0))
+    return fold_biases(w, job.gqa, seen, held_out)
+
+
+def _both_parts(job: Job, share: Callable[[range], Moments], nothing: Moments) -> tuple[Moments, Moments]:
+    """The moments of the fitted windows and of the held-out ones."""
+    bounds = (0, job.n_fitted), (job.n_fitted, job.n_windows)
+    seen, held_out = (reduce(add, job.workers.each(share, stop, start), nothing) for start, stop in bounds)
+    return seen, held_out
+
+
+def observe(w: BlockWeights, job: Job) -> Seen:
+    """The original layer on its inputs, and their statistics."""
+    d, probed, gqa = job.spec.dim, job.probed, job.gqa
+    n, length, _ = job.states.shape
+    queries = np.empty((n, length, gqa.n_heads, gqa.head_dim), np.float32)
+    mixed = np.empty((n, length, gqa.n_heads * gqa.head_dim), np.float32)
+
+    def share(windows: range) -> tuple[Matrix, Matrix, Matrix, dict[int, View]]:
+        covariance, attended, views = np.zeros((d, d)), np.zeros((d, d)), {}
+        gram = np.zeros((mixed.shape[-1],) * 2)
+        for i in windows:
+            inputs = job.inputs(w, i)
+            queries[i], mixed[i] = gqa_mixed(inputs, w, gqa)
+            covariance += inputs.T @ inputs
+            if i in job.judged:
+                gram += mixed[i].T @ mixed[i]
+            if i in probed:
+                views[i] = attention_view(inputs, w, gqa)
+                attention = views[i].attention
+                pairs = (attention.swapaxes(1, 2) @ attention).mean(axis=0)  # E_h[p_h^T p_h], (S, S)
+                probed_inputs = inputs[: len(pairs)]
+                attended += probed_inputs.T @ pairs @ probed_inputs / np.float32(len(pairs))
+        return covariance, attended, gram, views
+
+    found = job.workers.each(share, n)
+    covariance, attended, gram = (
+        np.asarray(sum(matrices)) for matrices in zip(*(part[:3] for part in found), strict=True)
+    )
+    w_o = w["attn_output.weight"]
+    energy = float(np.sum((w_o @ gram.astype(np.float32)) * w_o, dtype=np.float64))
+    scale = float(np.sqrt(energy / (len(job.judged) * length) / gqa.n_heads))
+    views = {i: view for part in found for i, view in part[3].items()}
+    stats = LayerStats(covariance / (n * length), attended / len(probed), scale)
+    return Seen(stats, views, queries, mixed, energy)
+
+
+def mix(
+    w: BlockWeights, job: Job, maps: LayerMaps, q: QueryRows, seen: Seen
+) -> tuple[Array, Moments, Moments]:
+    """Mixed latents (n, T, H * R) of the converted layer, and their moments with the original's outputs.
+
+    The moments are of the fitted windows and of the held-out ones.
+    """
+    n, length, mixed_width = seen.mixed.shape
+    width = job.gqa.n_heads * job.target.kv_lora_rank
+    latents = np.empty((n, length, width), np.float32)
+    w_o = w["attn_output.weight"]
+
+    def share(windows: range) -> Moments:
+        gram, cross = np.zeros((width, width), np.float32), np.zeros((width, mixed_width), np.float32)
+        for i in windows:
+            latents[i] = mixed_latents(job.inputs(w, i), seen.queries[i], q.reading, maps, job.target)
+            gram += latents[i].T @ latents[i]
+            cross += latents[i].T @ seen.mixed[i]
+        return Moments(gram.astype(np.float64), (cross @ w_o.T).astype(np.float64), len(windows) * length)
+
+    nothing = Moments(np.zeros((width, width)), np.zeros((width, len(w_o))), 0)
+    return latents, *_both_parts(job, share, nothing)
+
+
+def advance(w: BlockWeights, job: Job, mixed: Array, decode: Array) -> None:
+    """Take the hidden states through the layer, whose attention gives mixed (n, T, F) @ decode (F, D)."""
+
+    def share(windows: range) -> None:
+        for i in windows:
+            job.states[i] = feed_forward(job.states[i] + mixed[i] @ decode, w, job.spec.norm_eps)
+
+    job.workers.each(share, job.n_windows)

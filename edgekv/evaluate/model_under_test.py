@@ -1,0 +1,186 @@
+"""What is measured: a model file, the engine that runs it, and how its cache and weights are kept."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from edgekv import __version__
+from edgekv.backends.base import Backend
+from edgekv.backends.open import Kind, open_backend
+from edgekv.errors import InputError, ModelFileError
+from edgekv.models.gguf.header import read_header
+from edgekv.models.onnx.manifest import MANIFEST, is_onnx_folder, language_file, read_manifest
+from edgekv.progress import ignore
+from edgekv.tokenizer.tokenizer import Tokenizer
+
+Weights = Literal["stored", "bf16", "f16", "f32"]
+WEIGHTS: tuple[Weights, ...] = ("stored", "bf16", "f16", "f32")
+ENGINE_PACKAGES = {"llama.cpp": "llama-cpp-python", "onnx": "onnxruntime"}
+
+
+@dataclass(frozen=True)
+class ModelUnderTest:
+    """A model as it is run.
+
+    `cache_type` None is the engine's default. `weights` other than "stored" are dequantized first: llama.cpp
+    multiplies quantized weights by activations rounded to 8 bits, which by itself costs as much as a q8_0 cache.
+    """
+
+    path: Path
+    backend: Kind = "llama.cpp"
+    cache_type: str | None = None
+    weights: Weights = "stored"
+
+    @property
+    def cache(self) -> str:
+        """The cache type, the engine's default spelt out."""
+        if self.cache_type is not None:
+            return self.cache_type
+        if self.backend == "onnx":
+            return read_manifest(self.path).model.cache_type
+        return "f16" if self.backend == "llama.cpp" else "f32"
+
+    def identity(self) -> dict[str, str | int | None]:
+        """Everything that decides its figures."""
+        return {
+            "model": model_sha256(self.path),
+            "backend": self.backend,
+            "cache": self.cache,
+            "weights": self.weights,
+            "engine": engine_version(self.backend),
+        }
+
+
+@contextmanager
+def open_engine(subject: ModelUnderTest, n_ctx: int, folder: Path, n_threads: int) -> Iterator[Backend]:
+    """The subject in its engine, closed at the end; a copy with other weights is kept in `folder`.
+
+    Raises:
+        InputError: an option is impossible, or the file is malformed or unsupported.
+        BackendError: the engine is not installed or failed.
+    """
+    path = engine_path(subject, folder)
+    # NumPy's threads are its BLAS's affair; edgekv.evaluate.workers sees to them.
+    threads = n_threads if subject.backend != "reference" else None
+    backend = open_backend(
+        path, subject.backend, n_ctx=n_ctx, cache_type=subject.cache_type, n_threads=threads
+    )
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+def cache_nbytes_per_token(subject: ModelUnderTest, folder: Path) -> float:
+    """Bytes that the engine really allocates for a token, all layers; raises as `open_engine` does."""
+    n_ctx = 256  # llama.cpp's smallest
+    with open_engine(subject, n_ctx, folder, 1) as backend:
+        return backend.cache_nbytes() / backend.n_ctx
+
+
+def engine_version(kind: Kind) -> str:
+    """Version of the engine; the reference's is EdgeKV's own."""
+    if kind not in ENGINE_PACKAGES:
+        return __version__
+    try:
+        return version(ENGINE_PACKAGES[kind])
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def model_sha256(path: Path) -> str:
+    """SHA-256 of a model: of its file, or of an ONNX folder's manifest, which has those of all files.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    return file_sha256(path / MANIFEST if is_onnx_folder(path) else path)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal, read once as long as the file does not change.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        stat = path.stat()
+        return _file_sha256(path.resolve(), stat.st_size, stat.st_mtime_ns)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; check the path") from error
+
+
+@functools.lru_cache
+def _file_sha256(path: Path, size: int, mtime_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The model's tokenizer."""
+    return Tokenizer.from_metadata(read_header(language_file(path)).metadata)
+
+
+def trained_context(path: Path) -> int:
+    """Tokens that the model was trained for.
+
+    Raises:
+        ModelFileError: the file is malformed or does not tell.
+    """
+    if is_onnx_folder(path):
+        return read_manifest(path).model.context_length
+    metadata = read_header(path).metadata
+    length = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+    if not isinstance(length, int) or length < 1:
+        raise ModelFileError(f"{path} does not tell its context length; give one with --context")
+    return length
+
+
+def require_same_tokens(path: Path, reference: Path) -> None:
+    """Raise InputError unless both models have the same tokens; KL between them means nothing otherwise."""
+    tokens, others = (
+        read_header(language_file(p)).metadata.get("tokenizer.ggml.tokens") for p in (path, reference)
+    )
+    if tokens != others:
+        raise InputError(
+            f"{path} and {reference} have different vocabularies; --against takes the model that the other was "
+            "made from"
+        )
+
+
+def engine_path(subject: ModelUnderTest, folder: Path) -> Path:
+    """The file that the engine opens: the model, or its copy with f16 or f32 weights, made here if need be."""
+    if subject.weights == "stored":
+        return subject.path
+    if is_onnx_folder(subject.path):
+        raise InputError(
+            f"{subject.path} runs with the weights it was exported with; leave out --weights {subject.weights}"
+        )
+    from edgekv.export.gguf.write import write_gguf
+    from edgekv.models.open import open_source
+
+    path = folder / f"weights-{file_sha256(subject.path)[:16]}-{subject.weights}.gguf"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_gguf(open_source(subject.path), path, subject.weights, {}, False, ignore)
+    return path
+
+
+def weights_nbytes(subject: ModelUnderTest) -> int:
+    """About how much memory the weights take in the engine."""
+    if is_onnx_folder(subject.path):
+        return read_manifest(subject.path).model.weights_nbytes
+    tensors = read_header(subject.path).tensors
+    if subject.backend == "reference" or subject.weights == "f32":
+        return sum(4 * math.prod(tensor.dims) for tensor in tensors)
+    if subject.weights in ("f16", "bf16"):
+        return sum(2 * math.prod(tensor.dims) for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)

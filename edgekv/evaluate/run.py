@@ -1,0 +1,163 @@
+"""One model through every measurement that was asked for, and its reference where it lacks figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from edgekv import __version__
+from edgekv.errors import InputError
+from edgekv.evaluate.model_under_test import (
+    ModelUnderTest,
+    read_tokenizer,
+    require_same_tokens,
+    trained_context,
+)
+from edgekv.evaluate.positions import PositionsResult, measure_positions, positions_result
+from edgekv.evaluate.reference import open_reference
+from edgekv.evaluate.report import (
+    FORMAT,
+    VERSION,
+    EvalReport,
+    Measured,
+    change_line,
+    model_line,
+    positions_lines,
+    retrieval_lines,
+    task_line,
+    windows_lines,
+)
+from edgekv.evaluate.retrieval import (
+    Haystack,
+    RetrievalResult,
+    make_haystack,
+    measure_retrieval,
+    retrieval_result,
+)
+from edgekv.evaluate.task_formats import Task, read_task
+from edgekv.evaluate.tasks import TaskResult, measure_task, task_result
+from edgekv.evaluate.windows import WindowsResult, measure_windows
+from edgekv.evaluate.workers import Run
+from edgekv.progress import Stages
+from edgekv.text.scored import Text, cut_windows
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure. `limit` caps windows and questions a task; `sequences` of the full context are for
+    perplexity by position, `trials` of each length for retrieval."""
+
+    text: Path | None = None
+    window: int = 1024
+    tasks: tuple[tuple[str, Path], ...] = ()
+    positions: Path | None = None
+    retrieval: Path | None = None
+    context: int | None = None
+    limit: int | None = None
+    sequences: int = 8
+    trials: int = 4
+
+
+class Evaluation:
+    """Runs measurements of one subject.
+
+    Args:
+        progress: makes a progress line for a stage of this name.
+        say: is given lines for people as soon as they are known.
+    """
+
+    def __init__(
+        self,
+        subject: ModelUnderTest,
+        reference: ModelUnderTest | None,
+        run: Run,
+        progress: Stages,
+        say: Callable[[str], None],
+    ) -> None:
+        if reference is not None:
+            require_same_tokens(subject.path, reference.path)
+        self._subject, self._reference, self._run = subject, reference, run
+        self._progress, self._say = progress, say
+        self._tokenizer = read_tokenizer(subject.path)
+
+    def run(self, request: Request, command: str) -> EvalReport:
+        """Measure all that is asked for; every input is read before the first model runs.
+
+        Raises:
+            InputError: nothing is asked for, or an input cannot be used.
+            BackendError: an engine failed.
+        """
+        if not (request.text or request.tasks or request.positions or request.retrieval):
+            raise InputError("say what to measure: --text, --task, --positions or --retrieval")
+        path, limit, tokenizer = self._subject.path, request.limit, self._tokenizer
+        context = request.context or trained_context(path)
+        text = cut_windows(request.text, tokenizer, request.window, limit) if request.text else None
+        tasks = [read_task(name, file, limit) for name, file in request.tasks]
+        long = (
+            cut_windows(request.positions, tokenizer, context, request.sequences, "--context")
+            if request.positions
+            else None
+        )
+        haystack = (
+            make_haystack(request.retrieval, tokenizer, context, request.trials)
+            if request.retrieval
+            else None
+        )
+        model = Measured.of(self._subject, self._run.folder)
+        self._say(model_line(model))
+        return EvalReport(
+            FORMAT,
+            VERSION,
+            __version__,
+            command,
+            model,
+            Measured.of(self._reference, self._run.folder) if self._reference else None,
+            windows=self._windows(text) if text else None,
+            tasks=self._tasks(tasks),
+            positions=self._positions(long) if long else None,
+            retrieval=self._retrieval(haystack) if haystack else None,
+        )
+
+    def _windows(self, text: Text) -> WindowsResult:
+        if self._reference is None:
+            result = measure_windows(self._subject, text, None, self._stage("windows"))
+        else:
+            fresh = self._run.fresh
+            with open_reference(self._reference, text, len(self._tokenizer), self._run.folder, fresh) as held:
+                held.fill(self._stage("reference"))
+                result = measure_windows(self._subject, text, held, self._stage("windows"))
+        self._say("\n".join(windows_lines(result)))
+        return result
+
+    def _tasks(self, tasks: Sequence[Task]) -> tuple[TaskResult, ...]:
+        results = []
+        for task in tasks:
+            measure = partial(measure_task, self._tokenizer, task)
+            results.append(task_result(task, *self._both(task.name, measure)))
+            self._say(task_line(results[-1]))
+        if line := change_line(results):
+            self._say(line)
+        return tuple(results)
+
+    def _positions(self, text: Text) -> PositionsResult:
+        result = positions_result(text, *self._both("positions", partial(measure_positions, text)))
+        self._say("\n".join(positions_lines(result)))
+        return result
+
+    def _retrieval(self, haystack: Haystack) -> RetrievalResult:
+        result = retrieval_result(haystack, *self._both("retrieval", partial(measure_retrieval, haystack)))
+        self._say("\n".join(retrieval_lines(result)))
+        return result
+
+    def _both(self, what: str, measure: Callable[[ModelUnderTest, Run], T]) -> tuple[T, T | None]:
+        """What is measured of the subject, and of the reference if there is one."""
+        reference = measure(self._reference, self._stage(f"{what}, reference")) if self._reference else None
+        return measure(self._subject, self._stage(what)), reference
+
+    def _stage(self, name: str) -> Run:
+        return replace(self._run, progress=self._progress(name))

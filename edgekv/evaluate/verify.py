@@ -1,0 +1,74 @@
+"""Do two models or two engines say the same? KL, logit error and argmax agreement on the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgekv.backends.base import Backend
+from edgekv.reference.ops import log_softmax
+
+CHUNK = 64  # tokens whose logits are held at once, of each side
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """B against A. kl: mean, its standard error and max of KL(A || B) over positions, in nats. Perplexities are of the
+    tokens given."""
+
+    tokens: int
+    kl: float
+    kl_se: float
+    kl_max: float
+    max_logit_error: float
+    argmax_agreement: float
+    ppl_a: float
+    ppl_b: float
+
+
+def sample_tokens(model: Backend, n_tokens: int, seed: int) -> list[int]:
+    """Tokens that a model samples from itself, so that a check needs no text; its cache is left empty."""
+    rng = np.random.default_rng(seed)
+    tokens = [int(rng.integers(model.n_vocab))]
+    while len(tokens) < n_tokens:
+        logits = model.decode(tokens[-1])
+        tokens.append(int((logits - np.log(rng.exponential(size=logits.shape))).argmax()))
+    model.trim(0)
+    return tokens
+
+
+def compare(
+    a: Backend, b: Backend, tokens: Sequence[int], progress: Callable[[int, int], None]
+) -> Comparison:
+    """Feed both the same tokens, a few at a time, and compare what they predict at every position.
+
+    Raises:
+        BackendError: an engine failed, or the tokens do not fit its context.
+    """
+    kl: list[float] = []
+    error, agree, nll_a, nll_b = 0.0, 0, 0.0, 0.0
+    for start in range(0, len(tokens), CHUNK):
+        chunk = tokens[start : start + CHUNK]
+        logits_a, logits_b = a.prefill_all(chunk), b.prefill_all(chunk)
+        error = max(error, float(np.abs(logits_a - logits_b).max()))
+        agree += int((logits_a.argmax(-1) == logits_b.argmax(-1)).sum())
+        log_a, log_b = log_softmax(logits_a), log_softmax(logits_b)
+        kl += (np.exp(log_a) * (log_a - log_b)).sum(-1, dtype=np.float64).tolist()
+        following = np.asarray(tokens[start + 1 : start + CHUNK + 1], np.int64)
+        rows = np.arange(len(following))
+        nll_a -= float(log_a[rows, following].sum(dtype=np.float64))
+        nll_b -= float(log_b[rows, following].sum(dtype=np.float64))
+        progress(min(start + CHUNK, len(tokens)), len(tokens))
+    predicted = max(1, len(tokens) - 1)
+    return Comparison(
+        tokens=len(tokens),
+        kl=float(np.mean(kl)),
+        kl_se=float(np.std(kl, ddof=1) / np.sqrt(len(kl))),
+        kl_max=float(np.max(kl)),
+        max_logit_error=error,
+        argmax_agreement=agree / len(tokens),
+        ppl_a=float(np.exp(nll_a / predicted)),
+        ppl_b=float(np.exp(nll_b / predicted)),
+    )

@@ -1,0 +1,306 @@
+"""Healing, from a model file and texts to a file of healed weights. PyTorch is imported when a job runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekv import __version__
+from edgekv.convert.layers import LayerLoss, convert
+from edgekv.convert.statistics import Recipe
+from edgekv.errors import InputError, OutputError
+from edgekv.heal.recipe import DataRecord, Evaluation, HealedRecord, HealRecipe
+from edgekv.heal.weights import FORMAT, Storage, base_sha256, check_base, read_healed, student_tensors
+from edgekv.progress import Progress, ignore
+from edgekv.rewrite.balance import balanced
+from edgekv.source import Array, TensorSource
+from edgekv.spec import MLA
+from edgekv.text.chats import Chat
+from edgekv.text.shards import Shard, TokenStream, cache_folder, load_shard, write_tokens
+from edgekv.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+    from edgekv.heal.training import Healer, TrainingStep
+
+CALIBRATION_TOKENS = 16384  # for a start: phase 1 fits the same layers on the same kind of text, much further
+HELD_OUT = 32  # sequences kept for evaluation when no text is given for it
+MAX_STEPS = 10**9
+
+
+@dataclass(frozen=True)
+class HealJob:
+    """What to heal, on what, and where to.
+
+    With `minutes` and `recipe.steps` = MAX_STEPS the number of steps is measured to fit; with both given,
+    training stops after `minutes` and `resume` takes it up.
+    """
+
+    source: TensorSource
+    attention: MLA
+    recipe: HealRecipe
+    shards: tuple[Shard, ...]
+    evaluation: Shard | None
+    windows: int  # evaluation windows at most
+    out: Path
+    storage: Storage
+    minutes: float | None
+    start: Path | None
+    resume: bool
+    force: bool
+    device: str
+
+    @property
+    def state_path(self) -> Path:
+        """The full training state, beside the output."""
+        return self.out.with_name(self.out.name + ".state")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of the work that begins, for people."""
+
+    text: str
+
+
+Event = Stage | LayerLoss | Evaluation  # and edgekv.heal.training.TrainingStep
+Report = Callable[["Event | TrainingStep"], None]
+
+
+def heal(job: HealJob, report: Report) -> HealedRecord:
+    """Run a job; the record of what was written. `steps_done < recipe.steps` if it was stopped before its end.
+
+    Raises:
+        InputError: PyTorch is missing, or inputs do not fit each other.
+        OutputError: the output exists, or cannot be written.
+        EdgeKVError: the training diverged.
+    """
+    device = pick_device(job.device)
+    _check_cache_type(job)
+    _check_lengths(job.recipe)
+    record, tensors = _begin(job, device, report)
+    stream, windows = _text(job)
+    report(Stage("loading teacher and student"))
+    healer = _healer(job, record, tensors, stream, windows, device, report)
+    if job.resume and job.state_path.exists():
+        healer.restore(job.state_path)
+        _check_same(job, record, healer.record)
+    elif record.recipe.steps == MAX_STEPS:
+        assert job.minutes is not None
+        report(Stage("measuring a step"))
+        steps = _steps_in(job.minutes * 60, job.recipe, *healer.measure())
+        healer.record = dataclasses.replace(record, recipe=dataclasses.replace(job.recipe, steps=steps))
+    deadline = job.minutes * 60 if job.minutes is not None and job.recipe.steps != MAX_STEPS else None
+    finished = healer.run(job.state_path, deadline)
+    healer.write(job.out, job.storage if finished else "bf16", force=True)
+    if finished:
+        job.state_path.unlink(missing_ok=True)
+    return healer.record
+
+
+def _check_cache_type(job: HealJob) -> None:
+    rank, rope_dim = job.attention.kv_lora_rank, job.attention.rope.dim
+    if job.recipe.cache_type != "f16" and (rank % 32 or rope_dim % 32):
+        raise InputError(
+            f"--cache {job.recipe.cache_type} stores blocks of 32 values: rank {rank} and rope key {rope_dim} "
+            "both have to be multiples of 32"
+        )
+
+
+def _check_lengths(recipe: HealRecipe) -> None:
+    if recipe.short_len is not None and recipe.seq_len % recipe.short_len:
+        raise InputError(
+            f"--short-len {recipe.short_len} does not divide --seq-len {recipe.seq_len}; take a half, a quarter, ..."
+        )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" takes CUDA where there is one.
+
+    Raises:
+        InputError: PyTorch or the device is missing.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError("healing needs PyTorch; install it: pip install 'edgekv[heal]'") from error
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "--device cuda: PyTorch finds no CUDA GPU here; use --device cpu, or check the driver"
+        )
+    return torch.device(name)
+
+
+def _begin(job: HealJob, device: torch.device, report: Report) -> tuple[HealedRecord, dict[str, Array]]:
+    """The record and the student's tensors to go on from: an earlier file's, or a fresh conversion's."""
+    record = _fresh_record(job, device)
+    if job.resume:
+        if job.state_path.exists():  # its tensors replace these
+            report(Stage(f"going on from {job.state_path}"))
+            return record, _blank(job)
+        if not job.out.exists():
+            raise InputError(f"nothing to resume: neither {job.state_path} nor {job.out} exists")
+        before, tensors = read_healed(job.out)
+        _check_same(job, record, before)
+        report(Stage(f"going on from {job.out}, step {before.steps_done}; the optimizer starts afresh"))
+        return before, tensors
+    for path in (job.out, job.state_path):
+        if path.exists() and not job.force:
+            raise OutputError(f"{path} exists; pass --resume to go on from it or --force to start anew")
+    if job.start is not None:
+        before, tensors = read_healed(job.start)
+        check_base(job.start, before, job.source)
+        if before.attention != job.attention:
+            raise InputError(f"{job.start} holds {before.attention}, the job asks for {job.attention}")
+        return dataclasses.replace(record, earlier=before if before.steps_done else None), tensors
+    return record, _convert(job, report)
+
+
+def _convert(job: HealJob, report: Report) -> dict[str, Array]:
+    """The training-free conversion, calibrated on the first of the training text."""
+    report(Stage("converting"))
+    length = job.recipe.seq_len
+    rows = [shard.tokens[: len(shard.tokens) // length * length].reshape(-1, length) for shard in job.shards]
+    each = -(-CALIBRATION_TOKENS // length // len(rows))
+    windows = np.concatenate([row[:each] for row in rows]).astype(np.int64)
+    with tempfile.TemporaryDirectory(prefix="edgekv-heal-") as folder:
+        converted = convert(job.source, job.attention, windows, Path(folder), Recipe(), report)
+        return balanced(student_tensors(converted), job.attention)
+
+
+def _blank(job: HealJob) -> dict[str, Array]:
+    """Tensors of the student's shapes, to be overwritten."""
+    a, n, dim = job.attention, job.source.spec.n_layers, job.source.spec.dim
+    shapes = {
+        "q": (n, a.n_heads * a.head_dim, dim),
+        "kv_a": (n, a.cache_values, dim),
+        "k_b": (n, a.n_heads, a.kv_lora_rank, a.nope_dim),
+        "v_b": (n, a.n_heads, a.value_dim, a.kv_lora_rank),
+        "output": (n, dim, a.n_heads * a.value_dim),
+    }
+    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+
+
+def _text(job: HealJob) -> tuple[TokenStream, NDArray[np.int64]]:
+    """The training stream and the windows to evaluate on."""
+    recipe = job.recipe
+    held_out = 0 if job.evaluation else min(HELD_OUT, job.windows)
+    stream = TokenStream(job.shards, recipe.seq_len, recipe.batch_sequences, recipe.seed, held_out)
+    if job.evaluation is None:
+        return stream, stream.held_out
+    tokens = job.evaluation.tokens
+    count = min(job.windows, len(tokens) // recipe.seq_len)
+    if count == 0:
+        raise InputError(f"{job.evaluation.name} is shorter than one window of {recipe.seq_len} tokens")
+    return stream, tokens[: count * recipe.seq_len].reshape(count, -1).astype(np.int64)
+
+
+def _fresh_record(job: HealJob, device: torch.device) -> HealedRecord:
+    import torch
+
+    a = job.attention
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return HealedRecord(
+        format=FORMAT,
+        base_name=job.source.spec.name,
+        base_sha256=base_sha256(job.source),
+        n_heads=a.n_heads,
+        kv_lora_rank=a.kv_lora_rank,
+        rope_dim=a.rope.dim,
+        nope_dim=a.nope_dim,
+        value_dim=a.value_dim,
+        rope_theta=a.rope.theta,
+        recipe=job.recipe,
+        steps_done=0,
+        data=data_records(job.shards),
+        evaluation_text=job.evaluation.name if job.evaluation else f"the last {HELD_OUT} training sequences",
+        evaluations=(),
+        curve=(),
+        made_with=f"edgekv {__version__}, torch {torch.__version__}, {place}",
+    )
+
+
+def data_records(shards: Sequence[Shard]) -> tuple[DataRecord, ...]:
+    """What the outcome says of its training text."""
+    return tuple(DataRecord(shard.name, shard.sha256, len(shard.tokens)) for shard in shards)
+
+
+def _check_same(job: HealJob, wanted: HealedRecord, found: HealedRecord) -> None:
+    """Raise InputError unless a stopped training is the one that the job describes."""
+    recipe = wanted.recipe
+    if recipe.steps == MAX_STEPS:
+        recipe = dataclasses.replace(recipe, steps=found.recipe.steps)
+    pairs = {
+        "the original model": (wanted.base_sha256, found.base_sha256),
+        "the shape of the attention": (wanted.attention, found.attention),
+        "the training text": (wanted.data, found.data),
+        "the recipe": (recipe, found.recipe),
+    }
+    for what, (new, old) in pairs.items():
+        if new != old:
+            raise InputError(
+                f"--resume: {what} is not that of the stopped training ({old}, now {new}); "
+                "give the same options, or --force to start anew"
+            )
+
+
+def _healer(
+    job: HealJob,
+    record: HealedRecord,
+    tensors: dict[str, Array],
+    stream: TokenStream,
+    windows: NDArray[np.int64],
+    device: torch.device,
+    report: Report,
+) -> Healer:
+    from edgekv.heal.training import Healer
+
+    return Healer(job.source, tensors, record, stream, windows, device, report)
+
+
+def _steps_in(seconds: float, recipe: HealRecipe, first_s: float, second_s: float) -> int:
+    """Steps that fit, from the measured seconds of a step in each phase; 5 % is left for evaluations."""
+    mean_s = recipe.match_share * first_s + (1 - recipe.match_share) * second_s
+    return max(1, int(0.95 * seconds / mean_s))
+
+
+def self_written(
+    source: TensorSource,
+    tokenizer: Tokenizer,
+    chat: Chat | None,
+    n_tokens: int,
+    recipe: HealRecipe,
+    device: str,
+    progress: Progress,
+) -> Shard:
+    """Text that the teacher writes, kept in the cache folder: the same call gives the same file.
+
+    Args:
+        chat: chats in the model's own template, drawn with the recipe's seed.
+        progress: is told of sequences written and sequences in all.
+
+    Raises:
+        InputError: PyTorch or the device is missing.
+    """
+    place = pick_device(device)
+    n_sequences = -(-n_tokens // recipe.seq_len)
+    key = f"{base_sha256(source)[:16]}-{place.type}-{n_sequences}x{recipe.seq_len}-{recipe.seed}"
+    path = cache_folder() / f"self-{key}.npy"
+    if not path.exists():
+        from edgekv.heal.teacher_text import write_text
+
+        openings = np.array([i for i in range(source.spec.vocab) if not tokenizer.is_control(i)])
+        rows = write_text(source, openings, chat, n_sequences, recipe.seq_len, recipe.seed, place, progress)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tokens(path, iter(rows.tolist()), source.spec.vocab)
+    return load_shard(path, source, tokenizer.encode, ignore)

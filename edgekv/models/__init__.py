@@ -1,0 +1,1 @@
+"""Readers of model files: GGUF, Hugging Face folders, ONNX folders."""

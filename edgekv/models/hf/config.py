@@ -1,0 +1,265 @@
+"""From config.json to a ModelSpec, one function an architecture family.
+
+Field names and defaults: transformers src/transformers/models/*/configuration_*.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from math import sqrt
+from pathlib import Path
+from types import MappingProxyType
+
+from edgekv.models.gguf.spec import MAX_LAYERS
+from edgekv.models.hf.fields import Fields
+from edgekv.models.hf.rope import attention_scale_of_yarn, read_rope, trained_context
+from edgekv.models.hf.unsupported import why_not
+from edgekv.models.hf.vision import text_fields
+from edgekv.spec import GQA, MLA, Experts, LayerSpec, ModelSpec, RopeLayout
+
+
+def read_spec(folder: Path) -> ModelSpec:
+    """Read config.json of a model folder.
+
+    Raises:
+        ModelFileError: it is missing, or a field is missing or impossible.
+        UnsupportedError: the model is sound, but EdgeKV would not compute it as it is meant.
+    """
+    config = text_fields(folder)
+    kind = config.text("model_type")
+    if kind not in FAMILIES:
+        what, remedy = why_not(kind, tuple(FAMILIES))
+        config.unsupported(what, remedy)
+    if "quantization_config" in config.values:
+        method = (config.values["quantization_config"] or {}).get("quant_method", "unknown")
+        config.unsupported(
+            f"a quantized checkpoint ({method})",
+            "take the model's bfloat16 checkpoint and quantize while exporting: --weights q4_0",
+        )
+    config.require("mlp_bias", (False,), "a feed-forward with biases")
+    n_layers = config.integer("num_hidden_layers")
+    if n_layers > MAX_LAYERS:
+        config.unsupported(f"a model of {n_layers} layers")
+    arch, read = FAMILIES[kind]
+    layers = tuple(read(config, i) for i in range(n_layers))
+    spec = ModelSpec(
+        arch=arch,
+        name=folder.resolve().name,
+        layers=layers,
+        dim=config.integer("hidden_size"),
+        vocab=config.integer("vocab_size"),
+        context_length=trained_context(config),
+        norm_eps=config.number("rms_norm_eps", 1e-6),
+        tied_embeddings=config.flag("tie_word_embeddings", kind in _TIED),
+    )
+    return _scaled(spec, config)
+
+
+_TIED = ("gemma2", "gemma3_text", "minicpm3", "smollm3", "youtu")  # unless the config says otherwise
+
+
+def _llama(config: Fields, layer: int) -> LayerSpec:
+    """Llama 2, 3 and 3.x, SmolLM 1 and 2; rows of queries and keys are permuted, see edgekv.models.hf.tensors."""
+    return _swiglu(config, replace(_gqa(config, layout="interleaved"), bias=_bias(config)))
+
+
+def _mistral(config: Fields, layer: int) -> LayerSpec:
+    attention = _gqa(config, layout="interleaved")
+    return _swiglu(config, replace(attention, window=config.integer("sliding_window", 0, least=0)))
+
+
+def _qwen2(config: Fields, layer: int) -> LayerSpec:
+    return _swiglu(config, replace(_gqa(config), bias=True, window=_qwen_window(config, layer)))
+
+
+def _qwen3(config: Fields, layer: int) -> LayerSpec:
+    attention = _gqa(config)
+    window = _qwen_window(config, layer)
+    return _swiglu(config, replace(attention, bias=_bias(config), qk_norm=True, window=window))
+
+
+def _phi3(config: Fields, layer: int) -> LayerSpec:
+    return _swiglu(config, replace(_gqa(config), window=config.integer("sliding_window", 0, least=0)))
+
+
+def _smollm3(config: Fields, layer: int) -> LayerSpec:
+    """Every fourth layer has no positions (no_rope_layers: 1 where there is RoPE)."""
+    config.require("use_sliding_window", (False,), "SmolLM3 with a sliding window")
+    attention = _gqa(config, layout="interleaved", theta=2e6)
+    with_rope = config.values.get("no_rope_layers")
+    interval = config.integer("no_rope_layer_interval", 4)
+    has_rope = bool(with_rope[layer]) if isinstance(with_rope, list) and with_rope else (layer + 1) % interval
+    if not has_rope:
+        attention = replace(attention, rope=replace(attention.rope, dim=0))
+    return _swiglu(config, replace(attention, bias=_bias(config)))
+
+
+def _gemma2(config: Fields, layer: int) -> LayerSpec:
+    """Gemma 2 (arXiv 2408.00118): every other layer is local, starting with the first."""
+    attention = _gemma_attention(config, "")
+    window = config.integer("sliding_window", 4096) if _is_local(config, layer, 2) else 0
+    cap = config.values.get("attn_logit_softcapping")
+    return _geglu(config, replace(attention, window=window, softcap=float(cap or 0.0)))
+
+
+def _gemma3(config: Fields, layer: int) -> LayerSpec:
+    """Gemma 3 (arXiv 2503.19786): five local layers, with a RoPE of their own, before each global one."""
+    config.require("attn_logit_softcapping", (), "Gemma 3 with attention softcapping")
+    config.require("use_bidirectional_attention", (False,), "attention to tokens to come")
+    pattern = config.integer("sliding_window_pattern", config.values.get("_sliding_window_pattern", 6))
+    local = _is_local(config, layer, pattern)
+    attention = _gemma_attention(config, "sliding_attention" if local else "full_attention")
+    if local and "rope_parameters" not in config.values:  # before transformers 5
+        theta = config.number("rope_local_base_freq", 10000.0)
+        rope = replace(attention.rope, theta=theta, factors=())
+        attention = replace(attention, rope=rope)
+    window = config.integer("sliding_window", 4096) if local else 0
+    return _geglu(config, replace(attention, qk_norm=True, window=window))
+
+
+def _deepseek(config: Fields, layer: int) -> LayerSpec:
+    """DeepSeek V2 and V3 (arXiv 2405.04434, 2412.19437), and Kimi K2 (arXiv 2507.20534), which is a V3."""
+    dense = config.integer("first_k_dense_replace", 0, least=0)
+    config.require("moe_layer_freq", (1,), "experts in some of the layers")
+    spec = _youtu(config, layer)
+    return spec if layer < dense else replace(spec, experts=_experts(config))
+
+
+def _glm_lite(config: Fields, layer: int) -> LayerSpec:
+    """GLM-4.7-Flash: a DeepSeek V3 whose config lists which layers have experts, all but the first by default."""
+    kinds = config.values.get("mlp_layer_types")
+    if kinds is None:
+        sparse = layer > 0
+    elif isinstance(kinds, list) and layer < len(kinds) and kinds[layer] in ("dense", "sparse"):
+        sparse = kinds[layer] == "sparse"
+    else:
+        config.fail("mlp_layer_types", "'dense' or 'sparse' for every layer")
+    spec = _youtu(config, layer)
+    return replace(spec, experts=_experts(config)) if sparse else spec
+
+
+def _youtu(config: Fields, layer: int) -> LayerSpec:
+    """Youtu-LLM (arXiv 2512.24618): the attention of DeepSeek V3 before a dense feed-forward."""
+    layout: RopeLayout = "interleaved" if config.flag("rope_interleave", True) else "half"
+    return _swiglu(config, _mla(config, layout))
+
+
+def _minicpm3(config: Fields, layer: int) -> LayerSpec:
+    return _swiglu(config, _mla(config, "half"))
+
+
+def _gqa(config: Fields, kind: str = "", layout: RopeLayout = "half", theta: float = 1e4) -> GQA:
+    n_heads, dim = config.integer("num_attention_heads"), config.integer("hidden_size")
+    n_kv_heads = config.integer("num_key_value_heads", n_heads)
+    if n_heads % n_kv_heads:
+        config.fail("num_key_value_heads", f"a divisor of {n_heads} heads")
+    if config.values.get("head_dim") is None and dim % n_heads:
+        config.fail("num_attention_heads", f"a divisor of hidden_size, {dim},")
+    head_dim = config.integer("head_dim", dim // n_heads)
+    return GQA(n_heads, n_kv_heads, head_dim, read_rope(config, head_dim, layout, kind, theta))
+
+
+def _mla(config: Fields, layout: RopeLayout) -> MLA:
+    config.require("attention_bias", (False,), "MLA with biases")
+    rope_dim, nope_dim = config.integer("qk_rope_head_dim"), config.integer("qk_nope_head_dim")
+    yarn_scale = attention_scale_of_yarn(config)
+    return MLA(
+        n_heads=config.integer("num_attention_heads"),
+        kv_lora_rank=config.integer("kv_lora_rank"),
+        nope_dim=nope_dim,
+        value_dim=config.integer("v_head_dim"),
+        rope=read_rope(config, rope_dim, layout),
+        q_lora_rank=config.integer("q_lora_rank", 0, least=0),
+        scale=0.0 if yarn_scale == 1.0 else yarn_scale * (nope_dim + rope_dim) ** -0.5,
+    )
+
+
+def _gemma_attention(config: Fields, kind: str) -> GQA:
+    attention = _gqa(config, kind, theta=1e6 if kind else 1e4)
+    scale = config.number("query_pre_attn_scalar", attention.head_dim) ** -0.5
+    return replace(attention, scale=0.0 if scale == attention.head_dim**-0.5 else scale)
+
+
+def _experts(config: Fields) -> Experts:
+    v3 = config.text("model_type") != "deepseek_v2"
+    if not v3:
+        config.require("norm_topk_prob", (False,), "DeepSeek-V2 with normed expert weights")
+        config.require("topk_method", ("greedy", "group_limited_greedy"), "another choice of experts")
+    grouped = v3 or config.values.get("topk_method") == "group_limited_greedy"
+    return Experts(
+        count=config.integer("n_routed_experts"),
+        used=config.integer("num_experts_per_tok"),
+        dim=config.integer("moe_intermediate_size"),
+        shared=config.integer("n_shared_experts", 0, least=0),
+        gating="sigmoid" if v3 else "softmax",
+        norm_weights=v3 and config.flag("norm_topk_prob", True),
+        scale=config.number("routed_scaling_factor", 1.0),
+        bias=v3,
+        groups=config.integer("n_group", 1) if grouped else 1,
+        used_groups=config.integer("topk_group", 1) if grouped else 1,
+        group_score_of=2 if v3 else 1,
+    )
+
+
+def _swiglu(config: Fields, attention: GQA | MLA) -> LayerSpec:
+    config.require("hidden_act", ("silu", "swish"), "another activation than SiLU")
+    return LayerSpec(attention, config.integer("intermediate_size"))
+
+
+def _geglu(config: Fields, attention: GQA) -> LayerSpec:
+    config.require("attention_bias", (False,), "Gemma with biases")
+    config.require("hidden_activation", ("gelu_pytorch_tanh",), "another activation than GELU (tanh)")
+    return LayerSpec(attention, config.integer("intermediate_size"), "geglu", post_norms=True)
+
+
+def _bias(config: Fields) -> bool:
+    return config.flag("attention_bias", False)
+
+
+def _qwen_window(config: Fields, layer: int) -> int:
+    if not config.flag("use_sliding_window", False):
+        return 0
+    from_layer = config.integer("max_window_layers", 28, least=0)
+    return config.integer("sliding_window", 4096) if layer >= from_layer else 0
+
+
+def _is_local(config: Fields, layer: int, pattern: int) -> bool:
+    types = config.values.get("layer_types")
+    if isinstance(types, list) and layer < len(types):
+        return bool(types[layer] == "sliding_attention")
+    return (layer + 1) % pattern != 0
+
+
+def _scaled(spec: ModelSpec, config: Fields) -> ModelSpec:
+    """The spec with the family's scales and caps of the whole model."""
+    if spec.arch == "minicpm3":
+        depth = config.number("scale_depth", 1.4) / sqrt(spec.n_layers)
+        base = config.integer("dim_model_base", 256)
+        scale = config.number("scale_emb", 12.0)
+        return replace(spec, embedding_scale=scale, residual_scale=depth, logit_scale=base / spec.dim)
+    if spec.arch in ("gemma2", "gemma3"):
+        cap = float(config.values.get("final_logit_softcapping") or 0.0)
+        return replace(spec, embedding_scale=sqrt(spec.dim), logit_softcap=cap)
+    return spec
+
+
+Reader = Callable[[Fields, int], LayerSpec]
+FAMILIES: Mapping[str, tuple[str, Reader]] = MappingProxyType(
+    {  # model_type: (llama.cpp's architecture, reader of a layer)
+        "llama": ("llama", _llama),
+        "mistral": ("llama", _mistral),
+        "qwen2": ("qwen2", _qwen2),
+        "qwen3": ("qwen3", _qwen3),
+        "phi3": ("phi3", _phi3),
+        "smollm3": ("smollm3", _smollm3),
+        "gemma2": ("gemma2", _gemma2),
+        "gemma3_text": ("gemma3", _gemma3),
+        "deepseek_v2": ("deepseek2", _deepseek),
+        "deepseek_v3": ("deepseek2", _deepseek),
+        "kimi_k2": ("deepseek2", _deepseek),
+        "glm4_moe_lite": ("deepseek2", _glm_lite),
+        "youtu": ("deepseek2", _youtu),
+        "minicpm3": ("minicpm3", _minicpm3),
+    }
+)

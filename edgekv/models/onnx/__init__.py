@@ -1,0 +1,1 @@
+"""ONNX folders in: manifest and external data."""

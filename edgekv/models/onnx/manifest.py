@@ -1,0 +1,127 @@
+"""The folder that `edgekv export onnx` writes: its manifest, and the checks before an engine opens it.
+
+edgekv.json        this manifest
+model.onnx         the graph
+model.onnx.data    its weights
+vocab.gguf         the vocabulary and the chat template, as a GGUF without tensors
+...                files for other programs: tokenizer.json, genai_config.json and the like
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from edgekv.documents import SchemaError, decode, encode
+from edgekv.errors import ModelFileError
+from edgekv.models.onnx.external_data import check_external_data
+
+MANIFEST, GRAPH, DATA, VOCABULARY = "edgekv.json", "model.onnx", "model.onnx.data", "vocab.gguf"
+VERSION = 1
+MAX_MANIFEST_NBYTES = 2**20
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of the folder as it was written."""
+
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """The exported model in numbers; cache figures are of one token in all layers."""
+
+    name: str
+    arch: str
+    attention: str
+    n_layers: int
+    n_heads: int
+    n_params: int
+    vocab: int
+    context_length: int
+    weights: str
+    weights_nbytes: int
+    read_nbytes: int  # weight bytes read for one decoded token
+    flops: int  # of the weights, for one token
+    flops_per_cached_token: int
+    cache_type: str
+    cache_values: int
+    cache_nbytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is in the folder. `onnxruntime_operators` are those that the ONNX standard does not have."""
+
+    format: Literal["edgekv.onnx"]
+    version: int
+    edgekv: str
+    model: ModelRecord
+    opset: int
+    onnxruntime_operators: tuple[str, ...]
+    files: Mapping[str, FileRecord]
+
+    def to_json(self) -> str:
+        return json.dumps(encode(self), indent=1, ensure_ascii=False) + "\n"
+
+
+def is_onnx_folder(path: Path) -> bool:
+    """Whether this is a folder that `edgekv export onnx` wrote."""
+    return (path / MANIFEST).is_file()
+
+
+def language_file(model: Path) -> Path:
+    """The GGUF that holds a model's vocabulary and chat template: the model itself, or one in its folder."""
+    return model / VOCABULARY if is_onnx_folder(model) else model
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder.
+
+    Raises:
+        ModelFileError: there is none, or it is damaged or of another version.
+    """
+    path = folder / MANIFEST
+    try:
+        if path.stat().st_size > MAX_MANIFEST_NBYTES:
+            raise ModelFileError(f"{path}: is far too large for a manifest; export the model again")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content.get("version") if isinstance(content, dict) else None
+        if isinstance(version, int) and version > VERSION:
+            raise ModelFileError(f"{path}: is of version {version}, this EdgeKV reads {VERSION}; upgrade it")
+        return decode(Manifest, content)
+    except OSError as error:
+        raise ModelFileError(
+            f"{path}: cannot be read: {error.strerror}; name a folder that `edgekv export onnx` wrote"
+        ) from None
+    except (SchemaError, ValueError, RecursionError) as error:
+        raise ModelFileError(f"{path}: is damaged ({error}); export the model again") from None
+
+
+def check_folder(folder: Path) -> Manifest:
+    """Make sure that all files are there, whole, and that no weight lies outside of the folder.
+
+    Raises:
+        ModelFileError: not so.
+    """
+    manifest = read_manifest(folder)
+    for name in (GRAPH, DATA, VOCABULARY):
+        if name not in manifest.files:
+            raise ModelFileError(f"{folder / MANIFEST}: does not list {name}; export the model again")
+    for name, record in manifest.files.items():
+        if Path(name).name != name:
+            raise ModelFileError(f"{folder / MANIFEST}: {name!r} is not a file name; do not use this folder")
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != record.nbytes:
+            found = (
+                "is missing" if size is None else f"has {size} bytes and was exported with {record.nbytes}"
+            )
+            raise ModelFileError(f"{path}: {found}; copy or export it again")
+    check_external_data(folder / GRAPH, folder / DATA)
+    return manifest

@@ -1,0 +1,36 @@
+"""Opening a model: the one place that chooses a reader for a path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgekv.errors import ModelFileError
+from edgekv.models.gguf.canonical import canonical
+from edgekv.models.gguf.source import GGUFSource
+from edgekv.models.hf.source import HFSource
+from edgekv.source import TensorSource
+
+
+def open_source(path: Path) -> TensorSource:
+    """Open a model: a GGUF file, or a Hugging Face folder of config.json, safetensors and tokenizer.json.
+
+    Raises:
+        ModelFileError: a file is missing or malformed.
+        UnsupportedError: its architecture is not handled.
+    """
+    return HFSource(path) if path.is_dir() else canonical(GGUFSource(path))
+
+
+def open_with_tokenizer(path: Path) -> TensorSource:
+    """Open a model that has to run as text.
+
+    Raises:
+        ModelFileError: it holds no tokenizer, or a file is missing or malformed.
+        UnsupportedError: its architecture or tokenizer is not handled.
+    """
+    source = open_source(path)
+    if "tokenizer.ggml.tokens" not in source.metadata:
+        raise ModelFileError(
+            f"{path}: holds no tokenizer; download tokenizer.json into the folder, or tokenizer.model"
+        )
+    return source

@@ -1,0 +1,1 @@
+"""Rewrites of a model's weights that leave its function unchanged."""

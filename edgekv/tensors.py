@@ -1,0 +1,87 @@
+"""Canonical tensors of a model: their names, which are GGUF's, and the shapes that a spec implies.
+
+Shapes are numpy's, matrices (out, in): y = x @ W.T. Letters are those of edgekv/spec.py.
+"""
+
+from __future__ import annotations
+
+from edgekv.spec import GQA, MLA, Experts, FFNKind, LayerSpec, ModelSpec
+
+
+def layer_tensor_shapes(
+    attention: GQA | MLA, dim: int, ffn_dim: int, ffn: FFNKind = "swiglu"
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of one block's tensors, keyed by the name after `blk.<i>.`."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "attn_norm.weight": (dim,),
+        "ffn_norm.weight": (dim,),
+        "ffn_up.weight": (ffn_dim, dim),
+        "ffn_down.weight": (dim, ffn_dim),
+    }
+    if ffn != "relu_squared":
+        shapes["ffn_gate.weight"] = (ffn_dim, dim)
+    h = attention.n_heads
+    if isinstance(attention, GQA):
+        kv = attention.n_kv_heads * attention.head_dim
+        if attention.bias:
+            shapes |= {"attn_q.bias": (h * attention.head_dim,), "attn_k.bias": (kv,), "attn_v.bias": (kv,)}
+        if attention.qk_norm:
+            shapes |= dict.fromkeys(("attn_q_norm.weight", "attn_k_norm.weight"), (attention.head_dim,))
+        return shapes | {
+            "attn_q.weight": (h * attention.head_dim, dim),
+            "attn_k.weight": (kv, dim),
+            "attn_v.weight": (kv, dim),
+            "attn_output.weight": (dim, h * attention.head_dim),
+        }
+    r, q_rank = attention.kv_lora_rank, attention.q_lora_rank
+    if q_rank:
+        shapes |= {
+            "attn_q_a.weight": (q_rank, dim),
+            "attn_q_a_norm.weight": (q_rank,),
+            "attn_q_b.weight": (h * attention.head_dim, q_rank),
+        }
+    else:
+        shapes["attn_q.weight"] = (h * attention.head_dim, dim)
+    return shapes | {
+        "attn_kv_a_mqa.weight": (attention.cache_values, dim),
+        "attn_kv_a_norm.weight": (r,),
+        "attn_k_b.weight": (h, r, attention.nope_dim),
+        "attn_v_b.weight": (h, attention.value_dim, r),
+        "attn_output.weight": (dim, h * attention.value_dim),
+    }
+
+
+def block_tensor_shapes(layer: LayerSpec, dim: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors of a block, experts and norms included, keyed by the name after `blk.<i>.`."""
+    shapes = layer_tensor_shapes(layer.attention, dim, layer.ffn_dim, layer.ffn)
+    if layer.post_norms:
+        shapes |= dict.fromkeys(("post_attention_norm.weight", "post_ffw_norm.weight"), (dim,))
+    if layer.experts:
+        for kind in ("gate", "up", "down"):
+            del shapes[f"ffn_{kind}.weight"]
+        shapes |= _expert_shapes(layer.experts, dim)
+    return shapes
+
+
+def _expert_shapes(experts: Experts, dim: int) -> dict[str, tuple[int, ...]]:
+    n, f, shared = experts.count, experts.dim, experts.shared * experts.dim
+    shapes: dict[str, tuple[int, ...]] = {"ffn_gate_inp.weight": (n, dim)}
+    if experts.bias:
+        shapes["exp_probs_b.bias"] = (n,)
+    for kind in ("gate", "up", "down"):
+        shapes[f"ffn_{kind}_exps.weight"] = (n, dim, f) if kind == "down" else (n, f, dim)
+        if shared:
+            shapes[f"ffn_{kind}_shexp.weight"] = (dim, shared) if kind == "down" else (shared, dim)
+    return shapes
+
+
+def model_tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Shapes of all canonical tensors of a model, in file order."""
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (spec.vocab, spec.dim)}
+    for i, layer in enumerate(spec.layers):
+        block = block_tensor_shapes(layer, spec.dim)
+        shapes |= {f"blk.{i}.{name}": shape for name, shape in block.items()}
+    shapes["output_norm.weight"] = (spec.dim,)
+    if not spec.tied_embeddings:
+        shapes["output.weight"] = (spec.vocab, spec.dim)
+    return shapes

@@ -1,0 +1,1 @@
+"""GGUF files out: writing and quantizing."""

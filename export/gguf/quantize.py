@@ -1,0 +1,223 @@
+"""A GGUF with smaller weights: llama.cpp quantizes, EdgeKV chooses what errors count and shows them.
+
+Everything native runs in a child process (edgekv.backends.isolated.quantizer), on a file whose header was checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekv.backends.isolated.quantizer import Quantizer
+from edgekv.errors import BackendError, InputError, ModelFileError, UnsupportedError
+from edgekv.export.gguf.stream import LATENT_ENCODER, StagedGGUF, staged_gguf
+from edgekv.files import atomic_path
+from edgekv.models.gguf.header import read_header
+from edgekv.models.gguf.layout import GGUFHeader, TensorInfo
+from edgekv.progress import Progress
+from edgekv.quant.presets import PRESETS, Preset, fell_back
+from edgekv.quant.tensor_error import RelativeError, StoredTensor, relative_error
+from edgekv.rewrite.norm_trick import is_folded
+from edgekv.source import Array, TensorSource
+from edgekv.text.windows import windows_from_files
+from edgekv.tokenizer.tokenizer import Tokenizer
+
+SAMPLE_LENGTH = 256  # tokens: short sequences make large batches, which are quick
+MAX_SEQUENCES = 32  # sampled side by side: more need more memory for caches
+NORMAL_TOKEN = 1  # gguf.TokenType.NORMAL
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """One quantized tensor. error: None where gguf-py cannot read the type. fell_back: see quant.presets."""
+
+    name: str
+    shape: tuple[int, ...]
+    before: str
+    after: str
+    nbytes_before: int
+    nbytes_after: int
+    fell_back: bool
+    error: RelativeError | None
+
+
+def quantizable_header(path: Path) -> GGUFHeader:
+    """The header of a file that may be handed to llama.cpp.
+
+    Raises:
+        ModelFileError: it is malformed.
+        UnsupportedError: it is one part of a model.
+    """
+    header = read_header(path)
+    if "general.architecture" not in header.metadata:
+        raise ModelFileError(f"{path}: key general.architecture is missing; export the file again")
+    splits = header.metadata.get("split.count", 1)
+    if isinstance(splits, int) and splits > 1:
+        raise UnsupportedError(
+            f"{path}: is one of {splits} parts of a model; join them with `llama-gguf-split --merge`"
+        )
+    return header
+
+
+def calibration_windows(
+    path: Path, texts: list[Path], n_tokens: int, seed: int, quantizer: Quantizer, progress: Progress
+) -> NDArray[np.int64]:
+    """Token windows (n, length) from text files, or sampled from the model where there are none.
+
+    Raises:
+        InputError: a text cannot be read, is too short, or n_tokens is not positive.
+        UnsupportedError: the tokenizer is of a kind that EdgeKV does not read.
+    """
+    if n_tokens < 1:
+        raise InputError("--calib-tokens takes a positive number; 8192 is the default")
+    header = read_header(path)
+    tokenizer = Tokenizer.from_metadata(header.metadata)
+    added = tokenizer.encode("", add_special=True)[:1]
+    opening = [i for i in added if i == tokenizer.bos_id]  # models trained with it are lost without
+    if texts:
+        windows = windows_from_files(texts, tokenizer, n_tokens, seed)
+        windows[:, : len(opening)] = opening
+        return windows
+    trained = header.metadata.get(f"{header.metadata['general.architecture']}.context_length")
+    length = min(SAMPLE_LENGTH, trained) if isinstance(trained, int) else SAMPLE_LENGTH
+    n = max(1, n_tokens // length)
+    kinds = header.metadata.get("tokenizer.ggml.token_type")
+    plain = np.flatnonzero(np.asarray(kinds) == NORMAL_TOKEN) if isinstance(kinds, list) else len(tokenizer)
+    first = np.random.default_rng(seed).choice(plain, (n, 1))
+    prompts = np.concatenate([np.tile(np.asarray(opening, np.int64), (n, 1)), first], axis=1)
+    parts = []
+    for start in range(0, n, MAX_SEQUENCES):
+
+        def advance(done: int, total: int, start: int = start) -> None:
+            progress(start * total + done * len(prompts[start : start + MAX_SEQUENCES]), n * total)
+
+        parts.append(quantizer.sample(prompts[start : start + MAX_SEQUENCES], length, seed + start, advance))
+    return np.concatenate(parts)
+
+
+def quantize_gguf(
+    source: Path,
+    output: Path,
+    preset_name: str,
+    importance: Mapping[str, Array],
+    quantizer: Quantizer,
+    force: bool,
+    progress: Progress,
+    staged: StagedGGUF | None = None,
+) -> list[TensorReport]:
+    """Write `output` and compare it with `source`, tensor by tensor.
+
+    Args:
+        staged: the source, where it is still being written.
+
+    Raises:
+        InputError: the preset needs an importance matrix.
+        OutputError: the output cannot be written.
+        BackendError: llama.cpp refused the model or failed.
+    """
+    preset, header = PRESETS[preset_name], quantizable_header(source)
+    if preset.importance == "needed" and not importance:
+        raise InputError(f"{preset_name} is useless without an importance matrix; leave out --no-importance")
+    with atomic_path(output, force) as partial:
+
+        def advance(done: int, total: int) -> None:
+            progress(done, 2 * total)  # then they are compared
+
+        _quantize(source, header, partial, preset, importance, quantizer, advance, staged)
+        return _compare(source, header, partial, preset, importance, quantizer.n_threads, progress)
+
+
+def write_mix(source: TensorSource, output: Path, preset_name: str, force: bool, progress: Progress) -> None:
+    """Write a source as GGUF in one of llama.cpp's presets, all errors weighed alike; raises as quantize_gguf."""
+    with staged_gguf(source, output) as staged, atomic_path(output, force) as partial:
+        header, quantizer = read_header(staged.path), Quantizer(staged.path)
+        _quantize(staged.path, header, partial, PRESETS[preset_name], {}, quantizer, progress, staged)
+
+
+def _quantize(
+    source: Path,
+    header: GGUFHeader,
+    partial: Path,
+    preset: Preset,
+    importance: Mapping[str, Array],
+    quantizer: Quantizer,
+    progress: Progress,
+    staged: StagedGGUF | None,
+) -> None:
+    if staged is None:
+        quantizer.quantize(partial, preset.file_type, importance, _kept(source, header), progress)
+        return
+    for tensor in header.tensors:
+        if tensor.name.endswith(LATENT_ENCODER):
+            staged.wait(tensor.name)
+    kept = _kept(source, header)
+    quantizer.quantize(partial, preset.file_type, importance, kept, progress, staged.go_on_to)
+    staged.go_on_to("")
+    if staged.unread:
+        raise BackendError(
+            "this llama.cpp does not tell what it reads; install llama-cpp-python 0.3.36, or export the model as "
+            "a GGUF first and quantize that"
+        )
+
+
+def _kept(source: Path, header: GGUFHeader) -> dict[str, int]:
+    """Tensors that keep their type: latent encoders folded for their norm, lost under f16 scales."""
+    folded = {}
+    ranks = {tensor.name: tensor.dims[0] for tensor in header.tensors if "attn_kv_a_norm" in tensor.name}
+    for tensor in header.tensors:
+        rank = ranks.get(tensor.name.replace("attn_kv_a_mqa", "attn_kv_a_norm"))
+        whole = tensor.ggml_type in ("F32", "BF16")
+        if rank and whole and tensor.name not in ranks and is_folded(_stored(source, tensor).rows(0, rank)):
+            folded[tensor.name] = int(gguf.GGMLQuantizationType[tensor.ggml_type])
+    return folded
+
+
+def _compare(
+    source: Path,
+    header: GGUFHeader,
+    output: Path,
+    preset: Preset,
+    importance: Mapping[str, Array],
+    n_threads: int,
+    progress: Progress,
+) -> list[TensorReport]:
+    quantized = {tensor.name: tensor for tensor in read_header(output).tensors}
+    changed = [t for t in header.tensors if t.ggml_type != quantized[t.name].ggml_type]
+
+    def report(before: TensorInfo) -> TensorReport:
+        after = quantized[before.name]
+        try:
+            stored = _stored(source, before), _stored(output, after)
+            error = relative_error(*stored, importance.get(before.name))
+        except NotImplementedError:
+            error = None
+        return TensorReport(
+            name=before.name,
+            shape=before.dims[::-1],
+            before=before.ggml_type,
+            after=after.ggml_type,
+            nbytes_before=before.nbytes,
+            nbytes_after=after.nbytes,
+            fell_back=fell_back(preset, before.dims[0], after.ggml_type),
+            error=error,
+        )
+
+    reports = []
+    with ThreadPoolExecutor(n_threads) as pool:  # NumPy lets go of the interpreter while it computes
+        for done, found in enumerate(pool.map(report, changed), start=1):
+            reports.append(found)
+            progress(len(changed) + done, 2 * len(changed))
+    return reports
+
+
+def _stored(path: Path, tensor: TensorInfo) -> StoredTensor:
+    """A tensor mapped by itself: with it goes its memory."""
+    rows = int(np.prod(tensor.dims[1:]))
+    data = np.memmap(path, np.uint8, "r", tensor.offset, (rows, tensor.nbytes // rows))
+    return StoredTensor(data, tensor.ggml_type, tensor.dims[0], int(np.prod(tensor.dims[2:])))

@@ -1,0 +1,186 @@
+"""GGUF out: any TensorSource, streamed tensor by tensor, renamed into place when complete."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as QuantType
+from numpy.typing import NDArray
+
+from edgekv import __version__
+from edgekv.export.gguf.architectures import architecture_keys, file_layout, gguf_arch
+from edgekv.files import atomic_path
+from edgekv.progress import Progress
+from edgekv.source import TensorSource
+from edgekv.spec import Metadata, MetaValue
+
+WEIGHT_TYPES: Mapping[str, QuantType] = {
+    "f32": QuantType.F32,
+    "f16": QuantType.F16,
+    "bf16": QuantType.BF16,
+    "q8_0": QuantType.Q8_0,
+    "q5_1": QuantType.Q5_1,
+    "q5_0": QuantType.Q5_0,
+    "q4_1": QuantType.Q4_1,
+    "q4_0": QuantType.Q4_0,
+}
+KEEP = "keep"  # stored tensors keep their bytes; computed ones become q8_0
+FILE_TYPES: Mapping[QuantType, gguf.LlamaFileType] = {
+    QuantType.F32: gguf.LlamaFileType.ALL_F32,
+    QuantType.F16: gguf.LlamaFileType.MOSTLY_F16,
+    QuantType.BF16: gguf.LlamaFileType.MOSTLY_BF16,
+    QuantType.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
+    QuantType.Q5_1: gguf.LlamaFileType.MOSTLY_Q5_1,
+    QuantType.Q5_0: gguf.LlamaFileType.MOSTLY_Q5_0,
+    QuantType.Q4_1: gguf.LlamaFileType.MOSTLY_Q4_1,
+    QuantType.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
+}
+
+
+def tensor_type(name: str, shape: tuple[int, ...], weights: QuantType) -> QuantType:
+    """The type a tensor is written in when the model's weights are `weights`.
+
+    Vectors and the experts' router stay F32. `attn_kv_a_mqa` stays F32 for quantized weights and f16, whose
+    range the norm trick leaves (edgekv.rewrite.norm_trick); BF16 has that range. Embeddings and the output
+    head keep 8 bits, as llama.cpp's own presets do. A row that does not divide into blocks becomes F16.
+    """
+    if len(shape) == 1:
+        return QuantType.F32
+    if name.endswith("ffn_gate_inp.weight"):  # small, and it decides
+        return QuantType.F32
+    if name.endswith("attn_kv_a_mqa.weight"):
+        return QuantType.BF16 if weights == QuantType.BF16 else QuantType.F32
+    small = (QuantType.Q4_0, QuantType.Q4_1, QuantType.Q5_0, QuantType.Q5_1)
+    if name in ("token_embd.weight", "output.weight") and weights in small:
+        weights = QuantType.Q8_0
+    block, _ = gguf.GGML_QUANT_SIZES[weights]
+    return QuantType.F16 if shape[-1] % block else weights
+
+
+def stored_weights(source: TensorSource) -> str:
+    """The choice of weights that comes nearest to how most of a source's values are stored."""
+    sizes: Counter[str] = Counter()
+    for name in source.names():
+        sizes[source.quantization(name).lower()] += prod(source.shape(name))
+    most = sizes.most_common(1)[0][0]
+    return most if most in ("f32", "f16", "bf16") else KEEP
+
+
+def write_gguf(
+    source: TensorSource, path: Path, weights: str, notes: Metadata, force: bool, progress: Progress
+) -> None:
+    """Write a source as GGUF; `notes` are extra key-value pairs on how it was made.
+
+    Raises:
+        OutputError: the folder is missing, the file exists and `force` is not set, or the disk is full.
+    """
+    source = file_layout(source)
+    with atomic_path(path, force) as partial:
+        writer, plan = begin_gguf(source, partial, weights, notes)
+        for i, (name, quant) in enumerate(plan.items()):
+            progress(i + 1, len(plan), name)
+            writer.write_tensor_data(stored_as(source, name, quant))
+        writer.close()
+
+
+def begin_gguf(
+    source: TensorSource, path: Path, weights: str, notes: Metadata
+) -> tuple[gguf.GGUFWriter, dict[str, QuantType]]:
+    """Write everything but the data of a source in its file layout; gives the type of each tensor."""
+    plan = {name: _plan(source, name, weights) for name in source.names()}
+    writer = gguf.GGUFWriter(path, gguf_arch(source.spec))
+    _write_metadata(writer, source, weights, notes)
+    for name, quant in plan.items():
+        shape = source.shape(name)
+        nbytes = tensor_nbytes(shape, quant)
+        byte_shape = gguf.quant_shape_to_byte_shape(shape, quant) if _is_blocked(quant) else shape
+        dtype = np.dtype(np.uint8 if _is_blocked(quant) else _plain_dtype(quant))
+        writer.add_tensor_info(name, byte_shape, dtype, nbytes, raw_dtype=quant)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return writer, plan
+
+
+def stored_as(source: TensorSource, name: str, quant: QuantType) -> NDArray[Any]:
+    """A tensor's values as a file of that type holds them: the source's own bytes where it has them."""
+    raw = source.raw(name) if source.quantization(name) == quant.name else None
+    return raw if raw is not None else np.asarray(gguf.quants.quantize(source.load(name), quant))
+
+
+def write_vocabulary(source: TensorSource, path: Path) -> None:
+    """Write a source's name, licence, vocabulary and chat template as a GGUF without tensors.
+
+    llama.cpp's repository keeps its vocabularies the same way (models/ggml-vocab-*.gguf).
+    """
+    writer = gguf.GGUFWriter(path, gguf_arch(source.spec))
+    for key, value in _language_pairs(source).items():
+        _add_key(writer, key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+
+
+def _plan(source: TensorSource, name: str, weights: str) -> QuantType:
+    """The type to write a tensor in."""
+    if weights == KEEP and source.raw(name) is not None:
+        return QuantType[source.quantization(name)]
+    chosen = WEIGHT_TYPES["q8_0" if weights == KEEP else weights]
+    return tensor_type(name, source.shape(name), chosen)
+
+
+def _is_blocked(quant: QuantType) -> bool:
+    return quant not in (QuantType.F32, QuantType.F16)
+
+
+def _plain_dtype(quant: QuantType) -> type[np.float32] | type[np.float16]:
+    return np.float32 if quant == QuantType.F32 else np.float16
+
+
+def tensor_nbytes(shape: tuple[int, ...], quant: QuantType) -> int:
+    """Bytes of a tensor's data, without padding."""
+    block, size = gguf.GGML_QUANT_SIZES[quant]
+    return int(np.prod(shape)) // block * size
+
+
+def _write_metadata(writer: gguf.GGUFWriter, source: TensorSource, weights: str, notes: Metadata) -> None:
+    arch = gguf_arch(source.spec)
+    stored = source.quantization(next(n for n in source.names() if n.startswith("blk.0.ffn_down")))
+    quant = QuantType[stored] if weights == KEEP else WEIGHT_TYPES[weights]
+    pairs = _language_pairs(source)
+    pairs |= {f"{arch}.{key}": value for key, value in architecture_keys(source.spec).items()}
+    pairs |= dict(notes) | {"edgekv.version": __version__}
+    for key, value in pairs.items():
+        _add_key(writer, key, value)
+    writer.add_file_type(FILE_TYPES.get(quant, gguf.LlamaFileType.GUESSED))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _language_pairs(source: TensorSource) -> dict[str, MetaValue]:
+    """Key-value pairs that a model keeps whatever becomes of its weights."""
+    return {
+        key: value
+        for key, value in source.metadata.items()
+        if key.split(".")[0] in ("tokenizer", "general")
+        and key not in ("general.architecture", "general.file_type", "general.quantization_version")
+    }
+
+
+def _add_key(writer: gguf.GGUFWriter, key: str, value: MetaValue) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        (writer.add_uint32 if 0 <= value < 2**32 else writer.add_int64)(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    elif value:  # gguf-py cannot write an empty array
+        writer.add_array(key, value)

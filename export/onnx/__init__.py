@@ -1,0 +1,1 @@
+"""ONNX folders out: the decoder graph, its weights, companion files."""

@@ -1,0 +1,68 @@
+"""Files beside the graph that other programs look for: the tokenizer, where text ends, how to run the graph."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from edgekv.export.tokenizer_json import generation_config, tokenizer_config, tokenizer_json
+from edgekv.models.onnx.manifest import GRAPH
+from edgekv.source import TensorSource
+from edgekv.spec import GQA
+from edgekv.tokenizer.tokenizer import Tokenizer
+
+
+def write_companions(source: TensorSource, folder: Path) -> None:
+    """Write them into `folder`; onnxruntime-genai runs GQA graphs only, so that only those get its file."""
+    metadata, spec = source.metadata, source.spec
+    (folder / "tokenizer.json").write_text(tokenizer_json(metadata), encoding="utf-8")
+    _write(folder / "tokenizer_config.json", tokenizer_config(metadata, spec.context_length))
+    _write(folder / "generation_config.json", generation_config(metadata))
+    if isinstance(spec.layers[0].attention, GQA):
+        _write(folder / "genai_config.json", genai_config(source, Tokenizer.from_metadata(metadata)))
+
+
+def genai_config(source: TensorSource, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The configuration of onnxruntime-genai (its docs: reference/config)."""
+    spec = source.spec
+    attention = spec.layers[0].attention
+    assert isinstance(attention, GQA)
+    stop = sorted(tokenizer.stop_ids)
+    pad = tokenizer.eos_id if tokenizer.eos_id is not None else stop[0] if stop else 0
+    return {
+        "model": {
+            "type": "llama",
+            "bos_token_id": tokenizer.bos_id if tokenizer.bos_id is not None else pad,
+            "eos_token_id": stop or [pad],
+            "pad_token_id": pad,
+            "context_length": spec.context_length,
+            "vocab_size": spec.vocab,
+            "decoder": {
+                "filename": GRAPH,
+                "hidden_size": spec.dim,
+                "head_size": attention.head_dim,
+                "num_attention_heads": attention.n_heads,
+                "num_key_value_heads": attention.n_kv_heads,
+                "num_hidden_layers": spec.n_layers,
+                "session_options": {"provider_options": []},
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "position_ids": "position_ids",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {"max_length": spec.context_length, "past_present_share_buffer": True},
+    }
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,116 @@
+"""A whole decoder as one ONNX graph, which serves prefill (many tokens) and decode (one) alike."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edgekv.export.onnx.attention import AttentionNodes, GroupedAttention, skip_norm
+from edgekv.export.onnx.graph import GraphWriter
+from edgekv.export.onnx.latent import Int8LatentAttention, LatentAttention
+from edgekv.export.onnx.weights import Bits, Embedding, LatentCache, Weights, linear
+from edgekv.progress import Progress
+from edgekv.reference.model import BlockWeights, load_block
+from edgekv.rewrite.int8_rows import RowBalance
+from edgekv.source import TensorSource
+from edgekv.spec import GQA, FFNKind, ModelSpec
+
+ALL_LOGITS = 2**31  # more than any context holds
+BITS: dict[Weights, Bits] = {"fp32": 32, "int8": 8, "int4": 4}
+
+
+def add_decoder(
+    g: GraphWriter, source: TensorSource, weights: Weights, cache: LatentCache, progress: Progress
+) -> None:
+    """Add a model's graph: tokens, mask, positions and cache in, logits and cache out.
+
+    Inputs are named as Hugging Face exports name them. `num_logits_to_keep` asks for the logits of the last
+    few tokens only; a caller may leave it out and get all.
+    """
+    spec, bits = source.spec, BITS[weights]
+    ids = g.input("input_ids", np.int64, (1, "sequence_length"))
+    mask = g.input("attention_mask", np.int64, (1, "total_length"))
+    position_ids = g.input("position_ids", np.int64, (1, "sequence_length"))
+    kept = g.optional_input("num_logits_to_keep", np.array([ALL_LOGITS], np.int64))
+    g.output("logits", np.float32, (1, "logits_length", spec.vocab))
+    attention = _attention(g, spec, cache, mask, position_ids)
+    # The token table and the head feel 4 bits most and are used by every token: 8, as llama.cpp's presets do.
+    table_bits: Bits = 32 if bits == 32 else 8
+    table = Embedding(g, "embedding", source.load("token_embd.weight"), table_bits)
+    x = table.look_up(ids)
+    if spec.embedding_scale != 1.0:
+        x = g.op("Mul", x, g.scalar(spec.embedding_scale))
+    delta = ""
+    balance = RowBalance(source) if cache == "int8" else None
+    for layer in range(spec.n_layers):
+        w = load_block(source, layer)
+        if balance is not None:
+            balance.apply(w, layer)
+        x, delta = _block(g, spec, w, layer, attention, x, delta, bits)
+        progress(layer + 1, spec.n_layers)
+    start = g.op("Neg", kept)
+    x, delta = (g.op("Slice", part, start, g.ints(ALL_LOGITS), g.ints(1)) for part in (x, delta))
+    norm = g.weight("output_norm", source.load("output_norm.weight") * np.float32(spec.logit_scale))
+    hidden, _ = skip_norm(g, x, delta, norm, spec.norm_eps)
+    if spec.tied_embeddings:
+        table.head(hidden, out="logits")
+    else:
+        linear(g, hidden, "head", source.load("output.weight"), table_bits, out="logits")
+
+
+def _attention(
+    g: GraphWriter, spec: ModelSpec, cache: LatentCache, mask: str, position_ids: str
+) -> AttentionNodes:
+    attention = spec.layers[0].attention
+    assert len(set(spec.layers)) == 1, "checked before"
+    if isinstance(attention, GQA):
+        return GroupedAttention(g, attention, mask, position_ids, spec.context_length)
+    kind = Int8LatentAttention if cache == "int8" else LatentAttention
+    return kind(g, attention, spec.norm_eps, mask, position_ids)
+
+
+def _block(
+    g: GraphWriter,
+    spec: ModelSpec,
+    w: BlockWeights,
+    layer: int,
+    attention: AttentionNodes,
+    x: str,
+    delta: str,
+    bits: Bits,
+) -> tuple[str, str]:
+    """A pre-norm block. The residual stream is x + delta, "" for none: each norm does the addition.
+
+    The residual scale goes into the two matrices that write to the stream.
+    """
+    scale = np.float32(spec.residual_scale)
+    for name in ("attn_output.weight", "ffn_down.weight"):
+        w[name] = w[name] * scale
+    normed, x = _norm(
+        g, x, delta, g.weight(f"layers.{layer}.attn_norm", w["attn_norm.weight"]), spec.norm_eps
+    )
+    delta = attention.add(normed, w, layer, bits)
+    normed, x = _norm(g, x, delta, g.weight(f"layers.{layer}.ffn_norm", w["ffn_norm.weight"]), spec.norm_eps)
+    return x, _feed_forward(g, normed, w, spec.layers[layer].ffn, f"layers.{layer}.ffn", bits)
+
+
+def _norm(g: GraphWriter, x: str, delta: str, weight: str, eps: float) -> tuple[str, str]:
+    if delta:
+        return skip_norm(g, x, delta, weight, eps)
+    return g.op("RMSNormalization", x, weight, epsilon=eps), x
+
+
+def _feed_forward(g: GraphWriter, x: str, w: BlockWeights, kind: FFNKind, name: str, bits: Bits) -> str:
+    up = linear(g, x, f"{name}.up", w["ffn_up.weight"], bits)
+    if kind == "relu_squared":
+        positive = g.op("Relu", up)
+        inner = g.op("Mul", positive, positive)
+    else:
+        gate = linear(g, x, f"{name}.gate", w["ffn_gate.weight"], bits)
+        inner = g.op("Mul", _activation(g, gate, kind), up)
+    return linear(g, inner, f"{name}.down", w["ffn_down.weight"], bits)
+
+
+def _activation(g: GraphWriter, x: str, kind: FFNKind) -> str:
+    if kind == "geglu":
+        return g.op("Gelu", x, approximate="tanh")
+    return g.op("Mul", x, g.op("Sigmoid", x))  # onnxruntime fuses the two

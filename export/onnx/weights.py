@@ -1,0 +1,118 @@
+"""Linear layers of an ONNX graph in float32, 8 or 4 bits, and the block quantization behind the last two."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekv.export.onnx.graph import MICROSOFT, GraphWriter
+from edgekv.source import Array
+
+Weights = Literal["fp32", "int8", "int4"]
+WEIGHTS: tuple[Weights, ...] = ("fp32", "int8", "int4")
+LatentCache = Literal["f32", "int8"]
+LATENT_CACHES: tuple[LatentCache, ...] = ("f32", "int8")
+BLOCK = 32
+Bits = Literal[4, 8, 32]
+# MatMulNBits' accuracy_level 4: activations are rounded to 8 bits a block, for integer dot products.
+ACCURACY_LEVEL = 4
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A matrix (N, K) in blocks of 32 along K: w = (q - 2^(bits - 1)) * scale, as MatMulNBits reads it."""
+
+    bits: int
+    packed: NDArray[np.uint8]  # (N, K/32, 4 * bits), two 4-bit values a byte, the first in the low half
+    scales: Array  # (N, K/32)
+
+
+def quantize_blocks(matrix: Array, bits: int) -> Blocks:
+    """Round a matrix (N, K) to `bits` bits; K is padded to whole blocks with zeros.
+
+    The value of largest magnitude becomes the lowest code, exactly: the choice of ggml's Q4_0
+    (ggml/src/ggml-quants.c), which wastes none of the 2^bits codes.
+    """
+    n_rows, n_cols = matrix.shape
+    padded = np.pad(matrix, ((0, 0), (0, -n_cols % BLOCK)))
+    blocks = padded.reshape(n_rows, -1, BLOCK)
+    half = 1 << (bits - 1)
+    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1, keepdims=True), -1)
+    scales = np.where(largest == 0, np.float32(1), largest / np.float32(-half))
+    codes = np.clip(np.rint(blocks / scales) + half, 0, 2 * half - 1).astype(np.uint8)
+    if bits == 4:
+        codes = codes[..., 0::2] | codes[..., 1::2] << 4
+    return Blocks(bits, codes, scales[..., 0])
+
+
+def linear(g: GraphWriter, x: str, name: str, matrix: Array, bits: Bits, out: str = "") -> str:
+    """x (..., K) times a weight (N, K) transposed."""
+    if bits == 32:
+        return g.op("MatMul", x, g.weight(name, matrix.T), out=out)
+    blocks = quantize_blocks(matrix, bits)
+    packed, scales = g.weight(f"{name}.packed", blocks.packed), g.weight(f"{name}.scales", blocks.scales)
+    return _matmul_nbits(g, x, packed, scales, matrix.shape, bits, out)
+
+
+class Embedding:
+    """The token table, which may serve as the output head too without being stored twice."""
+
+    def __init__(self, g: GraphWriter, name: str, table: Array, bits: Bits) -> None:
+        self._g, self._name, self._bits = g, name, bits
+        self._shape = table.shape  # (vocab, D)
+        if bits == 32:
+            g.weight(name, table)
+            return
+        blocks = quantize_blocks(table, bits)
+        self._blocks_shape = blocks.packed.shape
+        # Blocks are padded: the table's rows are as wide as the blocks, not as the model.
+        assert table.shape[1] % BLOCK == 0, "the width of the model is checked before"
+        g.weight(f"{name}.rows", blocks.packed.reshape(len(table), -1))
+        g.weight(f"{name}.scales", blocks.scales)
+
+    def look_up(self, ids: str) -> str:
+        """Rows of tokens (1, T) -> (1, T, D)."""
+        if self._bits == 32:
+            return self._g.op("Gather", self._name, ids, axis=0)
+        return self._g.op(
+            "GatherBlockQuantized",
+            f"{self._name}.rows",
+            ids,
+            f"{self._name}.scales",
+            domain=MICROSOFT,
+            bits=self._bits,
+            block_size=BLOCK,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+
+    def head(self, x: str, out: str) -> str:
+        """Logits of hidden states (1, T, D): x times the table transposed."""
+        g = self._g
+        if self._bits == 32:
+            flat = g.op("Reshape", x, g.ints(-1, self._shape[1]))
+            logits = g.op("Gemm", flat, self._name, transB=1)
+            return g.op("Reshape", logits, g.ints(1, -1, self._shape[0]), out=out)
+        packed = g.same_weight(f"{self._name}.packed", f"{self._name}.rows", self._blocks_shape)
+        return _matmul_nbits(g, x, packed, f"{self._name}.scales", self._shape, self._bits, out)
+
+
+def _matmul_nbits(
+    g: GraphWriter, x: str, packed: str, scales: str, shape: tuple[int, ...], bits: int, out: str
+) -> str:
+    return g.op(
+        "MatMulNBits",
+        x,
+        packed,
+        scales,
+        out=out,
+        domain=MICROSOFT,
+        N=shape[0],
+        K=shape[1],
+        bits=bits,
+        block_size=BLOCK,
+        accuracy_level=ACCURACY_LEVEL,
+    )

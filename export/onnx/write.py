@@ -1,0 +1,143 @@
+"""ONNX out: a folder with one decoder graph, its weights, and all that a program needs to chat with it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from edgekv import __version__
+from edgekv.errors import UnsupportedError
+from edgekv.export.gguf.write import write_vocabulary
+from edgekv.export.onnx.companions import write_companions
+from edgekv.export.onnx.decoder import add_decoder
+from edgekv.export.onnx.graph import OPSET, GraphWriter
+from edgekv.export.onnx.weights import BLOCK, LatentCache, Weights
+from edgekv.files import atomic_folder, forget_cached
+from edgekv.models.onnx.manifest import (
+    DATA,
+    GRAPH,
+    MANIFEST,
+    VERSION,
+    VOCABULARY,
+    FileRecord,
+    Manifest,
+    ModelRecord,
+)
+from edgekv.progress import Progress
+from edgekv.source import TensorSource
+from edgekv.spec import GQA, MLA
+
+# Of edgekv.spec.ModelSpec.peculiarities, those that the graph has.
+EXPRESSED = frozenset(
+    {
+        "biases on queries, keys and values",
+        "a sliding window",
+        "attention softcapping",
+        "a score scale of its own",
+        "scaled RoPE frequencies",
+        "low-rank queries",
+        "another feed-forward than SwiGLU",
+        "scaled embeddings, residuals or logits",
+    }
+)
+SCALE_NBYTES = 4  # of a row in an 8-bit cache
+
+
+@dataclass(frozen=True)
+class OnnxOptions:
+    """How to write it. `cache` "int8" is for latents only."""
+
+    weights: Weights = "fp32"
+    cache: LatentCache = "f32"
+
+
+def write_onnx(
+    source: TensorSource, folder: Path, options: OnnxOptions, force: bool, progress: Progress
+) -> Manifest:
+    """Write a model as ONNX into a new folder, which appears when it is complete.
+
+    Weights are taken, written and forgotten one by one, so that memory holds little more than the largest.
+
+    Raises:
+        InputError: the onnx package is not installed.
+        UnsupportedError: the graph cannot express the model.
+        OutputError: the folder cannot be written, or exists and `force` is not set.
+    """
+    _check(source, options)
+    with atomic_folder(folder, force, MANIFEST) as partial:
+        with (partial / DATA).open("wb") as data:
+            graph = GraphWriter(data, DATA)
+            add_decoder(graph, source, options.weights, options.cache, progress)
+        notes = {"edgekv.version": __version__, "edgekv.reference.model": source.spec.name}
+        graph.save(partial / GRAPH, "decoder", notes)
+        write_vocabulary(source, partial / VOCABULARY)
+        write_companions(source, partial)
+        manifest = Manifest(
+            format="edgekv.onnx",
+            version=VERSION,
+            edgekv=__version__,
+            model=_record(source, options, (partial / DATA).stat().st_size),
+            opset=OPSET,
+            onnxruntime_operators=graph.contrib_kinds(),
+            files={path.name: _file_record(path) for path in sorted(partial.iterdir())},
+        )
+        (partial / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        forget_cached(partial / DATA)
+    return manifest
+
+
+def _check(source: TensorSource, options: OnnxOptions) -> None:
+    """Refuse what the graph would get wrong, before anything is written."""
+    spec = source.spec
+    attention = spec.layers[0].attention
+    if others := [what for what in spec.peculiarities if what not in EXPRESSED]:
+        raise UnsupportedError(f"{spec.name} has {others[0]}, which the ONNX graph does not know; use GGUF")
+    if isinstance(attention, GQA):
+        if attention.rope.dim != attention.head_dim:
+            raise UnsupportedError(f"{spec.name} rotates a part of each head, which ONNX has not; use GGUF")
+        if options.cache != "f32":
+            raise UnsupportedError(f"{spec.name}: an {options.cache} cache is for latents; convert it first")
+    if options.weights != "fp32" and spec.dim % BLOCK:
+        raise UnsupportedError(
+            f"{spec.name}: a width of {spec.dim} does not divide into blocks of {BLOCK}; use --weights fp32"
+        )
+
+
+def _record(source: TensorSource, options: OnnxOptions, weights_nbytes: int) -> ModelRecord:
+    spec = source.spec
+    attention = spec.layers[0].attention
+    sizes = {name: prod(source.shape(name)) for name in source.names()}
+    # One row of an untied embedding is looked up for a token; a tied one is read whole as the output head.
+    table = 0 if spec.tied_embeddings else sizes["token_embd.weight"]
+    n_matrix = sum(size for name, size in sizes.items() if len(source.shape(name)) > 1) - table
+    table_nbytes = table * (4 if options.weights == "fp32" else 1 + 4 / BLOCK)
+    if options.cache == "int8":
+        assert isinstance(attention, MLA)
+        cache_nbytes = spec.n_layers * (attention.cache_values + SCALE_NBYTES)
+    else:
+        cache_nbytes = spec.kv_bytes_per_token("f32")
+    return ModelRecord(
+        name=spec.name,
+        arch=spec.arch,
+        attention=attention.kind,
+        n_layers=spec.n_layers,
+        n_heads=attention.n_heads,
+        n_params=sum(sizes.values()),
+        vocab=spec.vocab,
+        context_length=spec.context_length,
+        weights=options.weights,
+        weights_nbytes=weights_nbytes,
+        read_nbytes=weights_nbytes - round(table_nbytes),
+        flops=2 * n_matrix,
+        flops_per_cached_token=sum(layer.attention.flops_per_cached_token for layer in spec.layers),
+        cache_type=options.cache,
+        cache_values=spec.cache_values,
+        cache_nbytes=cache_nbytes,
+    )
+
+
+def _file_record(path: Path) -> FileRecord:
+    with path.open("rb") as file:
+        return FileRecord(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())

@@ -1,0 +1,212 @@
+"""The llama.cpp backend against a bare loop over llama_decode, on a real model."""
+
+import ctypes
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from edgekv.backends.base import Interrupted
+from edgekv.backends.llama_cpp.backend import LOGITS_ROWS, LlamaCppBackend
+from edgekv.backends.llama_cpp.library import LOG, llama, repacking_is_safe
+from edgekv.errors import BackendError, InputError, ModelFileError
+from edgekv.source import Array
+from edgekv.spec import CACHE_BLOCKS, cache_row_nbytes
+
+TEXT = [1, 4093, 198, 504, 2120, 282, 253, 1165, 2391, 3542, 314, 1343, 28, 284, 357, 314, 6104, 30]
+
+
+@pytest.fixture
+def backend(smollm2: Path) -> Iterator[LlamaCppBackend]:
+    backend = LlamaCppBackend(smollm2, n_ctx=512, n_threads=1)
+    yield backend
+    backend.close()
+
+
+def bare_greedy(path: Path, tokens: list[int], steps: int) -> tuple[list[int], Array]:
+    """The shortest loop over llama.cpp's own functions; the tokens, and the last logits (vocab,)."""
+    api = llama()
+    model_params = api.llama_model_default_params()
+    model_params.use_extra_bufts = repacking_is_safe()
+    model = api.llama_model_load_from_file(str(path).encode(), model_params)
+    params = api.llama_context_default_params()
+    params.n_ctx, params.n_threads, params.n_threads_batch, params.flash_attn_type = 512, 1, 1, 1
+    context = api.llama_init_from_model(model, params)
+    n_vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
+    out: list[int] = []
+    feed = tokens
+    for _ in range(steps):
+        ids = (ctypes.c_int32 * len(feed))(*feed)
+        assert api.llama_decode(context, api.llama_batch_get_one(ids, len(feed))) == 0
+        logits = np.ctypeslib.as_array(api.llama_get_logits_ith(context, -1), (n_vocab,)).copy()
+        out.append(int(logits.argmax()))
+        feed = out[-1:]
+    api.llama_free(context)
+    api.llama_model_free(model)
+    return out, logits
+
+
+def test_greedy_equals_a_bare_loop(smollm2: Path, backend: LlamaCppBackend) -> None:
+    expected, last = bare_greedy(smollm2, TEXT, 24)
+    logits = backend.prefill(TEXT)
+    out = [int(logits.argmax())]
+    while len(out) < 24:
+        logits = backend.decode(out[-1])
+        out.append(int(logits.argmax()))
+    assert out == expected
+    np.testing.assert_array_equal(logits, last)
+    assert backend.n_past == len(TEXT) + 23
+
+
+def test_prefill_all_and_score_agree_with_prefill(smollm2: Path) -> None:
+    """With a bf16 cache, attention runs the same kernel for every batch size, so the logits are the same."""
+    backend = LlamaCppBackend(smollm2, n_ctx=512, n_threads=1, cache_type="bf16")
+    long = (TEXT * 20)[: LOGITS_ROWS + 10]
+    every = backend.prefill_all(long)
+    assert every.shape == (len(long), backend.n_vocab)
+    for n in (3, LOGITS_ROWS + 1):
+        backend.trim(0)
+        np.testing.assert_allclose(backend.prefill(long[:n]), every[n - 1], atol=1e-3)
+    chunks = [(i, start, rows.copy()) for i, start, rows in backend.score([long, TEXT])]
+    assert [(i, start) for i, start, _ in chunks] == [(0, 0), (0, LOGITS_ROWS), (1, 0)]
+    np.testing.assert_array_equal(np.concatenate([chunks[0][2], chunks[1][2]]), every)
+    backend.close()
+
+
+def test_trim_goes_back_in_time(backend: LlamaCppBackend) -> None:
+    backend.prefill(TEXT)
+    first = backend.decode(28)
+    backend.decode(99)
+    backend.trim(len(TEXT))
+    assert backend.n_past == len(TEXT)
+    np.testing.assert_array_equal(backend.decode(28), first)
+
+
+@pytest.mark.parametrize("cache_type", list(CACHE_BLOCKS))
+def test_cache_nbytes_is_the_arithmetic_and_the_log(smollm2: Path, cache_type: str) -> None:
+    backend = LlamaCppBackend(smollm2, n_ctx=300, cache_type=cache_type, n_threads=1)
+    assert backend.n_ctx == 512  # rounded up to a multiple of 256
+    assert backend.cache_nbytes() == 30 * 2 * 3 * cache_row_nbytes(64, cache_type) * 512
+    assert abs(LOG.cache_nbytes() - backend.cache_nbytes()) <= 0.005 * 2**20
+    assert np.isfinite(backend.prefill(TEXT[:3])).all()
+    backend.close()
+
+
+def test_k_and_v_may_differ(smollm2: Path) -> None:
+    backend = LlamaCppBackend(smollm2, n_ctx=256, cache_type="q8_0", cache_type_v="q4_0")
+    row = cache_row_nbytes(64, "q8_0") + cache_row_nbytes(64, "q4_0")
+    assert backend.cache_nbytes() == 30 * 3 * row * 256
+    backend.close()
+
+
+def test_a_full_cache_is_an_error_and_changes_nothing(backend: LlamaCppBackend) -> None:
+    backend.prefill((TEXT * 30)[:510])
+    with pytest.raises(BackendError, match="510 of 512 tokens and 3 more do not fit"):
+        backend.prefill([1, 2, 3])
+    assert backend.n_past == 510
+    backend.prefill([1, 2])
+    with pytest.raises(BackendError, match="do not fit"):
+        backend.decode(1)
+
+
+def test_a_token_outside_the_vocabulary_is_an_error_with_the_engines_words(backend: LlamaCppBackend) -> None:
+    expected = backend.prefill(TEXT)
+    with pytest.raises(BackendError, match="invalid token"):
+        backend.prefill([5, 49152])
+    assert backend.n_past == len(TEXT)
+    backend.trim(0)
+    np.testing.assert_array_equal(backend.prefill(TEXT), expected)
+
+
+def test_interrupt_ends_a_long_prefill(smollm2: Path) -> None:
+    backend = LlamaCppBackend(smollm2, n_ctx=8192, n_threads=1)
+    timer = threading.Timer(0.3, backend.interrupt)
+    started = time.perf_counter()
+    timer.start()
+    with pytest.raises(Interrupted):
+        backend.prefill((TEXT * 400)[:7000])
+    assert time.perf_counter() - started < 5
+    assert backend.n_past % backend.n_ubatch == 0
+    backend.trim(0)
+    assert backend.prefill(TEXT).shape == (backend.n_vocab,)
+    backend.close()
+
+
+def test_perf_counts_tokens(backend: LlamaCppBackend) -> None:
+    assert backend.perf().n_prefill == backend.perf().n_decode == 0
+    backend.prefill(TEXT)
+    backend.decode(5)
+    backend.decode(6)
+    perf = backend.perf()
+    assert (perf.n_prefill, perf.n_decode) == (len(TEXT), 2)
+    assert min(perf.load_s, perf.prefill_s, perf.decode_s) > 0
+
+
+def test_what_the_engine_refuses_is_told_in_its_words(tmp_path: Path) -> None:
+    """A well-formed GGUF without a single tensor."""
+    writer = gguf.GGUFWriter(tmp_path / "empty.gguf", "llama")
+    writer.add_block_count(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(BackendError, match=r"could not load .*empty\.gguf: .*key not found in model"):
+        LlamaCppBackend(tmp_path / "empty.gguf")
+
+
+def test_a_malformed_file_never_reaches_the_engine(tmp_path: Path) -> None:
+    (tmp_path / "bad.gguf").write_bytes(b"not a model")
+    with pytest.raises(ModelFileError):
+        LlamaCppBackend(tmp_path / "bad.gguf")
+
+
+def test_a_cache_type_that_the_head_size_forbids_is_an_input_error(tmp_path: Path) -> None:
+    """Heads of 16 dims do not hold q8_0's blocks of 32."""
+    path, random = tmp_path / "narrow.gguf", np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(50)
+    writer.add_tokenizer_model("no_vocab")
+    shapes = {"token_embd": (50, 32), "output_norm": (32,), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,)}
+    shapes |= {f"blk.0.attn_{name}": (32, 32) for name in ("q", "k", "v", "output")}
+    shapes |= {"blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32), "blk.0.ffn_down": (32, 64)}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", random.normal(size=shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    backend = LlamaCppBackend(path, cache_type="f16", n_threads=1)
+    assert backend.prefill([1, 2, 3]).shape == (50,)
+    backend.close()
+    with pytest.raises(InputError, match=r"does not divide n_embd_head_k=16; f16 always works"):
+        LlamaCppBackend(path, cache_type="q8_0")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"cache_type": "q3_0"}, "unknown cache type 'q3_0'"),
+        ({"n_ctx": 0}, "n_ctx is 0"),
+        ({"n_threads": -1}, "n_threads is -1"),
+    ],
+)
+def test_impossible_options(smollm2: Path, options: dict[str, object], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        LlamaCppBackend(smollm2, **options)  # type: ignore[arg-type]
+
+
+def test_repacking_is_off_only_on_amx(tmp_path: Path) -> None:
+    for i, (flags, safe) in enumerate([("fpu amx_bf16 amx_tile amx_int8", False), ("fpu avx512f", True)]):
+        path = tmp_path / f"cpuinfo{i}"
+        path.write_text(f"processor\t: 0\nflags\t\t: {flags}\nbogomips\t: 1\n")
+        assert repacking_is_safe(path) is safe
+    assert repacking_is_safe(tmp_path / "none")
