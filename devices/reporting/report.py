@@ -19,7 +19,7 @@ from typing import Any, Literal
 from edgekv.documents import SchemaError, decode, encode, json_schema
 from edgekv.errors import InputError
 
-FORMAT: Literal["edgekv.devices.reporting.report"] = "edgekv.devices.reporting.report"
+FORMAT: Literal["edgekv.report"] = "edgekv.report"
 VERSION = 1
 MAX_REPORT_NBYTES = 64 * 2**20  # far above any real report; keeps a wrong file from filling the RAM
 Provenance = Literal["measured", "emulated", "projected"]
@@ -195,7 +195,7 @@ class Run:
 class Report:
     """One bench run, or one projection."""
 
-    format: Literal["edgekv.devices.reporting.report"] = _doc("what this document is")
+    format: Literal["edgekv.report"] = _doc("what this document is")
     version: int = _doc("of this schema")
     provenance: Literal["measured", "emulated", "projected"] = _doc("where the numbers come from")
     created: str = _doc("ISO 8601 time, UTC")

@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Request:
+class Measurements:
     """What to measure. `limit` caps windows and questions a task; `sequences` of the full context are for
     perplexity by position, `trials` of each length for retrieval."""
 
@@ -85,28 +85,26 @@ class Evaluation:
         self._progress, self._say = progress, say
         self._tokenizer = read_tokenizer(subject.path)
 
-    def run(self, request: Request, command: str) -> EvalReport:
+    def run(self, wanted: Measurements, command: str) -> EvalReport:
         """Measure all that is asked for; every input is read before the first model runs.
 
         Raises:
             InputError: nothing is asked for, or an input cannot be used.
             BackendError: an engine failed.
         """
-        if not (request.text or request.tasks or request.positions or request.retrieval):
+        if not (wanted.text or wanted.tasks or wanted.positions or wanted.retrieval):
             raise InputError("say what to measure: --text, --task, --positions or --retrieval")
-        path, limit, tokenizer = self._subject.path, request.limit, self._tokenizer
-        context = request.context or trained_context(path)
-        text = cut_windows(request.text, tokenizer, request.window, limit) if request.text else None
-        tasks = [read_task(name, file, limit) for name, file in request.tasks]
+        path, limit, tokenizer = self._subject.path, wanted.limit, self._tokenizer
+        context = wanted.context or trained_context(path)
+        text = cut_windows(wanted.text, tokenizer, wanted.window, limit) if wanted.text else None
+        tasks = [read_task(name, file, limit) for name, file in wanted.tasks]
         long = (
-            cut_windows(request.positions, tokenizer, context, request.sequences, "--context")
-            if request.positions
+            cut_windows(wanted.positions, tokenizer, context, wanted.sequences, "--context")
+            if wanted.positions
             else None
         )
         haystack = (
-            make_haystack(request.retrieval, tokenizer, context, request.trials)
-            if request.retrieval
-            else None
+            make_haystack(wanted.retrieval, tokenizer, context, wanted.trials) if wanted.retrieval else None
         )
         model = Measured.of(self._subject, self._run.folder)
         self._say(model_line(model))

@@ -70,7 +70,7 @@ def write_onnx(
         with (partial / DATA).open("wb") as data:
             graph = GraphWriter(data, DATA)
             add_decoder(graph, source, options.weights, options.cache, progress)
-        notes = {"edgekv.version": __version__, "edgekv.reference.model": source.spec.name}
+        notes = {"edgekv.version": __version__, "edgekv.model": source.spec.name}
         graph.save(partial / GRAPH, "decoder", notes)
         write_vocabulary(source, partial / VOCABULARY)
         write_companions(source, partial)

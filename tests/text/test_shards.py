@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from edgekv.errors import InputError
+from edgekv.progress import ignore
 from edgekv.source import LazySource
 from edgekv.spec import ModelSpec
 from edgekv.text.shards import (
@@ -56,20 +57,20 @@ def test_unreadable_texts_are_input_errors(tmp_path):
     with pytest.raises(InputError, match="damaged"):
         list(documents(tmp_path / "cut.txt.xz"))
     with pytest.raises(InputError, match="does not exist"):
-        load_shard(tmp_path / "none.txt", source(), letters, lambda done: None)
+        load_shard(tmp_path / "none.txt", source(), letters, ignore)
 
 
 def test_the_break_token_follows_each_document():
     assert break_token(source().metadata) == 1
     assert break_token({"tokenizer.ggml.eos_token_id": 7}) == 7
-    assert list(tokenize(iter(["ab", "c"]), letters, 1, lambda done: None)) == [[97, 98, 1], [99, 1]]
+    assert list(tokenize(iter(["ab", "c"]), letters, 1, ignore)) == [[97, 98, 1], [99, 1]]
 
 
 def test_a_text_is_tokenized_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = tmp_path / "t.txt"
     path.write_text("ab\n\n\nc")
-    shard = load_shard(path, source(), letters, lambda done: None)
+    shard = load_shard(path, source(), letters, ignore)
     assert shard.tokens.tolist() == [97, 98, 1, 99, 1]
     assert shard.tokens.dtype == np.uint16
     assert len(list(cache_folder().iterdir())) == 1
@@ -77,7 +78,7 @@ def test_a_text_is_tokenized_once(tmp_path, monkeypatch):
     def never(text: str) -> list[int]:
         raise AssertionError(text)
 
-    again = load_shard(path, source(), never, lambda done: None)
+    again = load_shard(path, source(), never, ignore)
     assert again.tokens.tolist() == shard.tokens.tolist()
     assert again.sha256 == shard.sha256
 
@@ -89,7 +90,7 @@ def test_token_files_are_taken_as_they_are(tmp_path, packed):
     if packed:
         data, path = path.read_bytes(), tmp_path / "t.npy.xz"
         path.write_bytes(lzma.compress(data))
-    shard = load_shard(path, source(), letters, lambda done: None)
+    shard = load_shard(path, source(), letters, ignore)
     assert shard.tokens.tolist() == [1, 2, 3]
     assert shard.tokens.dtype == np.uint32
 
@@ -103,10 +104,10 @@ def test_unsuitable_token_files_are_input_errors(tmp_path):
     for message, array in cases.items():
         np.save(tmp_path / "t.npy", array)
         with pytest.raises(InputError, match=message):
-            load_shard(tmp_path / "t.npy", source(), letters, lambda done: None)
+            load_shard(tmp_path / "t.npy", source(), letters, ignore)
     (tmp_path / "t.npy").write_bytes(b"\x93NUMPY nonsense")
     with pytest.raises(InputError, match="not a token file"):
-        load_shard(tmp_path / "t.npy", source(), letters, lambda done: None)
+        load_shard(tmp_path / "t.npy", source(), letters, ignore)
 
 
 def shards() -> list[Shard]:

@@ -14,7 +14,7 @@ from edgekv.documents import encode
 from edgekv.errors import InputError
 
 HERE = Path(__file__).parent
-SCHEMA = HERE.parent / "devices/reporting/report.schema.json"
+SCHEMA = HERE.parents[2] / "devices/reporting/report.schema.json"
 REPORT = HERE / "reports/measured.json"
 
 

@@ -1,0 +1,176 @@
+"""Options that several commands share: declared once, spelt one way.
+
+    -o/--output   -f/--force...   --json   --text   --text-tokens   -c/--ctx-size   --cache-type   -t/--threads
+    --backend     --seed          --target, --kv-lora-rank, --rope-dim, --nope-dim (the size of a latent)
+
+`command` makes a click command that refuses a spelling of the past with the name that took its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import click
+
+from edgekv.backends.open import KINDS
+from edgekv.spec import CACHE_BLOCKS
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Option = Callable[[Function], Function]
+
+PATH = click.Path(path_type=Path)
+CACHE_TYPES = tuple(CACHE_BLOCKS)
+RENAMED: Mapping[str, str] = MappingProxyType(
+    {
+        "--cache": "--cache-type",
+        "--calib": "--text",
+        "--calib-tokens": "--text-tokens",
+        "--context": "--ctx-size",
+        "--dtype": "--weights",
+        "--eval": "--eval-text",
+        "--positions": "--text FILE --by-position",
+        "--retrieval": "--text FILE --needles",
+        "--sweep": "the command `edgekv sweep FILE`",
+        "--tokens": "--text-tokens",
+    }
+)
+
+
+class Command(click.Command):
+    """A command that names the option that took an old one's place."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if error.option_name in RENAMED:
+                message = f"No such option: {error.option_name}; it is {RENAMED[error.option_name]}"
+                raise click.NoSuchOption(error.option_name, message, ctx=ctx) from error
+            raise
+
+
+def command(name: str) -> Callable[[Callable[..., Any]], Command]:
+    """A subcommand of `edgekv`."""
+    return click.command(
+        name, cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+    )
+
+
+def model(required: bool = True) -> Option[Any]:
+    """The argument MODEL."""
+    return click.argument("model", type=PATH, required=required)
+
+
+def output(help_text: str, required: bool = True) -> Option[Any]:
+    """-o/--output, a file or folder to write."""
+    return click.option("-o", "--output", required=required, type=PATH, help=help_text)
+
+
+def force(help_text: str = "Replace the output.") -> Option[Any]:
+    """--force."""
+    return click.option("--force", is_flag=True, help=help_text)
+
+
+def as_json(help_text: str = "Print one JSON object.") -> Option[Any]:
+    """--json, `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help=help_text)
+
+
+def text(help_text: str, multiple: bool = False) -> Option[Any]:
+    """--text, a plain text file in UTF-8."""
+    return click.option("--text", type=PATH, multiple=multiple, metavar="FILE", help=help_text)
+
+
+def text_tokens(default: int, help_text: str) -> Option[Any]:
+    """--text-tokens."""
+    return click.option("--text-tokens", default=default, show_default=True, metavar="N", help=help_text)
+
+
+def seed(help_text: str, default: int | None = 0) -> Option[Any]:
+    """--seed."""
+    return click.option(
+        "--seed",
+        default=default,
+        type=click.IntRange(min=0),
+        show_default=default is not None,
+        help=help_text,
+    )
+
+
+def ctx_size(help_text: str, default: int | None = None, least: int = 1) -> Option[Any]:
+    """-c/--ctx-size, tokens of context."""
+    return click.option(
+        "-c",
+        "--ctx-size",
+        type=click.IntRange(least),
+        default=default,
+        show_default=default is not None,
+        metavar="N",
+        help=help_text,
+    )
+
+
+def cache_type(
+    help_text: str, choices: tuple[str, ...] = CACHE_TYPES, default: str | None = None
+) -> Option[Any]:
+    """--cache-type, how cached keys and values (or latents) are stored."""
+    return click.option(
+        "--cache-type",
+        type=click.Choice(choices),
+        default=default,
+        show_default=default is not None,
+        metavar="TYPE",
+        help=f"{help_text} One of {', '.join(choices)}.",
+    )
+
+
+def threads() -> Option[Any]:
+    """-t/--threads."""
+    return click.option(
+        "-t",
+        "--threads",
+        type=click.IntRange(1),
+        metavar="N",
+        help="Threads of the engine.  [default: one per big physical core]",
+    )
+
+
+def backend(
+    help_text: str = "Engine.  [default: what MODEL is made for]",
+    flag: str = "--backend",
+    default: str | None = None,
+) -> Option[Any]:
+    """--backend, an inference engine."""
+    return click.option(
+        flag, type=click.Choice(KINDS), default=default, show_default=default is not None, help=help_text
+    )
+
+
+def latent_size(rope_default: str) -> Option[Any]:
+    """--target, --kv-lora-rank, --rope-dim and --nope-dim: the size of the latent to convert to."""
+    options = (
+        click.option(
+            "--target", type=float, help="Share of the cache to keep, e.g. 0.5; picks SIMD-friendly sizes."
+        ),
+        click.option("--kv-lora-rank", type=int, help="Width of the latent, instead of --target."),
+        click.option(
+            "--rope-dim",
+            type=int,
+            help=f"Width of the shared rope key (qk_rope_head_dim).  [default: {rope_default}]",
+        ),
+        click.option(
+            "--nope-dim",
+            type=int,
+            help="Query dims per head that read the latent (qk_nope_head_dim).  [default: 32]",
+        ),
+    )
+
+    def add(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add

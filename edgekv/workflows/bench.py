@@ -1,0 +1,67 @@
+"""Benchmarks: speed and memory of models and cache types, measured in turns."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edgekv.backends.open import Kind, default_kind
+from edgekv.devices.bench.run import run
+from edgekv.devices.bench.settings import BenchSettings, Candidate
+from edgekv.devices.reporting.report import Report, dumps
+from edgekv.files import atomic_path
+from edgekv.models.onnx.manifest import read_manifest
+from edgekv.progress import Progress, ignore
+
+
+@dataclass(frozen=True)
+class BenchRequest:
+    """What to measure.
+
+    Attributes:
+        models: GGUF files and ONNX folders.
+        cache_types: of each model; by default the engine's. An ONNX folder has its own.
+        backend: by default what each model is made for.
+        output: a file for the JSON report; it is opened before the bench runs.
+        command: what the report says it was made by.
+    """
+
+    models: tuple[Path, ...]
+    cache_types: tuple[str, ...] = ()
+    settings: BenchSettings = field(default_factory=BenchSettings)
+    backend: Kind | None = None
+    output: Path | None = None
+    force: bool = False
+    command: str = "edgekv.bench_models"
+
+
+def bench_models(request: BenchRequest, progress: Progress = ignore) -> Report:
+    """Measure prefill and decode speed in tokens/s and memory in bytes; every model with every cache type in turns.
+
+        report = edgekv.bench_models(edgekv.BenchRequest((small, model), cache_types=("f16", "q4_0")))
+        print(report.runs[0].points[0].decode_tps.median)
+
+    Raises:
+        InputError: no models, settings out of range, a bad model file, a cache type that does not fit.
+        OutputError: the output exists without `force`, or cannot be written.
+        BackendError: no candidate could be measured at all.
+    """
+    candidates = [
+        Candidate(model, cache_type, kind)
+        for model in request.models
+        for kind in [request.backend or default_kind(model)]
+        for cache_type in _cache_types(model, kind, request.cache_types)
+    ]
+    with atomic_path(request.output, request.force) if request.output else nullcontext() as partial:
+        report = run(candidates, request.settings, progress, request.command)
+        if partial is not None:
+            partial.write_text(dumps(report), encoding="utf-8")
+    return report
+
+
+def _cache_types(model: Path, kind: Kind, wanted: tuple[str, ...]) -> tuple[str, ...]:
+    """Cache types to measure a model with: those asked for, where its engine has a choice."""
+    if kind == "onnx":
+        return (read_manifest(model).model.cache_type,)
+    return wanted or (("f16",) if kind == "llama.cpp" else ("f32",))

@@ -1,0 +1,92 @@
+"""Evaluation: what a model and its cache lose, measured on texts and tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edgekv.backends.open import Kind, default_kind
+from edgekv.evaluate.journal import default_folder
+from edgekv.evaluate.model_under_test import ModelUnderTest, Weights
+from edgekv.evaluate.report import EvalReport
+from edgekv.evaluate.run import Evaluation, Measurements
+from edgekv.evaluate.workers import Run
+from edgekv.progress import Stages, ignore, silent
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How measurements are carried out; nothing here changes their figures.
+
+    Attributes:
+        threads: total of all jobs; by default the big physical cores.
+        jobs: processes that share them; by default one per core, as memory allows.
+        cache_dir: keeps journals, references and copies of weights; by default the user's cache folder.
+        fresh: measure anew what earlier runs left.
+    """
+
+    threads: int | None = None
+    jobs: int | None = None
+    cache_dir: Path | None = None
+    fresh: bool = False
+
+    def run(self) -> Run:
+        """The settings that edgekv.evaluate works with."""
+        return Run(self.cache_dir or default_folder(), ignore, self.jobs, self.threads, self.fresh)
+
+
+@dataclass(frozen=True)
+class EvaluateRequest:
+    """What to measure of a model.
+
+    Attributes:
+        measurements: texts and tasks.
+        against: the reference model: adds KL, argmax agreement and changes.
+        cache_type: by default the engine's.
+        backend: by default what the model is made for.
+        against_backend: by default the NumPy reference, for ONNX folders onnx; llama.cpp runs it with an f32 cache.
+        weights: "keep", or a format to dequantize the weights to first, so that only the cache's loss is left.
+        command: what the report says it was made by.
+    """
+
+    model: Path
+    measurements: Measurements
+    against: Path | None = None
+    cache_type: str | None = None
+    backend: Kind | None = None
+    against_backend: Kind | None = None
+    weights: Weights = "keep"
+    effort: Effort = field(default_factory=Effort)
+    command: str = "edgekv.evaluate_model"
+
+
+def evaluate_model(
+    request: EvaluateRequest, progress: Stages = silent, say: Callable[[str], None] = lambda line: None
+) -> EvalReport:
+    """Measure perplexity, KL, task accuracy, loss by position and retrieval of a model and its cache.
+
+    Args:
+        say: is given lines for people as soon as they are known.
+
+    Raises:
+        InputError: nothing is asked for, or an input cannot be used.
+        BackendError: an engine is not installed, failed, or its process died; what is done is kept.
+    """
+    model = request.model
+    measured = ModelUnderTest(
+        model, request.backend or default_kind(model), request.cache_type, request.weights
+    )
+    reference = _reference(request, request.against) if request.against else None
+    evaluation = Evaluation(measured, reference, request.effort.run(), progress, say)
+    return evaluation.run(request.measurements, request.command)
+
+
+def _reference(request: EvaluateRequest, path: Path) -> ModelUnderTest:
+    """The reference as it is run: in float32 by NumPy, or in llama.cpp with nothing rounded but by its kernels."""
+    backend = request.against_backend
+    if backend is None:
+        backend = "onnx" if default_kind(path) == "onnx" else "reference"
+    if backend == "llama.cpp":
+        return ModelUnderTest(path, backend, "f32", request.weights)
+    return ModelUnderTest(path, backend)

@@ -1,0 +1,137 @@
+"""Healing: distilling an original model into its converted self, as a file of healed weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edgekv.chat.session import PromptFormat
+from edgekv.convert.layers import convertible_attention
+from edgekv.convert.target import resolve_target
+from edgekv.errors import InputError
+from edgekv.heal.job import MAX_STEPS, HealJob, Report, heal, self_written
+from edgekv.heal.recipe import HealedRecord, HealRecipe
+from edgekv.heal.weights import Storage
+from edgekv.models.open import open_source
+from edgekv.progress import Stages, silent
+from edgekv.source import TensorSource
+from edgekv.text.chats import Chat
+from edgekv.text.shards import Shard, load_shard
+from edgekv.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class HealRequest:
+    """What to heal, on what, for how long.
+
+    Give `target` (the share of the cache's bytes to keep) or `kv_lora_rank`; `recipe.steps`, `minutes` or both;
+    and `text`, `self_tokens` or both.
+
+    Attributes:
+        model: the original, a GGUF file or a Hugging Face folder.
+        output: the file of healed weights to write (.safetensors).
+        rope_dim: width of the shared rope key (qk_rope_head_dim); by default half the head dim.
+        nope_dim: query dims per head that read the latent (qk_nope_head_dim).
+        text: training text: .txt, .txt.xz, or tokens in .npy.
+        self_tokens: how many tokens the original writes to train on.
+        eval_text: held-out text to score on; by default the last of the training text.
+        eval_windows: how many windows of it to score.
+        recipe: steps, learning rate, batch, cache type to train for, seed.
+        minutes: alone: train so long; with `recipe.steps`: stop then, for `resume`.
+        resume: go on where a training that was stopped or killed left off.
+        start: a file of healed weights to begin from.
+        store: how the healed weights are stored.
+        device: "auto", "cuda" or "cpu".
+    """
+
+    model: Path
+    output: Path
+    target: float | None = None
+    kv_lora_rank: int | None = None
+    rope_dim: int | None = None
+    nope_dim: int | None = None
+    text: tuple[Path, ...] = ()
+    self_tokens: int | None = None
+    eval_text: Path | None = None
+    eval_windows: int = 64
+    recipe: HealRecipe = field(default_factory=lambda: HealRecipe(steps=MAX_STEPS))
+    minutes: float | None = None
+    resume: bool = False
+    start: Path | None = None
+    store: Storage = "q8_0"
+    device: str = "auto"
+    force: bool = False
+
+
+def heal_model(request: HealRequest, report: Report, progress: Stages = silent) -> HealedRecord:
+    """Train the attention and norms of a converted model until it predicts what the original does.
+
+    Args:
+        report: is told of stages, converted layers, training steps and evaluations as they come.
+        progress: of reading and writing text, before the training.
+
+    Returns:
+        The record of what was written; `steps_done` is less than `recipe.steps` if it was stopped before its end.
+
+    Raises:
+        InputError: an option is impossible, PyTorch is missing, a text cannot be read, inputs do not fit each other.
+        UnsupportedError: the model cannot become MLA.
+        OutputError: the output exists, or cannot be written.
+        EdgeKVError: the training diverged.
+    """
+    return heal(_job(request, progress), report)
+
+
+def _job(request: HealRequest, progress: Stages) -> HealJob:
+    """Check what was asked for and read the texts."""
+    _check(request)
+    source = open_source(request.model)
+    gqa = convertible_attention(source.spec)
+    sizes = (request.target, request.kv_lora_rank, request.rope_dim, request.nope_dim)
+    attention = resolve_target(gqa, *sizes, healed=True)
+    tokenizer = Tokenizer.from_metadata(source.metadata)
+
+    def shard(path: Path) -> Shard:
+        return load_shard(path, source, tokenizer.encode, progress(f"tokenizing {path.name}, characters"))
+
+    shards = [shard(path) for path in request.text]
+    if request.self_tokens:
+        shards.append(_written(source, tokenizer, request.self_tokens, request, progress))
+    return HealJob(
+        source=source,
+        attention=attention,
+        recipe=request.recipe,
+        shards=tuple(shards),
+        evaluation=shard(request.eval_text) if request.eval_text else None,
+        windows=request.eval_windows,
+        out=request.output,
+        storage=request.store,
+        minutes=request.minutes,
+        start=request.start,
+        resume=request.resume,
+        force=request.force,
+        device=request.device,
+    )
+
+
+def _check(request: HealRequest) -> None:
+    if request.recipe.steps == MAX_STEPS and request.minutes is None:
+        raise InputError("say how long to train: --steps or --minutes")
+    if not request.text and not request.self_tokens:
+        raise InputError("training needs text: --text FILE, or --self TOKENS to let the original write it")
+    positive = (request.minutes, request.self_tokens, request.eval_windows)
+    if any(number is not None and number <= 0 for number in positive) or request.recipe.steps < 0:
+        raise InputError("--steps, --minutes, --self and --eval-windows take positive numbers")
+
+
+def _written(
+    source: TensorSource, tokenizer: Tokenizer, n_tokens: int, request: HealRequest, progress: Stages
+) -> Shard:
+    """Text that the model writes, half of it chats if it has a template."""
+    form = PromptFormat.of_model(tokenizer)
+    chat = None
+    if form.has_template:
+        seed = request.recipe.seed
+        chat = Chat(lambda question: form.tokens("", (), question), tokenizer.stop_ids, seed)
+    writing = progress("writing text, sequences")
+    return self_written(source, tokenizer, chat, n_tokens, request.recipe, request.device, writing)

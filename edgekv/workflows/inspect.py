@@ -1,0 +1,104 @@
+"""Descriptions: what a model is, what its cache costs, what it could become."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+from edgekv.convert.target import choose_rank, obstacle
+from edgekv.errors import InputError
+from edgekv.source import TensorSource
+from edgekv.spec import GQA, MLA, ModelSpec
+
+CONTEXTS = (2048, 8192, 32768)
+CACHE_TYPES = ("f16", "q8_0", "q4_0")
+TARGETS = (0.75, 0.667, 0.5, 0.334, 0.25)
+
+
+def describe(source: TensorSource) -> dict[str, Any]:
+    """Everything that inspect prints, as plain values. Cache sizes are in bytes, exact."""
+    spec = source.spec
+    attention = spec.layers[0].attention
+    sizes = {name: math.prod(source.shape(name)) for name in source.names()}
+    mix: Counter[str] = Counter()
+    for name, size in sizes.items():
+        mix[source.quantization(name)] += size
+    return {
+        "name": spec.name,
+        "architecture": spec.arch,
+        "attention": attention.kind,
+        "n_layers": spec.n_layers,
+        "dim": spec.dim,
+        "n_heads": attention.n_heads,
+        "ffn_dim": spec.layers[0].ffn_dim,
+        "vocab": spec.vocab,
+        "context_length": spec.context_length,
+        "tied_embeddings": spec.tied_embeddings,
+        "parameters": sum(sizes.values()),
+        "quantization": {kind: count for kind, count in mix.most_common()},
+        "shape": _attention_shape(spec),
+        "cache": _cache(spec),
+        "peculiarities": list(spec.peculiarities),
+        "could_become": _targets(spec),
+        "obstacle": _obstacle(spec),
+        "made_by": {key: value for key, value in source.metadata.items() if key.startswith("edgekv.")},
+    }
+
+
+def _attention_shape(spec: ModelSpec) -> dict[str, float]:
+
+    attention = spec.layers[0].attention
+    if isinstance(attention, MLA):
+        shape: dict[str, float] = {
+            "kv_lora_rank": attention.kv_lora_rank,
+            "rope_dim": attention.rope.dim,
+            "nope_dim": attention.nope_dim,
+            "value_dim": attention.value_dim,
+        }
+    else:
+        shape = {"n_kv_heads": attention.n_kv_heads, "head_dim": attention.head_dim}
+    return shape | {"rope_theta": attention.rope.theta}
+
+
+def _cache(spec: ModelSpec) -> dict[str, Any]:
+    per_token: dict[str, int] = {}
+    for kind in CACHE_TYPES:
+        try:
+            per_token[kind] = spec.kv_bytes_per_token(kind)
+        except ValueError:  # the block size does not divide the rows: llama.cpp refuses this type too
+            continue
+    return {
+        "values_per_token_per_layer": spec.cache_values / spec.n_layers,
+        "bytes_per_token": per_token,
+        "bytes": {kind: {str(n): n * size for n in CONTEXTS} for kind, size in per_token.items()},
+    }
+
+
+def _obstacle(spec: ModelSpec) -> str | None:
+
+    return obstacle(spec) if isinstance(spec.layers[0].attention, GQA) else None
+
+
+def _targets(spec: ModelSpec) -> list[dict[str, Any]]:
+    """The latents that `convert --target` would choose; none for a model that cannot be converted."""
+
+    attention = spec.layers[0].attention
+    if not isinstance(attention, GQA) or obstacle(spec):
+        return []
+    found = []
+    for target in TARGETS:
+        try:
+            rank, rope_dim = choose_rank(attention, target)
+        except InputError:
+            continue
+        found.append(
+            {
+                "target": target,
+                "kv_lora_rank": rank,
+                "rope_dim": rope_dim,
+                "values_per_token_per_layer": rank + rope_dim,
+                "kept": (rank + rope_dim) / attention.cache_values,
+            }
+        )
+    return found
