@@ -12,7 +12,7 @@ import pytest
 from edgekv.convert.layers import METHODS, convert
 from edgekv.convert.target import target_spec
 from edgekv.export.gguf.write import write_gguf
-from edgekv.models.open import open_source
+from edgekv.models.open import open_model
 from edgekv.source import LazySource, TensorSource
 from edgekv.spec import GQA, LayerSpec, ModelSpec, RopeSpec
 from edgekv.tensors import layer_tensor_shapes
@@ -116,5 +116,5 @@ def tiny_mla(
 ) -> Path:
     """`tiny_llama` converted to rank 32 and 32 rope dims, in F32."""
     path = tmp_path_factory.mktemp("tiny") / "tiny-mla.gguf"
-    write_gguf(make_mla(open_source(tiny_llama), 32, 32), path, "f32", {}, False, lambda *_: None)
+    write_gguf(make_mla(open_model(tiny_llama), 32, 32), path, "f32", {}, False, lambda *_: None)
     return path

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgekv.models.open import open_source
+from edgekv.models.open import open_model
 from edgekv.text.shards import break_token
 from edgekv.tokenizer.tokenizer import Tokenizer
 
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--spaced", type=float, default=0.2, help="share of documents to set apart")
     parser.add_argument("--jobs", type=int, default=8)
     options = parser.parse_args()
-    metadata = open_source(options.model).metadata
+    metadata = open_model(options.model).metadata
     tokenizer, end = Tokenizer.from_metadata(metadata), break_token(metadata)
     with lzma.open(options.text, "rt") as file:
         documents = [d for d in file.read().split("\n\n\n") if d.strip()]

@@ -64,9 +64,9 @@ def open_backend(
     if n_threads is not None:
         raise InputError("the reference backend's threads are NumPy's: set OMP_NUM_THREADS instead")
     from edgekv.backends.reference import ReferenceBackend
-    from edgekv.models.open import open_source
+    from edgekv.models.open import open_model
 
-    source = open_source(path)
+    source = open_model(path)
     return ReferenceBackend(source, n_ctx or min(source.spec.context_length, REFERENCE_N_CTX))
 
 

@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import click
 
-from edgekv.backends.open import KINDS, Kind, default_kind
+from edgekv.cli.common import options
+from edgekv.cli.common.output import command_line
+from edgekv.cli.common.progress import ProgressLine
 
 
-@click.command("bench")
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...", type=click.Path(path_type=Path))
-@click.option("-c", "--cache", "caches",
+@options.command("bench")
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...", type=options.PATH)
+@click.option("--cache-type", "cache_types", default="", metavar="TYPES",
               help="Cache types, with commas: f16,q8_0; an ONNX folder has its own.  [default: f16]")  # fmt: skip
 @click.option("-d", "--depth", "depths", default="0,512", show_default=True, help="Depths, with commas.")
 @click.option("-p", "--n-prompt", default=128, show_default=True, help="Tokens of each timed prefill.")
 @click.option("-n", "--n-gen", default=32, show_default=True, help="Tokens of each timed decode.")
 @click.option("-r", "--repeats", default=5, show_default=True, help="Timed samples at each depth.")
-@click.option("--context", default=0, help="Context to open.  [default: as the deepest point needs]")
-@click.option("-t", "--threads", default=0, help="Engine threads.  [default: one a CPU in use]")
+@options.ctx_size("Context to open.  [default: as the deepest point needs]")
+@options.threads()
 @click.option("--cpus", default="", help="CPUs to run on, as 0-3,6.  [default: the fast physical cores]")
-@click.option("--backend", type=click.Choice(KINDS), help="Engine.  [default: what each model is made for]")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the JSON report here.")
-@click.option("--force", is_flag=True, help="Replace the output file if it exists.")
-@click.option("--json", "as_json", is_flag=True, help="Print the JSON report instead of tables.")
+@options.backend("Engine.  [default: what each model is made for]")
+@options.output("Write the JSON report here.", required=False)
+@options.force()
+@options.as_json("Print the JSON report instead of tables.")
 def command(
     models: tuple[Path, ...],
-    caches: str | None,
+    cache_types: str,
     depths: str,
+    cpus: str,
+    ctx_size: int | None,
+    threads: int | None,
+    backend: Any,
     n_prompt: int,
     n_gen: int,
     repeats: int,
-    context: int,
-    threads: int,
-    cpus: str,
-    backend: Kind | None,
     output: Path | None,
     force: bool,
     as_json: bool,
@@ -49,62 +50,30 @@ def command(
     \b
     edgekv bench model.gguf
     edgekv bench model.gguf small.gguf -d 0,2048 -o run.json
-    edgekv bench model.gguf -c f16,q8_0,q4_0 -d 0,512,2048,7600
+    edgekv bench model.gguf --cache-type f16,q8_0,q4_0 -d 0,512,2048,7600
     edgekv bench small.gguf small-onnx -d 0,2048,7600
     edgekv compare run.json --html run.html
     """
-    from edgekv.devices.bench import run as bench
-    from edgekv.devices.reporting.compare import as_terminal
-    from edgekv.devices.reporting.report import dumps
-    from edgekv.devices.reporting.tables import Source
-    from edgekv.files import atomic_path
+    from edgekv.workflows.bench import BenchRequest, BenchSettings, as_terminal, bench_models, dumps
 
-    candidates = [
-        bench.Candidate(model, cache, kind)
-        for model in models
-        for kind in [backend or default_kind(model)]
-        for cache in cache_types(model, kind, caches)
-    ]
-    settings = bench.BenchSettings(
+    settings = BenchSettings(
         depths=parse_depths(depths),
         n_prompt=n_prompt,
         n_gen=n_gen,
         repeats=repeats,
-        threads=threads,
+        threads=threads or 0,
         cpus=parse_cpus(cpus),
-        context=context,
+        context=ctx_size or 0,
     )
-    said = "edgekv " + " ".join(sys.argv[1:])
-    # The output is opened first: nobody should wait for a bench whose report cannot be written.
-    with atomic_path(output, force) if output else nullcontext() as partial:
-        report = bench.run(candidates, settings, show_progress, said)
-        text = dumps(report)
-        if partial is not None:
-            partial.write_text(text, encoding="utf-8")
+    kinds = tuple(part.strip() for part in cache_types.split(",")) if cache_types else ()
+    request = BenchRequest(models, kinds, settings, backend, output, force, command_line())
+    report = bench_models(request, ProgressLine("bench"))
     if as_json:
-        click.echo(text, nl=False)
+        click.echo(dumps(report), nl=False)
         return
-    click.echo(as_terminal((Source("this run", report),)))
+    click.echo(as_terminal(report))
     if output is not None:
         click.echo(f"report: {output}  (edgekv compare {output} --html page.html)")
-
-
-def cache_types(model: Path, kind: Kind, wanted: str | None) -> list[str]:
-    """Cache types to measure a model with: those asked for, where its engine has a choice."""
-    from edgekv.models.onnx.manifest import read_manifest
-
-    if kind == "onnx":
-        return [read_manifest(model).model.cache_type]
-    return [part.strip() for part in (wanted or ("f16" if kind == "llama.cpp" else "f32")).split(",")]
-
-
-def show_progress(step: int, steps: int, text: str = "", /) -> None:
-    """One line on stderr, rewritten in place on a terminal."""
-    line = f"[{step}/{steps}] {text}"
-    if sys.stderr.isatty():
-        click.echo(f"\r\x1b[K{line}" + ("\r\x1b[K" if step == steps else ""), nl=False, err=True)
-    else:
-        click.echo(line, err=True)
 
 
 def parse_depths(text: str) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 from pathlib import Path
@@ -10,17 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgekv.backends.open import KINDS, Kind
-from edgekv.spec import CACHE_BLOCKS
+from edgekv.cli.common import options
+from edgekv.errors import InputError
 
 if TYPE_CHECKING:
-    from edgekv.backends.isolated.backend import IsolatedBackend
-    from edgekv.chat.session import ChatSession, PromptFormat
-    from edgekv.tokenizer.language import Language
+    from edgekv.workflows.chat import Chat
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("model", type=click.Path(path_type=Path))
+@options.command("chat")
+@options.model()
 @click.option("-p", "--prompt", help="Ask this one thing, print the answer, and leave.")
 @click.option(
     "-f",
@@ -29,8 +26,9 @@ if TYPE_CHECKING:
     help="Ask what this file says (- is standard input), after --prompt if both are given.",
 )
 @click.option("--system", default="", help="System prompt.")
-@click.option("--no-template", is_flag=True, help="Continue the text as it is, without the chat template.")
-@click.option("-n", "--max-tokens", type=click.IntRange(1), help="Longest answer [default: the context].")
+@click.option("--no-template", "template", flag_value=False, default=True, type=bool,
+              help="Continue the text as it is, without the chat template.")  # fmt: skip
+@click.option("-n", "--max-tokens", type=click.IntRange(1), help="Longest answer.  [default: the context]")
 @click.option("--stop", multiple=True, help="End the answer before this text. May be repeated.")
 @click.option("--temp", "--temperature", "temperature", type=float, default=0.8, show_default=True,
               help="0 always takes the likeliest token.")  # fmt: skip
@@ -39,27 +37,25 @@ if TYPE_CHECKING:
 @click.option("--min-p", type=float, default=0.05, show_default=True, help="0 turns it off.")
 @click.option("--repeat-penalty", type=float, default=1.0, show_default=True, help="1 turns it off.")
 @click.option("--repeat-last-n", type=int, default=64, show_default=True, help="Tokens the penalty sees.")
-@click.option("--seed", type=click.IntRange(min=0), help="Makes the same question give the same answer.")
-@click.option("-c", "--ctx-size", type=click.IntRange(1), help="Tokens remembered [default: up to 4096].")
-@click.option(
-    "--cache-type", type=click.Choice(list(CACHE_BLOCKS)), help="How they are stored [default: f16]."
-)
-@click.option("-t", "--threads", type=click.IntRange(1), help="[default: the big cores]")
-@click.option("--backend", type=click.Choice(KINDS), help="Engine.  [default: what MODEL is made for]")
-@click.option("--stats", is_flag=True, help="Tell times, tokens/s and memory after each answer.")
-@click.option("--json", "as_json", is_flag=True, help="One-shot: the answer and its figures as JSON.")
+@options.seed("Makes the same question give the same answer.", default=None)
+@options.ctx_size("Tokens remembered.  [default: up to 4096]")
+@options.cache_type("How they are stored.  [default: f16]")
+@options.threads()
+@options.backend()
+@click.option("--stats", is_flag=True, help="Show times, tokens/s and memory after each answer.")
+@options.as_json("One-shot: the answer and its figures as JSON.")
 def command(
     model: Path,
     prompt: str | None,
     file: Path | None,
     system: str,
-    no_template: bool,
+    template: bool,
     max_tokens: int | None,
     stop: tuple[str, ...],
     ctx_size: int | None,
     cache_type: str | None,
     threads: int | None,
-    backend: Kind | None,
+    backend: Any,
     stats: bool,
     as_json: bool,
     **sampling: Any,
@@ -79,56 +75,37 @@ def command(
 
     Exit codes: 0 answered, 2 the input cannot be used, 3 the engine failed, 130 stopped by Ctrl-C.
     """
-
     question = one_shot_question(prompt, file)
     if as_json and question is None:
         raise click.UsageError("--json answers one question: give it with --prompt, --file or a pipe")
-    from edgekv.backends.isolated.backend import IsolatedBackend
-    from edgekv.chat.generate import Generator
-    from edgekv.chat.sampling import Sampler, SamplingParams
-    from edgekv.chat.session import ChatSession
+    from edgekv.workflows.chat import ChatRequest, SamplingParams, open_chat
 
-    sampler = Sampler(SamplingParams(**sampling))
-    engine = IsolatedBackend(model, backend, n_ctx=ctx_size, cache_type=cache_type, n_threads=threads)
-    with contextlib.closing(engine):
-        language = engine.language()
-        prompt_format = read_format(model, language, use_template=not no_template)
-        session = ChatSession(
-            Generator(engine, language, engine.interrupt),
-            prompt_format,
-            sampler,
-            system=system,
-            max_tokens=max_tokens,
-            stop=stop,
-        )
-        if not prompt_format.has_template and not no_template:
+    request = ChatRequest(
+        model,
+        backend,
+        ctx_size,
+        cache_type,
+        threads,
+        system,
+        template,
+        SamplingParams(**sampling),
+        max_tokens,
+        stop,
+    )
+    with open_chat(request) as chat:
+        if template and not chat.has_template:
             click.echo("this model has no chat template: it continues the text as it is", err=True)
         if question is not None:
-            answer_once(session, engine, model, question, stats=stats, as_json=as_json)
+            answer_once(chat, model, question, stats=stats, as_json=as_json)
             return
         from edgekv.cli.talk.repl import Repl
 
-        Repl(session, engine, model.name, always_stats=stats).run()
-
-
-def read_format(model: Path, language: Language, use_template: bool) -> PromptFormat:
-    """The model's prompt format."""
-    from edgekv.chat.session import PromptFormat
-    from edgekv.errors import ModelFileError
-
-    if not use_template:
-        return PromptFormat(language, None)
-    try:
-        return PromptFormat.of_model(language)
-    except ModelFileError as error:
-        raise ModelFileError(f"{model}: {error}; go on without it with --no-template") from error
+        Repl(chat.session, chat.engine, model.name, always_stats=stats).run()
 
 
 def one_shot_question(prompt: str | None, file: Path | None) -> str | None:
     """What to ask, or None for a conversation. Standard input is read with `-f -`, or if nothing else is given
     and it is not a terminal."""
-    from edgekv.errors import InputError
-
     if prompt is None and file is None and not sys.stdin.isatty():
         file = Path("-")
     parts = [] if prompt is None else [prompt]
@@ -150,13 +127,12 @@ def one_shot_question(prompt: str | None, file: Path | None) -> str | None:
     return question
 
 
-def answer_once(
-    session: ChatSession, engine: IsolatedBackend, model: Path, question: str, *, stats: bool, as_json: bool
-) -> None:
+def answer_once(chat: Chat, model: Path, question: str, *, stats: bool, as_json: bool) -> None:
     """Print one answer to standard output; leave with 130 if Ctrl-C cut it short."""
     from edgekv.cli.talk.answers import figures, show_answer, stats_line
 
-    answer = show_answer(session, session.ask(question), visible=not as_json)
+    engine = chat.engine
+    answer = show_answer(chat.session, chat.ask(question), visible=not as_json)
     if as_json:
         report = {
             "model": str(model),

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import click
 
+from edgekv.cli.common import options
 
-@click.command("compare")
-@click.argument("reports", nargs=-1, required=True, metavar="REPORT...", type=click.Path(path_type=Path))
+
+@options.command("compare")
+@click.argument("reports", nargs=-1, required=True, metavar="REPORT...", type=options.PATH)
 @click.option("--markdown", "form", flag_value="markdown", help="Print Markdown tables.")
 @click.option("--json", "form", flag_value="json", help="Print all runs and warnings as JSON.")
-@click.option("--html", type=click.Path(path_type=Path), help="Write a page with charts here.")
-@click.option("--svg", type=click.Path(path_type=Path), help="Draw all runs as one picture here.")
-@click.option("--force", is_flag=True, help="Replace what exists.")
+@click.option("--html", type=options.PATH, help="Write a page with charts here.")
+@click.option("--svg", type=options.PATH, help="Draw all runs as one picture here.")
+@options.force("Replace what exists.")
 def command(
     reports: tuple[Path, ...], form: str | None, html: Path | None, svg: Path | None, force: bool
 ) -> None:

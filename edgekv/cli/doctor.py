@@ -8,12 +8,14 @@ from dataclasses import asdict
 
 import click
 
+from edgekv.cli.common import options
+
 MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL", "unknown": "?   "}
 NOT_READY = 1
 
 
-@click.command("doctor")
-@click.option("--json", "as_json", is_flag=True, help="Print the checks as JSON.")
+@options.command("doctor")
+@options.as_json("Print the checks as JSON.")
 def command(as_json: bool) -> None:
     """Check CPU, engine, memory, heat and packages, and say what to do about what is wrong.
 

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-if TYPE_CHECKING:
-    from edgekv.source import TensorSource
-    from edgekv.spec import ModelSpec
-
-CONTEXTS = (2048, 8192, 32768)
-CACHE_TYPES = ("f16", "q8_0", "q4_0")
-TARGETS = (0.75, 0.667, 0.5, 0.334, 0.25)
+from edgekv.cli.common import options
 
 
-@click.command("inspect")
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@options.command("inspect")
+@options.model()
+@options.as_json()
 def command(model: Path, as_json: bool) -> None:
     """Show a model's shape, its quantization, its cache's bytes, and what conversion offers.
 
@@ -27,110 +21,13 @@ def command(model: Path, as_json: bool) -> None:
     edgekv inspect model.gguf
     edgekv inspect model.gguf --json | jq .cache.bytes_per_token.f16
     """
-    from edgekv.models.open import open_source
+    from edgekv.workflows.inspect import describe_model
 
-    found = describe(open_source(model))
+    found = describe_model(model)
     if as_json:
         click.echo(json.dumps(found, indent=1))
     else:
         _show(found)
-
-
-def describe(source: TensorSource) -> dict[str, Any]:
-    """Everything that inspect prints, as plain values. Cache sizes are in bytes, exact."""
-    import math
-    from collections import Counter
-
-    spec = source.spec
-    attention = spec.layers[0].attention
-    sizes = {name: math.prod(source.shape(name)) for name in source.names()}
-    mix: Counter[str] = Counter()
-    for name, size in sizes.items():
-        mix[source.quantization(name)] += size
-    return {
-        "name": spec.name,
-        "architecture": spec.arch,
-        "attention": attention.kind,
-        "n_layers": spec.n_layers,
-        "dim": spec.dim,
-        "n_heads": attention.n_heads,
-        "ffn_dim": spec.layers[0].ffn_dim,
-        "vocab": spec.vocab,
-        "context_length": spec.context_length,
-        "tied_embeddings": spec.tied_embeddings,
-        "parameters": sum(sizes.values()),
-        "quantization": {kind: count for kind, count in mix.most_common()},
-        "shape": _attention_shape(spec),
-        "cache": _cache(spec),
-        "peculiarities": list(spec.peculiarities),
-        "could_become": _targets(spec),
-        "obstacle": _obstacle(spec),
-        "made_by": {key: value for key, value in source.metadata.items() if key.startswith("edgekv.")},
-    }
-
-
-def _attention_shape(spec: ModelSpec) -> dict[str, float]:
-    from edgekv.spec import MLA
-
-    attention = spec.layers[0].attention
-    if isinstance(attention, MLA):
-        shape: dict[str, float] = {
-            "kv_lora_rank": attention.kv_lora_rank,
-            "rope_dim": attention.rope.dim,
-            "nope_dim": attention.nope_dim,
-            "value_dim": attention.value_dim,
-        }
-    else:
-        shape = {"n_kv_heads": attention.n_kv_heads, "head_dim": attention.head_dim}
-    return shape | {"rope_theta": attention.rope.theta}
-
-
-def _cache(spec: ModelSpec) -> dict[str, Any]:
-    per_token: dict[str, int] = {}
-    for kind in CACHE_TYPES:
-        try:
-            per_token[kind] = spec.kv_bytes_per_token(kind)
-        except ValueError:  # the block size does not divide the rows: llama.cpp refuses this type too
-            continue
-    return {
-        "values_per_token_per_layer": spec.cache_values / spec.n_layers,
-        "bytes_per_token": per_token,
-        "bytes": {kind: {str(n): n * size for n in CONTEXTS} for kind, size in per_token.items()},
-    }
-
-
-def _obstacle(spec: ModelSpec) -> str | None:
-    from edgekv.convert.target import obstacle
-    from edgekv.spec import GQA
-
-    return obstacle(spec) if isinstance(spec.layers[0].attention, GQA) else None
-
-
-def _targets(spec: ModelSpec) -> list[dict[str, Any]]:
-    """The latents that `convert --target` would choose; none for a model that cannot be converted."""
-    from edgekv.convert.target import choose_rank, obstacle
-    from edgekv.errors import InputError
-    from edgekv.spec import GQA
-
-    attention = spec.layers[0].attention
-    if not isinstance(attention, GQA) or obstacle(spec):
-        return []
-    found = []
-    for target in TARGETS:
-        try:
-            rank, rope_dim = choose_rank(attention, target)
-        except InputError:
-            continue
-        found.append(
-            {
-                "target": target,
-                "kv_lora_rank": rank,
-                "rope_dim": rope_dim,
-                "values_per_token_per_layer": rank + rope_dim,
-                "kept": (rank + rope_dim) / attention.cache_values,
-            }
-        )
-    return found
 
 
 def _show(found: dict[str, Any]) -> None:
@@ -148,14 +45,15 @@ def _show(found: dict[str, Any]) -> None:
         f"{found['n_heads']} heads, {shape}"
     )
     console.print(f"weights: {mix}; context {found['context_length']}, vocabulary {found['vocab']}")
-    table = Table("cache type", "bytes a token", *(f"{n // 1024}K context" for n in CONTEXTS))
+    contexts: dict[str, int] = next(iter(found["cache"]["bytes"].values()), {})
+    table = Table("cache type", "bytes per token", *(f"{int(n) // 1024}K context" for n in contexts))
     for kind, size in found["cache"]["bytes_per_token"].items():
         table.add_row(
             kind, f"{size:,}", *(f"{n / 2**20:,.1f} MiB" for n in found["cache"]["bytes"][kind].values())
         )
     console.print(table)
     if found["could_become"]:
-        table = Table("convert --target", "latent + rope key", "values a token a layer", "kept")
+        table = Table("convert --target", "latent + rope key", "values per token per layer", "kept")
         for row in found["could_become"]:
             table.add_row(
                 f"{row['target']:g}",

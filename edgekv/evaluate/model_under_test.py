@@ -165,12 +165,12 @@ def engine_path(subject: ModelUnderTest, folder: Path) -> Path:
             f"{subject.path} runs with the weights it was exported with; leave out --weights {subject.weights}"
         )
     from edgekv.export.gguf.write import write_gguf
-    from edgekv.models.open import open_source
+    from edgekv.models.open import open_model
 
     path = folder / f"weights-{file_sha256(subject.path)[:16]}-{subject.weights}.gguf"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_gguf(open_source(subject.path), path, subject.weights, {}, False, ignore)
+        write_gguf(open_model(subject.path), path, subject.weights, {}, False, ignore)
     return path
 
 

@@ -11,7 +11,7 @@ from edgekv.models.hf.source import HFSource
 from edgekv.source import TensorSource
 
 
-def open_source(path: Path) -> TensorSource:
+def open_model(path: Path) -> TensorSource:
     """Open a model: a GGUF file, or a Hugging Face folder of config.json, safetensors and tokenizer.json.
 
     Raises:
@@ -28,7 +28,7 @@ def open_with_tokenizer(path: Path) -> TensorSource:
         ModelFileError: it holds no tokenizer, or a file is missing or malformed.
         UnsupportedError: its architecture or tokenizer is not handled.
     """
-    source = open_source(path)
+    source = open_model(path)
     if "tokenizer.ggml.tokens" not in source.metadata:
         raise ModelFileError(
             f"{path}: holds no tokenizer; download tokenizer.json into the folder, or tokenizer.model"

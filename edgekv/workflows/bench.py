@@ -9,14 +9,19 @@ from pathlib import Path
 from edgekv.backends.open import Kind, default_kind
 from edgekv.devices.bench.run import run
 from edgekv.devices.bench.settings import BenchSettings, Candidate
+from edgekv.devices.reporting import compare
 from edgekv.devices.reporting.report import Report, dumps
+from edgekv.devices.reporting.tables import Source
 from edgekv.files import atomic_path
 from edgekv.models.onnx.manifest import read_manifest
 from edgekv.progress import Progress, ignore
+from edgekv.workflows.request import Request
+
+__all__ = ["BenchRequest", "BenchSettings", "as_terminal", "bench_models", "dumps"]
 
 
 @dataclass(frozen=True)
-class BenchRequest:
+class BenchRequest(Request):
     """What to measure.
 
     Attributes:
@@ -58,6 +63,11 @@ def bench_models(request: BenchRequest, progress: Progress = ignore) -> Report:
         if partial is not None:
             partial.write_text(dumps(report), encoding="utf-8")
     return report
+
+
+def as_terminal(report: Report) -> str:
+    """The report's tables, for a terminal."""
+    return compare.as_terminal((Source("this run", report),))
 
 
 def _cache_types(model: Path, kind: Kind, wanted: tuple[str, ...]) -> tuple[str, ...]:

@@ -14,10 +14,13 @@ from edgekv.chat.sampling import Sampler, SamplingParams
 from edgekv.chat.session import ChatSession, Dropped, PromptFormat
 from edgekv.errors import ModelFileError
 from edgekv.tokenizer.language import Language
+from edgekv.workflows.request import Request
+
+__all__ = ["Chat", "ChatRequest", "SamplingParams", "open_chat"]
 
 
 @dataclass(frozen=True)
-class ChatRequest:
+class ChatRequest(Request):
     """A conversation to open.
 
     Attributes:

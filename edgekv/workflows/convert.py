@@ -20,7 +20,7 @@ from edgekv.export.gguf.write import WEIGHT_TYPES, write_gguf
 from edgekv.files import check_output
 from edgekv.heal.basis import BASIS_TOKENS, BASIS_WINDOW, in_best_basis
 from edgekv.heal.weights import check_base, healed_source, read_healed
-from edgekv.models.open import open_source
+from edgekv.models.open import open_model
 from edgekv.progress import Stages, silent
 from edgekv.rewrite.rope_pairs import with_interleaved_pairs
 from edgekv.rewrite.value_scales import with_balanced_values
@@ -28,6 +28,7 @@ from edgekv.source import TensorSource
 from edgekv.spec import Metadata, MetaValue
 from edgekv.text.windows import WINDOW, windows_from_files, windows_from_model
 from edgekv.tokenizer.tokenizer import Tokenizer
+from edgekv.workflows.request import Request
 from edgekv.workflows.verify import verify_file
 
 # What llama.cpp's own arithmetic costs beside float32: it multiplies quantized weights by 8-bit activations.
@@ -38,7 +39,7 @@ VERIFY_KL: Mapping[str, float] = MappingProxyType(
 
 
 @dataclass(frozen=True)
-class ConvertRequest:
+class ConvertRequest(Request):
     """What to convert, to what size, and where to.
 
     Give either `target`, the share of the cache's bytes to keep (0.5 keeps half), or `kv_lora_rank`, the width of
@@ -115,7 +116,7 @@ def convert_model(request: ConvertRequest, progress: Stages = silent) -> Convert
         BackendError: llama.cpp, wanted for `verify`, is not installed or failed.
     """
     check_output(request.output, request.force)
-    source = open_source(request.model)
+    source = open_model(request.model)
     with tempfile.TemporaryDirectory(prefix="edgekv-convert-") as spill:
         if request.healed is not None:
             converted, notes = _from_healed(source, request, request.healed, progress)

@@ -7,12 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgekv.backends.open import Kind, default_kind
+from edgekv.documents import encode
 from edgekv.evaluate.journal import default_folder
 from edgekv.evaluate.model_under_test import ModelUnderTest, Weights
 from edgekv.evaluate.report import EvalReport
 from edgekv.evaluate.run import Evaluation, Measurements
 from edgekv.evaluate.workers import Run
 from edgekv.progress import Stages, ignore, silent
+from edgekv.workflows.request import Request
+
+__all__ = ["Effort", "EvaluateRequest", "Measurements", "encode", "evaluate_model"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Effort:
 
 
 @dataclass(frozen=True)
-class EvaluateRequest:
+class EvaluateRequest(Request):
     """What to measure of a model.
 
     Attributes:

@@ -18,14 +18,15 @@ from edgekv.heal.weights import load_healed
 from edgekv.models.gguf.spec import JOINT_KV_B
 from edgekv.models.hf.vision import reads_pictures
 from edgekv.models.onnx.manifest import Manifest
-from edgekv.models.open import open_source, open_with_tokenizer
+from edgekv.models.open import open_model, open_with_tokenizer
 from edgekv.progress import Stages, silent
+from edgekv.workflows.request import Request
 
 KEEP = "keep"
 
 
 @dataclass(frozen=True)
-class ExportGGUFRequest:
+class ExportGGUFRequest(Request):
     """A GGUF that unmodified llama.cpp runs. `weights` "keep" copies them bit by bit."""
 
     model: Path
@@ -54,7 +55,7 @@ class ExportGGUFResult:
 
 
 @dataclass(frozen=True)
-class ExportOnnxRequest:
+class ExportOnnxRequest(Request):
     """An ONNX folder. `weights`: "f32", "int8" or "int4"; `cache_type` of latents: "f32" or "int8"."""
 
     model: Path
@@ -65,7 +66,7 @@ class ExportOnnxRequest:
 
 
 @dataclass(frozen=True)
-class ExportSafetensorsRequest:
+class ExportSafetensorsRequest(Request):
     """A DeepseekV3 folder of an MLA model, or of `healed` weights and their original."""
 
     model: Path
@@ -99,7 +100,7 @@ def export_gguf(request: ExportGGUFRequest, progress: Stages = silent) -> Export
         write_gguf(source, request.output, chosen, {}, request.force, progress("writing"))
     else:
         write_mix(source, request.output, chosen, request.force, progress("writing"))
-    written = open_source(request.output).spec
+    written = open_model(request.output).spec
     return ExportGGUFResult(
         output=request.output,
         architecture=written.arch,
@@ -121,7 +122,7 @@ def export_onnx(request: ExportOnnxRequest, progress: Stages = silent) -> Manife
     """
     options = OnnxOptions(request.weights, request.cache_type)
     return write_onnx(
-        open_source(request.model), request.output, options, request.force, progress("exporting")
+        open_model(request.model), request.output, options, request.force, progress("exporting")
     )
 
 
@@ -135,7 +136,7 @@ def export_safetensors(
         ModelFileError: a file is malformed.
         OutputError: the folder exists without `force`, or cannot be written.
     """
-    source = open_source(request.model)
+    source = open_model(request.model)
     if request.healed is not None:
         source = load_healed(request.healed, source)
     names = write_deepseek(source, request.output, request.weights, request.force, progress("writing"))

@@ -6,22 +6,36 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgekv.chat.session import PromptFormat
-from edgekv.convert.layers import convertible_attention
+from edgekv.convert.layers import LayerLoss, convertible_attention
 from edgekv.convert.target import resolve_target
+from edgekv.documents import encode
 from edgekv.errors import InputError
-from edgekv.heal.job import MAX_STEPS, HealJob, Report, heal, self_written
-from edgekv.heal.recipe import HealedRecord, HealRecipe
+from edgekv.heal.job import MAX_STEPS, HealJob, Report, Stage, heal, self_written
+from edgekv.heal.recipe import Evaluation, HealedRecord, HealRecipe
 from edgekv.heal.weights import Storage
-from edgekv.models.open import open_source
+from edgekv.models.open import open_model
 from edgekv.progress import Stages, silent
 from edgekv.source import TensorSource
 from edgekv.text.chats import Chat
 from edgekv.text.shards import Shard, load_shard
 from edgekv.tokenizer.tokenizer import Tokenizer
+from edgekv.workflows.request import Request
+
+__all__ = [
+    "MAX_STEPS",
+    "Evaluation",
+    "HealRecipe",
+    "HealRequest",
+    "HealedRecord",
+    "LayerLoss",
+    "Stage",
+    "encode",
+    "heal_model",
+]
 
 
 @dataclass(frozen=True)
-class HealRequest:
+class HealRequest(Request):
     """What to heal, on what, for how long.
 
     Give `target` (the share of the cache's bytes to keep) or `kv_lora_rank`; `recipe.steps`, `minutes` or both;
@@ -85,7 +99,7 @@ def heal_model(request: HealRequest, report: Report, progress: Stages = silent) 
 def _job(request: HealRequest, progress: Stages) -> HealJob:
     """Check what was asked for and read the texts."""
     _check(request)
-    source = open_source(request.model)
+    source = open_model(request.model)
     gqa = convertible_attention(source.spec)
     sizes = (request.target, request.kv_lora_rank, request.rope_dim, request.nope_dim)
     attention = resolve_target(gqa, *sizes, healed=True)

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from edgekv.convert.target import choose_rank, obstacle
 from edgekv.errors import InputError
+from edgekv.models.open import open_model
 from edgekv.source import TensorSource
 from edgekv.spec import GQA, MLA, ModelSpec
 
 CONTEXTS = (2048, 8192, 32768)
 CACHE_TYPES = ("f16", "q8_0", "q4_0")
 TARGETS = (0.75, 0.667, 0.5, 0.334, 0.25)
+
+
+def describe_model(path: Path) -> dict[str, Any]:
+    """What `edgekv inspect` prints; raises as `edgekv.models.open.open_model` does."""
+    return describe(open_model(path))
 
 
 def describe(source: TensorSource) -> dict[str, Any]:

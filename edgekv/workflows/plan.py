@@ -13,18 +13,20 @@ from edgekv.devices.boards.profile import Board, find_board, load_boards
 from edgekv.devices.predict.choices import KEEP, Option, all_options, option
 from edgekv.devices.predict.model_info import describe_model
 from edgekv.devices.predict.plan import MIB, Plan, make_plan, recommend, this_board
-from edgekv.devices.predict.tables import projected_report
+from edgekv.devices.predict.tables import boards_table, projected_report
 from edgekv.devices.reporting.report import dumps
+from edgekv.devices.reporting.tables import as_text
 from edgekv.errors import InputError
 from edgekv.export.gguf.write import WEIGHT_TYPES, tensor_type
 from edgekv.files import atomic_path
 from edgekv.models.gguf.source import GGUFSource
+from edgekv.workflows.request import Request
 
 THIS = "this"  # the machine that this runs on
 
 
 @dataclass(frozen=True)
-class PlanRequest:
+class PlanRequest(Request):
     """What to plan.
 
     Attributes:
@@ -82,6 +84,11 @@ def plan_all_boards(request: PlanRequest) -> tuple[Plan, ...]:
         for board in load_boards().values()
         for size in ([request.ram_nbytes] if request.ram_nbytes else [ram * MIB for ram in board.ram_mib])
     )
+
+
+def list_boards() -> str:
+    """A table of the board profiles."""
+    return as_text(boards_table())
 
 
 def write_plan(plans: Sequence[Plan], model: Path, output: Path, force: bool, command: str) -> None:

@@ -16,12 +16,13 @@ from edgekv.models.open import open_with_tokenizer
 from edgekv.progress import Stages, silent
 from edgekv.quant.presets import PRESETS
 from edgekv.source import Array
+from edgekv.workflows.request import Request
 
 WHOLE = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
-class QuantizeRequest:
+class QuantizeRequest(Request):
     """What to quantize, and how.
 
     Attributes:

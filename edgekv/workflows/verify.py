@@ -11,16 +11,17 @@ from edgekv.backends.reference import ReferenceBackend
 from edgekv.errors import InputError
 from edgekv.evaluate.model_under_test import read_tokenizer
 from edgekv.evaluate.verify import Comparison, compare, sample_tokens
-from edgekv.models.open import open_source
+from edgekv.models.open import open_model
 from edgekv.progress import Stages, silent
 from edgekv.text.scored import read_text
+from edgekv.workflows.request import Request
 
 TOKENS = 256
 SEED = 1
 
 
 @dataclass(frozen=True)
-class VerifyRequest:
+class VerifyRequest(Request):
     """Two models, or one in two engines.
 
     Attributes:
@@ -40,7 +41,7 @@ class VerifyRequest:
     text_tokens: int = TOKENS
 
 
-def verify(request: VerifyRequest, progress: Stages = silent) -> Comparison:
+def verify_models(request: VerifyRequest, progress: Stages = silent) -> Comparison:
     """Run both on the same tokens and compare what they predict at every position.
 
     Raises:
@@ -71,7 +72,7 @@ def verify(request: VerifyRequest, progress: Stages = silent) -> Comparison:
 
 def verify_file(path: Path, progress: Stages = silent) -> Comparison:
     """A written GGUF in llama.cpp with a float32 cache, against the NumPy reference."""
-    reference = ReferenceBackend(open_source(path), TOKENS)
+    reference = ReferenceBackend(open_model(path), TOKENS)
     tokens = sample_tokens(reference, TOKENS, SEED)
     engine = open_backend(path, "llama.cpp", n_ctx=TOKENS, cache_type="f32")
     try:

@@ -94,7 +94,7 @@ def calibration_windows(
     parts = []
     for start in range(0, n, MAX_SEQUENCES):
 
-        def advance(done: int, total: int, start: int = start) -> None:
+        def advance(done: int, total: int, _: str = "", /, start: int = start) -> None:
             progress(start * total + done * len(prompts[start : start + MAX_SEQUENCES]), n * total)
 
         parts.append(quantizer.sample(prompts[start : start + MAX_SEQUENCES], length, seed + start, advance))
@@ -126,7 +126,7 @@ def quantize_gguf(
         raise InputError(f"{preset_name} is useless without an importance matrix; leave out --no-importance")
     with atomic_path(output, force) as partial:
 
-        def advance(done: int, total: int) -> None:
+        def advance(done: int, total: int, figures: str = "", /) -> None:
             progress(done, 2 * total)  # then they are compared
 
         _quantize(source, header, partial, preset, importance, quantizer, advance, staged)

@@ -10,7 +10,7 @@ import pytest
 
 from edgekv.backends.isolated.quantizer import Quantizer
 from edgekv.backends.llama_cpp.importance import LOGITS_EVERY
-from edgekv.models.open import open_source
+from edgekv.models.open import open_model
 from edgekv.reference.model import ReferenceModel
 from edgekv.reference.ops import log_softmax, rms_norm
 from edgekv.tokenizer.bpe import BYTE_OF_LETTER
@@ -24,7 +24,7 @@ def nothing(done: int, total: int) -> None:
 
 def first_inputs(path: Path) -> np.ndarray:
     """What the first block's projections read, (tokens, width)."""
-    source = open_source(path)
+    source = open_model(path)
     x = source.load("token_embd.weight")[WINDOWS.reshape(-1)]
     return rms_norm(x, source.load("blk.0.attn_norm.weight"), source.spec.norm_eps)
 
@@ -34,7 +34,7 @@ def test_inputs_of_the_first_and_the_last_matrix(tiny_llama: Path) -> None:
     expected = np.square(first_inputs(tiny_llama)).mean(axis=0)
     for name in ("attn_q", "attn_k", "attn_v"):
         np.testing.assert_allclose(found[f"blk.0.{name}.weight"], expected, rtol=1e-4)
-    model = ReferenceModel(open_source(tiny_llama))
+    model = ReferenceModel(open_model(tiny_llama))
     hidden = [model.hidden(window.tolist(), model.new_cache(64)) for window in WINDOWS]
     seen = np.concatenate([rows[LOGITS_EVERY - 1 :: LOGITS_EVERY] for rows in hidden])
     # The engine's cache is f16, and three blocks lie between.
@@ -47,7 +47,7 @@ def test_inputs_of_the_first_and_the_last_matrix(tiny_llama: Path) -> None:
 
 def test_each_head_of_a_latent_has_its_own(tiny_mla: Path) -> None:
     found = Quantizer(tiny_mla, 1).measure(WINDOWS, nothing)
-    source = open_source(tiny_mla)
+    source = open_model(tiny_mla)
     attention = source.spec.layers[0].attention
     queries = first_inputs(tiny_mla) @ source.load("blk.0.attn_q.weight").T
     nope = queries.reshape(len(queries), attention.n_heads, -1)[..., :16]
@@ -114,7 +114,7 @@ def test_samples_follow_the_models_own_distribution(tiny_llama: Path) -> None:
     np.testing.assert_array_equal(windows[:, :2], prompts)
     np.testing.assert_array_equal(windows, quantizer.sample(prompts, 48, 7, nothing))
     assert (windows != quantizer.sample(prompts, 48, 8, nothing)).any()
-    model = ReferenceModel(open_source(tiny_llama))
+    model = ReferenceModel(open_model(tiny_llama))
     surprise, entropy = [], []
     for window in windows.tolist():
         logs = log_softmax(model.logits(model.hidden(window, model.new_cache(48))))[1:-1]

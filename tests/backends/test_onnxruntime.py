@@ -20,7 +20,7 @@ from edgekv.backends.open import open_backend
 from edgekv.errors import BackendError, InputError, ModelFileError
 from edgekv.export.onnx.write import OnnxOptions, write_onnx
 from edgekv.models.onnx.manifest import DATA, GRAPH, MANIFEST, check_folder
-from edgekv.models.open import open_source
+from edgekv.models.open import open_model
 
 Close = Callable[[np.ndarray, np.ndarray], bool]
 TOKENS = [int(t) for t in np.random.default_rng(3).integers(0, 250, 300)]
@@ -34,7 +34,7 @@ def folder(
     path = tmp_path_factory.mktemp("onnx") / request.param
     options = OnnxOptions("fp32", "int8" if request.param == "mla-int8" else "f32")
     model = tiny_llama if request.param == "gqa" else tiny_mla
-    write_onnx(open_source(model), path, options, False, lambda done, total: None)
+    write_onnx(open_model(model), path, options, False, lambda done, total: None)
     return path
 
 

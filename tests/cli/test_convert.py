@@ -18,7 +18,7 @@ import pytest
 
 from edgekv.export.gguf.write import write_gguf
 from edgekv.models.gguf.header import read_header
-from edgekv.models.open import open_source
+from edgekv.models.open import open_model
 from edgekv.source import LazySource
 
 EDGEKV = str(Path(sys.executable).parent / "edgekv")
@@ -64,7 +64,7 @@ class TestOutcome:
         assert curve["32"] == pytest.approx(found["layers"][0]["latent_kept"])
         assert list(curve.values()) == sorted(curve.values())
         assert all(0 < layer["output_error"] < 1 for layer in found["layers"])
-        metadata = open_source(out).metadata
+        metadata = open_model(out).metadata
         assert metadata["edgekv.method"] == "edgekv"
         assert metadata["edgekv.calibration"] == "sampled from the model"
         assert metadata["edgekv.calibration_tokens"] == found["notes"]["edgekv.calibration_tokens"]
@@ -86,7 +86,7 @@ class TestOutcome:
             assert "wrote" in result.stdout
             files.append(out.read_bytes())
         assert files[0] == files[1] != files[2]
-        assert open_source(out).metadata["edgekv.calibration"] == "calib.txt"
+        assert open_model(out).metadata["edgekv.calibration"] == "calib.txt"
 
     def test_target_picks_the_sizes(
         self, edgekv: Callable[..., Result], tiny_llama: Path, tmp_path: Path
@@ -106,14 +106,14 @@ class TestOutcome:
         )
         assert result.returncode == 0, result.stderr
         assert "(-50.0%)" in result.stdout
-        assert open_source(out).spec.cache_values == 3 * 64
-        assert open_source(out).metadata["edgekv.method"] == "transmla"
+        assert open_model(out).spec.cache_values == 3 * 64
+        assert open_model(out).metadata["edgekv.method"] == "transmla"
 
     def test_force_replaces(self, edgekv: Callable[..., Result], tiny_llama: Path, tmp_path: Path) -> None:
         out = tmp_path / "small.gguf"
         out.write_bytes(b"old")
         assert edgekv("convert", tiny_llama, "-o", out, *QUICK, "--force").returncode == 0
-        assert open_source(out).spec.arch == "deepseek2"
+        assert open_model(out).spec.arch == "deepseek2"
 
 
 class TestBadModels:

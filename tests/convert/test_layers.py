@@ -17,7 +17,7 @@ from edgekv.convert.target import target_spec
 from edgekv.errors import ModelFileError, UnsupportedError
 from edgekv.evaluate.verify import compare
 from edgekv.export.gguf.write import write_gguf
-from edgekv.models.open import open_source
+from edgekv.models.open import open_model
 from edgekv.source import LazySource, TensorSource
 from edgekv.spec import GQA, LayerSpec, RopeSpec
 
@@ -111,7 +111,7 @@ def test_llama_cpp_runs_what_comes_out(
     path = tmp_path / "out.gguf"
     write_gguf(out, path, "f32", {}, False, lambda *_: None)
     engine = LlamaCppBackend(path, n_ctx=128, cache_type="f32", n_threads=1)
-    found = compare(ReferenceBackend(open_source(path), 128), engine, TOKENS, lambda *_: None)
+    found = compare(ReferenceBackend(open_model(path), 128), engine, TOKENS, lambda *_: None)
     assert engine.cache_nbytes() == engine.n_ctx * out.spec.kv_bytes_per_token("f32")
     engine.close()
     assert found.kl <= 1e-5
@@ -119,7 +119,7 @@ def test_llama_cpp_runs_what_comes_out(
 
 
 def test_what_is_not_attention_is_untouched(tiny_llama: Path, tmp_path: Path) -> None:
-    source = open_source(tiny_llama)
+    source = open_model(tiny_llama)
     out, _ = converted(source, (32, 32, 16), tmp_path, METHODS["transmla"])
     for name in source.names():
         if ".attn_" not in name or name.endswith("attn_norm.weight"):
@@ -136,7 +136,7 @@ def test_models_it_cannot_start_from(
     make_llama: Callable[..., LazySource], tiny_mla: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UnsupportedError, match="already has MLA"):
-        convertible_attention(open_source(tiny_mla).spec)
+        convertible_attention(open_model(tiny_mla).spec)
     spec = make_llama().spec
     for rope in (RopeSpec(10000.0, 16), RopeSpec(10000.0, 32, "half")):
         layer = LayerSpec(GQA(4, 2, 32, rope), 96)

@@ -9,12 +9,12 @@ import pytest
 
 from edgekv.backends.reference import ReferenceBackend
 from edgekv.evaluate.verify import CHUNK, compare, sample_tokens
-from edgekv.models.open import open_source
+from edgekv.models.open import open_model
 
 
 @pytest.fixture
 def pair(tiny_llama: Path, tiny_mla: Path) -> tuple[ReferenceBackend, ReferenceBackend]:
-    return ReferenceBackend(open_source(tiny_llama), 256), ReferenceBackend(open_source(tiny_mla), 256)
+    return ReferenceBackend(open_model(tiny_llama), 256), ReferenceBackend(open_model(tiny_mla), 256)
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
@@ -48,7 +48,7 @@ def test_figures_are_what_they_are_called(pair: tuple[ReferenceBackend, Referenc
 
 
 def test_a_model_equals_itself(tiny_llama: Path) -> None:
-    a, b = (ReferenceBackend(open_source(tiny_llama), 64) for _ in range(2))
+    a, b = (ReferenceBackend(open_model(tiny_llama), 64) for _ in range(2))
     found = compare(a, b, list(range(40)), lambda *_: None)
     assert (found.kl, found.kl_max, found.max_logit_error, found.argmax_agreement) == (0, 0, 0, 1)
     assert found.ppl_a == found.ppl_b

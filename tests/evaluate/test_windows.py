@@ -28,7 +28,7 @@ from edgekv.evaluate.reference import open_reference
 from edgekv.evaluate.windows import WindowsResult, measure_windows
 from edgekv.evaluate.workers import Run, run_units
 from edgekv.export.onnx.write import OnnxOptions, write_onnx
-from edgekv.models.open import open_source
+from edgekv.models.open import open_model
 from edgekv.reference.ops import log_softmax
 from edgekv.text.scored import cut_windows
 
@@ -288,7 +288,7 @@ def test_an_onnx_folder_is_measured_like_any_model(
 ) -> None:
     """In float32 it loses what its GGUF loses in llama.cpp; an 8-bit cache shows in bytes and loss."""
     write_onnx(
-        open_source(tiny_mla), tmp_path / "onnx", OnnxOptions("fp32", cache_type), False, lambda *_: None
+        open_model(tiny_mla), tmp_path / "onnx", OnnxOptions("fp32", cache_type), False, lambda *_: None
     )
     call = [str(tmp_path / "onnx"), "--text", str(letters), "--against", str(tiny_llama), "--window", "64",
             "--limit", "3", "-j", "1", "-t", "1", "--cache-dir", str(tmp_path), "--json"]  # fmt: skip

@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType as QuantType
 from edgekv.errors import OutputError
 from edgekv.export.gguf.write import KEEP, WEIGHT_TYPES, tensor_type, write_gguf
 from edgekv.models.gguf.header import check_gguf
-from edgekv.models.open import open_source
+from edgekv.models.open import open_model
 from edgekv.source import Array, LazySource, TensorSource
 
 
@@ -29,7 +29,7 @@ def write(source: TensorSource, path: Path, weights: str = "f32", force: bool = 
 @pytest.mark.parametrize("weights", WEIGHT_TYPES)
 def test_round_trip_of_every_weight_type(tiny_llama: Path, tmp_path: Path, weights: str) -> None:
     """Stored bytes are gguf-py's own quantization of the source, read back by gguf-py's own reader."""
-    source = open_source(tiny_llama)
+    source = open_model(tiny_llama)
     path = write(source, tmp_path / "out.gguf", weights)
     check_gguf(path)
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
@@ -41,7 +41,7 @@ def test_round_trip_of_every_weight_type(tiny_llama: Path, tmp_path: Path, weigh
         assert tuple(tensor.shape.tolist()) == original.shape[::-1]
         stored = gguf.quants.quantize(original, expected)
         np.testing.assert_array_equal(np.asarray(tensor.data), stored)
-        np.testing.assert_array_equal(open_source(path).load(name), gguf.quants.dequantize(stored, expected))
+        np.testing.assert_array_equal(open_model(path).load(name), gguf.quants.dequantize(stored, expected))
 
 
 def test_which_tensor_gets_which_type() -> None:
@@ -59,7 +59,7 @@ def test_keep_copies_bytes_and_quantizes_what_is_new(
     smollm2: Path, make_llama: Callable[..., LazySource], tmp_path: Path
 ) -> None:
     """A real file's tensors, F32 and Q4_1, beside one that is computed."""
-    real = open_source(smollm2)
+    real = open_model(smollm2)
     own = make_llama()
     source = LazySource(own.spec, own.metadata)
     for name in own.names():
@@ -80,8 +80,8 @@ def test_keep_copies_bytes_and_quantizes_what_is_new(
 
 def test_a_rewritten_model_keeps_its_metadata(smollm2: Path, tmp_path: Path) -> None:
     """Everything of tokenizer and general comes through; the architecture's keys give the same spec."""
-    before = open_source(smollm2)
-    after = open_source(write(before, tmp_path / "out.gguf", KEEP))
+    before = open_model(smollm2)
+    after = open_model(write(before, tmp_path / "out.gguf", KEEP))
     renewed = {"general.file_type", "general.quantization_version"}
     for key, value in before.metadata.items():
         if key.split(".")[0] in ("tokenizer", "general") and key not in renewed and value != []:
@@ -97,7 +97,7 @@ def test_a_converted_model_has_every_key_llama_cpp_reads(
 ) -> None:
     source = make_llama()
     path = write(make_mla(source, 37, 18, "transmla"), tmp_path / "out.gguf")
-    metadata = open_source(path).metadata
+    metadata = open_model(path).metadata
     assert metadata["general.architecture"] == "deepseek2"
     expected = {
         "block_count": 3, "context_length": 512, "embedding_length": 64, "feed_forward_length": 96,
@@ -122,7 +122,7 @@ def test_every_kind_of_note_is_stored(make_llama: Callable[..., LazySource], tmp
         "edgekv.share": 0.5, "edgekv.many": [0.25, 0.5], "edgekv.words": ["a", "b"],
     }  # fmt: skip
     write_gguf(make_llama(), tmp_path / "o.gguf", "f32", notes, False, lambda *_: None)
-    found = open_source(tmp_path / "o.gguf").metadata
+    found = open_model(tmp_path / "o.gguf").metadata
     assert {key: found[key] for key in notes} == notes
 
 
@@ -140,10 +140,10 @@ class TestAllOrNothing:
     def test_output_may_replace_the_file_it_is_made_from(self, tiny_llama: Path, tmp_path: Path) -> None:
         path = tmp_path / "model.gguf"
         path.write_bytes(tiny_llama.read_bytes())
-        expected = {name: open_source(path).load(name) for name in open_source(path).names()}
-        write(open_source(path), path, force=True)
+        expected = {name: open_model(path).load(name) for name in open_model(path).names()}
+        write(open_model(path), path, force=True)
         for name, array in expected.items():
-            np.testing.assert_array_equal(open_source(path).load(name), array)
+            np.testing.assert_array_equal(open_model(path).load(name), array)
 
     def test_no_folder(self, make_llama: Callable[..., LazySource], tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="mkdir -p"):

@@ -8,7 +8,7 @@ import pytest
 from edgekv.backends.open import open_backend
 from edgekv.devices.predict.model_info import describe_llama_cache
 from edgekv.evaluate.verify import compare
-from edgekv.models.open import open_source
+from edgekv.models.open import open_model
 from edgekv.spec import MLA
 
 TOKENS = [int(t) for t in np.random.default_rng(5).integers(0, 250, 200)]
@@ -19,7 +19,7 @@ def test_reference_equals_llama_cpp(native_mla: Path, form: str) -> None:
     from edgekv.backends.reference import ReferenceBackend
 
     engine = open_backend(native_mla, "llama.cpp", n_ctx=256, cache_type="f32", n_threads=1)
-    reference = ReferenceBackend(open_source(native_mla), 256, form)
+    reference = ReferenceBackend(open_model(native_mla), 256, form)
     result = compare(reference, engine, TOKENS, lambda done, total: None)
     engine.close()
     assert result.kl < 1e-5
@@ -27,7 +27,7 @@ def test_reference_equals_llama_cpp(native_mla: Path, form: str) -> None:
 
 
 def test_cache_is_the_latent(native_mla: Path) -> None:
-    spec = open_source(native_mla).spec
+    spec = open_model(native_mla).spec
     attention = spec.layers[0].attention
     assert isinstance(attention, MLA)
     assert attention.cache_values == 64 + 32

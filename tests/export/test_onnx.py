@@ -20,7 +20,7 @@ from edgekv.export.onnx.weights import LatentCache, Weights, quantize_blocks
 from edgekv.export.onnx.write import OnnxOptions, write_onnx
 from edgekv.models.gguf.header import read_header
 from edgekv.models.onnx.manifest import DATA, GRAPH, MANIFEST, VOCABULARY, read_manifest
-from edgekv.models.open import open_source
+from edgekv.models.open import open_model
 from edgekv.source import LazySource, TensorSource
 from edgekv.spec import MLA, RopeSpec, Yarn
 from edgekv.tensors import block_tensor_shapes
@@ -47,7 +47,7 @@ def against_reference(source: TensorSource, folder: Path) -> Comparison:
 
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_mla"])
 def test_fp32_equals_the_reference(model: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    source = open_source(request.getfixturevalue(model))
+    source = open_model(request.getfixturevalue(model))
     found = against_reference(source, export(source, tmp_path / "out"))
     assert abs(found.kl) < 1e-6
     assert found.max_logit_error < 1e-4
@@ -56,7 +56,7 @@ def test_fp32_equals_the_reference(model: str, request: pytest.FixtureRequest, t
 
 def test_a_real_model_says_the_same(smollm2: Path, tmp_path: Path) -> None:
     """KL against the reference on what SmolLM2 says itself, and its greedy text token by token."""
-    source = open_source(smollm2)
+    source = open_model(smollm2)
     reference = ReferenceBackend(source, 64)
     engine = OnnxBackend(export(source, tmp_path / "out"), n_ctx=64, n_threads=1)
     prompt = Tokenizer.from_metadata(source.metadata).encode("The capital of France is")
@@ -119,7 +119,7 @@ def test_kinds_of_attention(
 
 def test_mla_with_yarn(tiny_mla: Path, tmp_path: Path) -> None:
     rope = RopeSpec(10000.0, 32, yarn=Yarn(4.0, 64), magnitude=1.1)
-    source = varied(open_source(tiny_mla), rope=rope, scale=0.2)
+    source = varied(open_model(tiny_mla), rope=rope, scale=0.2)
     assert abs(against_reference(source, export(source, tmp_path / "out")).kl) < 1e-6
 
 
@@ -139,7 +139,7 @@ def test_what_the_graph_does_not_know_is_refused(
 
 def test_native_mla_keeps_its_latent(native_mla: Path, tmp_path: Path) -> None:
     """MiniCPM3 and PLM equal llama.cpp, whose cache holds every head's keys and values."""
-    folder = export(open_source(native_mla), tmp_path / "out")
+    folder = export(open_model(native_mla), tmp_path / "out")
     theirs = open_backend(native_mla, "llama.cpp", n_ctx=256, cache_type="f32", n_threads=1)
     ours = OnnxBackend(folder, n_ctx=256, n_threads=1)
     found = compare(theirs, ours, TOKENS, lambda done, total: None)
@@ -156,7 +156,7 @@ def test_quantized_weights_are_those_of_the_block_format(
     model: str, weights: Weights, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """The graph computes with the rounded weights: what is left is activations rounded to 8 bits."""
-    source = open_source(request.getfixturevalue(model))
+    source = open_model(request.getfixturevalue(model))
     folder = export(source, tmp_path / "out", weights)
     rounded = rounded_source(source, 8 if weights == "int8" else 4)
     found = against_reference(rounded, folder)
@@ -211,7 +211,7 @@ def test_blocks_round_to_the_nearest_code(bits: int) -> None:
 
 
 def test_what_is_written(tiny_mla: Path, tmp_path: Path) -> None:
-    folder = export(open_source(tiny_mla), tmp_path / "out", "int4")
+    folder = export(open_model(tiny_mla), tmp_path / "out", "int4")
     manifest = read_manifest(folder)
     assert set(manifest.files) | {MANIFEST} == {path.name for path in folder.iterdir()}
     onnx.checker.check_model(str(folder / GRAPH), full_check=False)
@@ -245,7 +245,7 @@ def test_nothing_is_left_of_a_failed_export(make_llama: Callable[..., LazySource
 
 
 def test_only_exports_are_replaced(tiny_llama: Path, tmp_path: Path) -> None:
-    source, folder = open_source(tiny_llama), tmp_path / "out"
+    source, folder = open_model(tiny_llama), tmp_path / "out"
     export(source, folder)
     with pytest.raises(OutputError, match="--force"):
         export(source, folder)
@@ -264,21 +264,21 @@ def test_only_exports_are_replaced(tiny_llama: Path, tmp_path: Path) -> None:
 
 def test_an_8_bit_cache_is_for_latents(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="convert it first"):
-        export(open_source(tiny_llama), tmp_path / "out", cache="int8")
+        export(open_model(tiny_llama), tmp_path / "out", cache="int8")
 
 
 def test_int8_latents_lose_little(tiny_mla: Path, native_mla: Path, tmp_path: Path) -> None:
     for i, path in enumerate((tiny_mla, native_mla)):
-        source = open_source(path)
+        source = open_model(path)
         found = against_reference(source, export(source, tmp_path / str(i), cache="int8"))
         assert 1e-8 < found.kl < 5e-3
 
 
 def test_weights_that_are_written_again_are_equal(tiny_llama: Path, tmp_path: Path) -> None:
     """Two exports of one model are the same files: nothing depends on time or order."""
-    source = open_source(tiny_llama)
+    source = open_model(tiny_llama)
     copy = tmp_path / "copy.gguf"
     write_gguf(source, copy, "f32", {}, False, lambda *_: None)
-    first, second = export(source, tmp_path / "a"), export(open_source(copy), tmp_path / "b")
+    first, second = export(source, tmp_path / "a"), export(open_model(copy), tmp_path / "b")
     for name in (GRAPH, DATA):
         assert (first / name).read_bytes() == (second / name).read_bytes()

@@ -16,7 +16,7 @@ from edgekv.backends.isolated.quantizer import Quantizer
 from edgekv.errors import BackendError, InputError
 from edgekv.export.gguf.quantize import quantize_gguf
 from edgekv.export.gguf.write import write_gguf
-from edgekv.models.open import open_source
+from edgekv.models.open import open_model
 from edgekv.quant.presets import PRESETS
 from edgekv.reference.model import ReferenceModel
 from edgekv.reference.ops import log_softmax
@@ -36,7 +36,7 @@ def quantize(source: Path, output: Path, preset: str, importance: dict[str, np.n
 def kl(a: Path, b: Path) -> float:
     logs = []
     for path in (a, b):
-        model = ReferenceModel(open_source(path))
+        model = ReferenceModel(open_model(path))
         logs.append(log_softmax(model.logits(model.hidden(TOKENS, model.new_cache(48)))))
     return float((np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1).mean())
 
@@ -44,7 +44,7 @@ def kl(a: Path, b: Path) -> float:
 @pytest.mark.parametrize("preset", ["q8_0", "q4_0", "q5_1"])
 def test_bytes_are_gguf_pys(tiny_llama: Path, tmp_path: Path, preset: str) -> None:
     reports = quantize(tiny_llama, tmp_path / "out.gguf", preset)
-    before, after = open_source(tiny_llama), open_source(tmp_path / "out.gguf")
+    before, after = open_model(tiny_llama), open_model(tmp_path / "out.gguf")
     kind = QuantType[preset.upper()]
     name = "blk.1.ffn_up.weight"
     assert after.quantization(name) == kind.name
@@ -62,7 +62,7 @@ def test_bytes_are_gguf_pys(tiny_llama: Path, tmp_path: Path, preset: str) -> No
 def test_a_folded_latent_survives(tiny_mla: Path, tmp_path: Path, preset: str) -> None:
     """Its encoder keeps its type: under f16 block scales it would become zero."""
     reports = quantize(tiny_mla, tmp_path / "out.gguf", preset)
-    after = open_source(tmp_path / "out.gguf")
+    after = open_model(tmp_path / "out.gguf")
     assert after.quantization("blk.0.attn_kv_a_mqa.weight") == "F32"
     assert after.quantization("blk.0.attn_v_b.weight") != "F32"
     assert after.quantization("blk.0.attn_k_b.weight") == "F16"  # 16 columns divide into no block
@@ -80,14 +80,14 @@ def test_bf16_source(
 ) -> None:
     write_gguf(make_mla(make_llama(), 32, 32), tmp_path / "a.gguf", "bf16", {}, False, lambda *_: None)
     quantize(tmp_path / "a.gguf", tmp_path / "b.gguf", "q8_0")
-    assert open_source(tmp_path / "b.gguf").quantization("blk.0.attn_kv_a_mqa.weight") == "BF16"
+    assert open_model(tmp_path / "b.gguf").quantization("blk.0.attn_kv_a_mqa.weight") == "BF16"
     assert kl(tmp_path / "a.gguf", tmp_path / "b.gguf") < 0.01
 
 
 def test_importance_lowers_the_error_that_counts(tiny_llama: Path, tmp_path: Path) -> None:
     """Inputs of very different sizes: the weighted error falls, at some cost elsewhere."""
     rng = np.random.default_rng(0)
-    source = open_source(tiny_llama)
+    source = open_model(tiny_llama)
     importance = {
         name: np.exp(2 * rng.standard_normal(source.shape(name)[-1])).astype(np.float32)
         for name in source.names()
@@ -95,7 +95,7 @@ def test_importance_lowers_the_error_that_counts(tiny_llama: Path, tmp_path: Pat
     }
     with_it = quantize(tiny_llama, tmp_path / "with.gguf", "q4_0", importance)
     quantize(tiny_llama, tmp_path / "without.gguf", "q4_0")
-    plain = open_source(tmp_path / "without.gguf")
+    plain = open_model(tmp_path / "without.gguf")
     for report in with_it:
         if report.name in importance:
             assert report.error is not None

@@ -18,7 +18,7 @@ from edgekv.errors import InputError, OutputError, UnsupportedError
 from edgekv.export.deepseek.safetensors_file import LazyTensor, write_safetensors
 from edgekv.export.deepseek.write import write_deepseek
 from edgekv.export.tokenizer_json import tokenizer_json
-from edgekv.models.open import open_source
+from edgekv.models.open import open_model
 from edgekv.reference.model import ReferenceModel
 from edgekv.reference.ops import log_softmax
 from edgekv.source import Array, LazySource, TensorSource
@@ -158,7 +158,7 @@ def test_tokenizer_and_template(smollm2: Path, make_mla: Callable[..., TensorSou
     """SmolLM2's own vocabulary, without its weights."""
     from transformers import AutoTokenizer
 
-    metadata = open_source(smollm2).metadata
+    metadata = open_model(smollm2).metadata
     source = LazySource(low_rank_queries().spec, metadata)
     for name in low_rank_queries().names():
         source.borrow(low_rank_queries(), name)
@@ -227,9 +227,9 @@ def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
 
 def test_refusals(tiny_llama: Path, native_mla: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="GQA attention"):
-        export(open_source(tiny_llama), tmp_path / "out")
+        export(open_model(tiny_llama), tmp_path / "out")
     with pytest.raises(UnsupportedError, match="cannot hold; keep it as GGUF"):
-        export(open_source(native_mla), tmp_path / "out")
+        export(open_model(native_mla), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -25,7 +25,7 @@ from edgekv.heal.weights import (
     student_tensors,
     write_healed,
 )
-from edgekv.models.open import open_source
+from edgekv.models.open import open_model
 from edgekv.reference.model import ReferenceModel
 
 ARGS = [
@@ -93,13 +93,13 @@ def test_kl_falls_and_the_file_holds_what_was_measured(tiny_gguf, text_file, tmp
 
     record, _ = read_healed(out)
     assert record.steps_done == record.recipe.steps == 60
-    assert record.base_sha256 == base_sha256(open_source(tiny_gguf))
+    assert record.base_sha256 == base_sha256(open_model(tiny_gguf))
     assert record.data[0].name == "text.txt"
     assert [point.phase for point in record.curve] == [1] * 3 + [2] * 57
     assert record.evaluations[-1].kl == scores[-1]["kl"]
 
     # the stored tensors, as a GGUF-shaped source in the NumPy reference, lose what the record says
-    source = open_source(tiny_gguf)
+    source = open_model(tiny_gguf)
     teacher, student = ReferenceModel(source), ReferenceModel(load_healed(out, source))
     tokens = np.load(next((tmp_path / "cache/edgekv/tokens").iterdir()))
     windows = tokens[: len(tokens) // 64 * 64].reshape(-1, 64)[-8:].astype(np.int64)
@@ -258,12 +258,12 @@ def test_healed_weights_fit_only_their_original(tiny_gguf, unhealed, tmp_path):
     data[-1] ^= 1
     other.write_bytes(data)
     with pytest.raises(InputError, match="another file"):
-        load_healed(unhealed, open_source(other))
+        load_healed(unhealed, open_model(other))
 
 
 def test_folding_the_norm_out_and_in_is_exact(tiny_gguf, unhealed):
     _, stored = read_healed(unhealed)
-    again = student_tensors(load_healed(unhealed, open_source(tiny_gguf)))
+    again = student_tensors(load_healed(unhealed, open_model(tiny_gguf)))
     for name, array in again.items():
         np.testing.assert_allclose(array, stored[name], rtol=1e-5, atol=1e-9, err_msg=name)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from edgekv.cache.store import KVCache
-from edgekv.models.open import open_source
+from edgekv.models.open import open_model
 from edgekv.reference.attention import QUERY_CHUNK, attend
 from edgekv.reference.model import ReferenceModel
 from edgekv.source import LazySource, TensorSource
@@ -68,7 +68,7 @@ def test_naive_and_absorbed_mla_agree(
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_mla"])
 def test_pieces_give_what_all_at_once_gives(name: str, request: pytest.FixtureRequest) -> None:
-    model = ReferenceModel(open_source(request.getfixturevalue(name)))
+    model = ReferenceModel(open_model(request.getfixturevalue(name)))
     n = len(TOKENS)
     whole = logits(model, TOKENS, [n])
     for pieces in ([1] * n, [QUERY_CHUNK, n - QUERY_CHUNK], [5, 1, 60, n - 66]):
@@ -77,7 +77,7 @@ def test_pieces_give_what_all_at_once_gives(name: str, request: pytest.FixtureRe
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_mla"])
 def test_trim_goes_back_in_time(name: str, request: pytest.FixtureRequest) -> None:
-    model = ReferenceModel(open_source(request.getfixturevalue(name)))
+    model = ReferenceModel(open_model(request.getfixturevalue(name)))
     cache = model.new_cache(64)
     model.hidden(TOKENS[:20], cache)
     expected = model.hidden(TOKENS[20:30], cache)
@@ -90,14 +90,14 @@ def test_trim_goes_back_in_time(name: str, request: pytest.FixtureRequest) -> No
 
 def test_the_future_is_not_seen(tiny_llama: Path, tiny_mla: Path) -> None:
     for path in (tiny_llama, tiny_mla):
-        model = ReferenceModel(open_source(path))
+        model = ReferenceModel(open_model(path))
         before, changed = TOKENS[:100], [*TOKENS[:99], TOKENS[99] ^ 1]
         np.testing.assert_array_equal(logits(model, before, [100])[:99], logits(model, changed, [100])[:99])
 
 
 def test_cache_takes_what_the_spec_says(tiny_llama: Path, tiny_mla: Path) -> None:
     for path in (tiny_llama, tiny_mla):
-        spec = open_source(path).spec
+        spec = open_model(path).spec
         assert KVCache(spec, 10).nbytes == 10 * 4 * spec.cache_values
     with pytest.raises(AssertionError):
-        ReferenceModel(open_source(tiny_llama)).hidden([1, 2], KVCache(spec, 1))
+        ReferenceModel(open_model(tiny_llama)).hidden([1, 2], KVCache(spec, 1))

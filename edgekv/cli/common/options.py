@@ -1,7 +1,7 @@
 """Options that several commands share: declared once, spelt one way.
 
     -o/--output   -f/--force...   --json   --text   --text-tokens   -c/--ctx-size   --cache-type   -t/--threads
-    --backend     --seed          --target, --kv-lora-rank, --rope-dim, --nope-dim (the size of a latent)
+    --backend     --seed     the size of a latent     how an evaluation is carried out
 
 `command` makes a click command that refuses a spelling of the past with the name that took its place.
 """
@@ -149,9 +149,34 @@ def backend(
     )
 
 
+def _all(*options: Option[Any]) -> Option[Any]:
+    """Several options as one decorator, in their order."""
+
+    def add(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
+
+
+effort = _all(
+    threads(),
+    click.option(
+        "-j",
+        "--jobs",
+        type=click.IntRange(1),
+        metavar="N",
+        help="Processes that share the threads.  [default: one per core, as memory allows]",
+    ),
+    click.option("--cache-dir", type=PATH, help="Journals and references.  [default: ~/.cache/edgekv/eval]"),
+    click.option("--fresh", is_flag=True, help="Measure anew what earlier runs left."),
+)
+
+
 def latent_size(rope_default: str) -> Option[Any]:
     """--target, --kv-lora-rank, --rope-dim and --nope-dim: the size of the latent to convert to."""
-    options = (
+    return _all(
         click.option(
             "--target", type=float, help="Share of the cache to keep, e.g. 0.5; picks SIMD-friendly sizes."
         ),
@@ -167,10 +192,3 @@ def latent_size(rope_default: str) -> Option[Any]:
             help="Query dims per head that read the latent (qk_nope_head_dim).  [default: 32]",
         ),
     )
-
-    def add(function: Any) -> Any:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return add

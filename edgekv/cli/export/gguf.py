@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from typing import Any
 
 import click
 
-from edgekv.cli.common.bar import progress
+from edgekv.cli.common import options
+from edgekv.cli.common.progress import stages
 
-PATH = click.Path(path_type=Path)
-PLAIN = ("as-stored", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # written by gguf-py
+PLAIN = ("keep", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # written by gguf-py
 MIXES = (  # llama.cpp's presets that do without an importance matrix
     *("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s"),
     *("iq3_m", "iq3_s", "q2_k"),
 )
 
 
-@click.command("gguf")
-@click.argument("model", type=PATH)
-@click.option("-o", "--output", required=True, type=PATH, help="The GGUF to write.")
-@click.option("--weights", default="as-stored", show_default=True, type=click.Choice(PLAIN + MIXES),
+@options.command("gguf")
+@options.model()
+@options.output("The GGUF to write.")
+@click.option("--weights", default="keep", show_default=True, type=click.Choice(PLAIN + MIXES),
               metavar="FORMAT", help=f"Weight format: {', '.join(PLAIN + MIXES)}.")  # fmt: skip
-@click.option("--force", is_flag=True, help="Replace the output.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(model: Path, output: Path, weights: str, force: bool, as_json: bool) -> None:
+@options.force()
+@options.as_json()
+def command(as_json: bool, **wanted: Any) -> None:
     """Write a model as the GGUF that unmodified llama.cpp runs, tokenizer and chat template included.
 
-    Models with a native latent cache go out with it (deepseek2); others as what they are. as-stored copies the
+    Models with a native latent cache go out with it (deepseek2); others as what they are. keep copies the
     weights bit by bit. From q6_k on llama.cpp mixes formats (it has to be installed); edgekv quantize writes the
     same mixes, weighs errors by what the model's inputs are like, and shows them.
 
@@ -36,38 +36,26 @@ def command(model: Path, output: Path, weights: str, force: bool, as_json: bool)
     edgekv export gguf Qwen2.5-0.5B-Instruct -o qwen.gguf --weights q8_0
     edgekv export gguf Llama-3.2-1B-Instruct -o llama.gguf --weights q4_k_m
     """
-    from edgekv.export.gguf.quantize import write_mix
-    from edgekv.export.gguf.write import stored_weights, write_gguf
-    from edgekv.files import check_output
-    from edgekv.models.gguf.spec import JOINT_KV_B
-    from edgekv.models.hf.vision import reads_pictures
-    from edgekv.models.open import open_source, open_with_tokenizer
+    from edgekv.workflows.export import ExportGGUFRequest, export_gguf
 
-    check_output(output, force)
-    source = open_with_tokenizer(model)
-    chosen = stored_weights(source) if weights == "as-stored" else weights
-    with progress("writing", as_json) as advance:
-        if weights in MIXES:
-            write_mix(source, output, weights, force, advance)
-        else:
-            write_gguf(source, output, chosen, {}, force, advance)
-    written = open_source(output).spec
-    nbytes = output.stat().st_size
+    result = export_gguf(ExportGGUFRequest(**wanted), stages(quiet=as_json))
+    trained, context = result.context_lengths
     if as_json:
-        found = {"output": str(output), "architecture": written.arch, "weights": chosen, "bytes": nbytes}
-        found |= {"context_length": written.context_length}
-        click.echo(json.dumps(found, indent=1))
+        found = {"output": str(result.output), "architecture": result.architecture, "weights": result.weights}
+        click.echo(json.dumps(found | {"bytes": result.nbytes, "context_length": context}, indent=1))
         return
-    click.echo(f"wrote {output} ({nbytes / 2**20:,.1f} MiB): {written.arch}, {chosen}")
-    if model.is_dir() and reads_pictures(model):
+    click.echo(
+        f"wrote {result.output} ({result.nbytes / 2**20:,.1f} MiB): {result.architecture}, {result.weights}"
+    )
+    if result.without_vision:
         click.echo("what reads pictures stays behind: llama.cpp takes it from a file of its own (mmproj)")
-    if written.context_length < source.spec.context_length:
+    if context < trained:
         click.echo(
-            f"context {written.context_length:,} instead of {source.spec.context_length:,} tokens: llama.cpp's "
-            f"{written.arch!r} attends to all of them, where the model has a sliding window"
+            f"context {context:,} instead of {trained:,} tokens: llama.cpp's {result.architecture!r} attends to all "
+            "of them, where the model has a sliding window"
         )
-    if written.arch in JOINT_KV_B:
+    if result.decompresses_cache:
         click.echo(
-            f"llama.cpp caches the keys and values of {written.arch} decompressed; edgekv export onnx caches "
+            f"llama.cpp caches the keys and values of {result.architecture} decompressed; edgekv export onnx caches "
             "its latent"
         )

@@ -19,7 +19,7 @@ from edgekv.spec import Metadata, ModelSpec
 class GGUFSource:
     """A mapped GGUF file of one of edgekv.models.gguf.spec.ARCHITECTURES, its tensors under the file's own names.
 
-    Where those are not the canonical ones, edgekv.models.open.open_source gives these.
+    Where those are not the canonical ones, edgekv.models.open.open_model gives these.
 
     The header is read by edgekv.models.gguf.header: gguf-py's own reader makes an array of every token and merge,
     which takes seconds and 100 MB and more.

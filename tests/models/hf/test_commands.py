@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from edgekv.cli.main import cli
 from edgekv.errors import UnsupportedError
 from edgekv.models.hf.source import HFSource
-from edgekv.models.open import open_source
+from edgekv.models.open import open_model
 from edgekv.reference.model import ReferenceModel
 
 from .conftest import TOKENS, Zoo
@@ -81,7 +81,7 @@ def test_a_window_that_was_taken_away(zoo: Zoo, tmp_path: Path, edit_config: Cal
 def test_convert(zoo: Zoo, tmp_path: Path) -> None:
     out = tmp_path / "half.gguf"
     run("convert", zoo.folder("smollm2"), "-o", out, "--target", "0.5", "--calib-tokens", "64", "--json")
-    source = open_source(out)
+    source = open_model(out)
     assert source.spec.arch == "deepseek2"
     assert source.quantization("blk.0.ffn_up.weight") == "F32"  # kept as it was stored
     assert source.metadata["tokenizer.chat_template"] == "{{ messages }}"
@@ -103,7 +103,7 @@ def test_convert_folds_biases_where_asked(zoo: Zoo, tmp_path: Path) -> None:
         "--verify",
     )
     assert "bias error" in run("convert", zoo.folder("qwen2"), "-o", out, *args)
-    source = open_source(out)
+    source = open_model(out)
     assert source.spec.arch == "deepseek2"
     errors = source.metadata["edgekv.bias_error"]
     assert isinstance(errors, list)

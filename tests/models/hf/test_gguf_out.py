@@ -15,7 +15,7 @@ from edgekv.cli.main import cli
 from edgekv.errors import InputError, UnsupportedError
 from edgekv.export.gguf.write import write_gguf
 from edgekv.models.hf.source import HFSource
-from edgekv.models.open import open_source
+from edgekv.models.open import open_model
 from edgekv.reference.model import ReferenceModel
 from edgekv.reference.ops import log_softmax
 from edgekv.tokenizer.tokenizer import Tokenizer
@@ -40,7 +40,7 @@ def export(zoo: Zoo, name: str, folder: Path, weights: str = "f32") -> Path:
 @pytest.mark.parametrize("name", [name for name in (*MODELS, *WITH_PICTURES) if name not in REFUSED])
 def test_llama_cpp_gives_transformers_distribution(name: str, zoo: Zoo, tmp_path: Path) -> None:
     path = export(zoo, name, tmp_path)
-    read = open_source(path)
+    read = open_model(path)
     n_tokens = WINDOWS.get(name, len(TOKENS))
     assert read.spec.context_length == WINDOWS.get(name, HFSource(zoo.folder(name)).spec.context_length)
     tokens, wanted = TOKENS[:n_tokens].tolist(), zoo.logits(name)[:n_tokens]
@@ -68,10 +68,10 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(name: str, zoo: Zoo, 
 def test_longrope_is_read_within_its_first_range(name: str, zoo: Zoo, tmp_path: Path) -> None:
     """llama.cpp's converter gives the whole context, beyond whose first part other factors hold."""
     path = export(zoo, name, tmp_path)
-    trained = open_source(path).spec
+    trained = open_model(path).spec
     field = gguf.GGUFReader(path, "r+").fields[f"{trained.arch}.context_length"]
     field.parts[field.data[0]][0] = 4 * trained.context_length
-    assert open_source(path).spec == trained
+    assert open_model(path).spec == trained
 
 
 def test_command_writes_a_complete_model(zoo: Zoo, tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_command_writes_a_complete_model(zoo: Zoo, tmp_path: Path) -> None:
     assert result.exit_code == 0
     found = json.loads(result.output)
     assert (found["architecture"], found["weights"], found["bytes"]) == ("qwen2", "f32", out.stat().st_size)
-    source = open_source(out)
+    source = open_model(out)
     assert source.metadata["tokenizer.ggml.pre"] == "qwen2"
     assert source.metadata["tokenizer.chat_template"] == "{{ messages }}"
     original = HFSource(folder)
@@ -99,7 +99,7 @@ def test_command_writes_a_complete_model(zoo: Zoo, tmp_path: Path) -> None:
 
 def test_minicpm3_keeps_its_latent_where_llama_cpp_can(zoo: Zoo, tmp_path: Path) -> None:
     for name in ("minicpm3", "minicpm3-equal"):
-        assert open_source(export(zoo, name, tmp_path)).spec.arch == "deepseek2"
+        assert open_model(export(zoo, name, tmp_path)).spec.arch == "deepseek2"
     args = ["export", "gguf", str(zoo.folder("minicpm3-longrope")), "-o", str(tmp_path / "x.gguf")]
     result = CliRunner().invoke(cli, args, catch_exceptions=False)
     assert "minicpm3, f32" in result.output
@@ -129,7 +129,7 @@ def test_a_failure_leaves_nothing_behind(zoo: Zoo, tmp_path: Path) -> None:
 
 
 def test_weights_smaller_than_stored(zoo: Zoo, tmp_path: Path) -> None:
-    source = open_source(export(zoo, "llama3", tmp_path, "q8_0"))
+    source = open_model(export(zoo, "llama3", tmp_path, "q8_0"))
     assert source.quantization("blk.0.ffn_up.weight") == "Q8_0"
     original = HFSource(zoo.folder("llama3")).load("blk.0.ffn_up.weight")
     assert np.abs(source.load("blk.0.ffn_up.weight") - original).max() <= np.abs(original).max() / 127
@@ -149,7 +149,7 @@ def test_bfloat16_passes_bit_by_bit(zoo: Zoo, tmp_path: Path) -> None:
     out = tmp_path / "bf16.gguf"
     result = CliRunner().invoke(cli, ["export", "gguf", str(folder), "-o", str(out)], catch_exceptions=False)
     assert "llama, bf16" in result.output
-    original, written = HFSource(folder), open_source(out)
+    original, written = HFSource(folder), open_model(out)
     for name in original.names():
         assert written.quantization(name) == ("F32" if "norm" in name else "BF16"), name
         assert np.array_equal(written.load(name), original.load(name)), name

@@ -13,7 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from edgekv.errors import ModelFileError, UnsupportedError
 from edgekv.models.hf.special_tokens import PROBE
 from edgekv.models.hf.tokenizer_json import read_tokenizer
-from edgekv.models.open import open_source
+from edgekv.models.open import open_model
 from edgekv.tokenizer.tokenizer import Tokenizer
 
 from .conftest import LLAMA3, QWEN2, TEXTS, byte_level
@@ -104,7 +104,7 @@ def test_beginning_of_text_from_the_post_processor(tmp_path: Path) -> None:
 
 def test_real_vocabulary_comes_back_as_it_was(smollm2: Path, tmp_path: Path) -> None:
     """SmolLM2's 49,152 tokens: from its GGUF to a tokenizer.json as its folder has it, and back."""
-    metadata = open_source(smollm2).metadata
+    metadata = open_model(smollm2).metadata
     texts, merges = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.merges"]
     kinds = metadata["tokenizer.ggml.token_type"]
     assert isinstance(texts, list)
