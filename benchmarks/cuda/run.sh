@@ -64,7 +64,7 @@ measure() { # measure NAME SECONDS CACHE REPEATS MODEL...
     local name=$1 seconds=$2 cache=$3 repeats=$4 started=$SECONDS
     shift 4
     there "$@" || return 0
-    timeout -k 5 "$seconds" python3 -P -m edgekv bench "$@" -c "$cache" -d "${DEPTHS:-0,2048,7600}" -p 512 -n 32 -r "$repeats" \
+    timeout -k 5 "$seconds" python3 -P -m edgekv bench "$@" --cache-type "$cache" -d "${DEPTHS:-0,2048,7600}" -p 512 -n 32 -r "$repeats" \
         -o "$reports/$name.json" --force >"$reports/$name.txt" 2>"$work/$name.log" ||
         { echo "$name: exit code $?"; tail -3 "$work/$name.log"; rm -f "$reports/.$name".*.partial; }
     echo "$name: $((SECONDS - started)) s"
@@ -78,7 +78,7 @@ bench() { # bench REPORTS
     measure cuda-llama-1b-f16 80 f16 5 "${pair[@]}"
     measure cuda-smollm2-f16 160 f16 5 "$models/smollm2.gguf" "${latents[@]}"
     # Does the card compute what the reference does?
-    there "${latents[0]}" && { timeout 60 python3 -P -m edgekv verify "${latents[0]}" --cache-type f16 --tokens 128 \
+    there "${latents[0]}" && { timeout 60 python3 -P -m edgekv verify "${latents[0]}" --cache-type f16 --text-tokens 128 \
         --tolerance 0.05 --json >"$reports/cuda-verify.json" || echo "verify: exit code $?"; }
     measure cuda-llama-1b-q8_0 60 q8_0 3 "${pair[@]}"
     measure cuda-smollm2-q8_0 60 q8_0 3 "$models/smollm2.gguf" "${latents[@]}"
@@ -102,7 +102,7 @@ kernels() { # kernels TABLES
         for depth in $(tr , ' ' <<<"${DEPTHS:-0,7600}"); do
             folder=$1/$(basename "$model" .gguf)-$depth
             mkdir -p "$folder"
-            KERNEL_TIMES=$folder CUDA_INJECTION64_PATH=$library timeout 60 python3 -P -m edgekv bench "$model" -c f16 -d "$depth" \
+            KERNEL_TIMES=$folder CUDA_INJECTION64_PATH=$library timeout 60 python3 -P -m edgekv bench "$model" --cache-type f16 -d "$depth" \
                 -p 512 -n 400 -r 3 >"$folder/bench.txt" 2>&1 || echo "$folder: exit code $?"
         done
     done

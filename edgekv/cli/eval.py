@@ -12,27 +12,27 @@ from edgekv.cli.common import options
 from edgekv.cli.common.output import command_line
 from edgekv.cli.common.progress import begin
 
+MEASURES = ("windows", "positions", "needles")
 WEIGHTS = ("keep", "bf16", "f16", "f32")
 
 
 @options.command("eval")
 @options.model()
-@options.text("Text to measure on: perplexity in windows, or as --by-position and --needles say.")
+@options.text("Text to measure on.")
 @click.option("--against", type=options.PATH, help="Reference model: adds KL, argmax agreement and changes.")
 @click.option("--task", "tasks", multiple=True, metavar="NAME=FILE",
               help="lambada, arc_easy, piqa, winogrande or hellaswag, with a file of questions.")  # fmt: skip
-@click.option(
-    "--by-position", is_flag=True, help="Perplexity by position, up to the full context, of --text."
-)
-@click.option("--needles", is_flag=True, help="Plant lines in --text and ask for them (retrieval).")
+@click.option("--measure", default="windows", show_default=True, metavar="WHAT",
+              help="Of --text, with commas: windows (perplexity), positions (perplexity by position, up to the full "
+              "context), needles (planted lines are asked for).")  # fmt: skip
 @click.option("--window", default=1024, show_default=True, type=click.IntRange(4), help="Tokens per window.")
 @options.ctx_size("The full context.  [default: the trained one]", least=4)
 @click.option(
     "--limit", type=click.IntRange(1), metavar="N", help="At most N windows, and N questions per task."
 )
-@click.option("--sequences", default=8, show_default=True, type=click.IntRange(1), help="For --by-position.")
+@click.option("--sequences", default=8, show_default=True, type=click.IntRange(1), help="For positions.")
 @click.option("--trials", default=4, show_default=True, type=click.IntRange(1),
-              help="For --needles, at each length and depth.")  # fmt: skip
+              help="For needles, at each length and depth.")  # fmt: skip
 @options.cache_type("How the model's cache is stored.  [default: f16]")
 @options.backend()
 @options.backend(
@@ -49,8 +49,7 @@ def command(
     against: Path | None,
     tasks: tuple[str, ...],
     text: Path | None,
-    by_position: bool,
-    needles: bool,
+    measure: str,
     cache_type: str | None,
     backend: Any,
     against_backend: Any,
@@ -69,21 +68,20 @@ def command(
     edgekv eval small.gguf --against model.gguf --text wiki.test.raw
     edgekv eval model.gguf --against model.gguf --text wiki.test.raw --cache-type q4_0 --limit 32
     edgekv eval small.gguf --task piqa=piqa.jsonl --task lambada=lambada.jsonl
-    edgekv eval small.gguf --text book.txt --by-position --needles -c 8192
+    edgekv eval small.gguf --text book.txt --measure positions,needles -c 8192
 
     The reference runs in float32, and its distributions are kept: later runs on the same text start at once.
     Killed, a run goes on where it was when it is started again.
     """
     from edgekv.workflows.evaluate import Effort, EvaluateRequest, Measurements, encode, evaluate_model
 
-    if (by_position or needles) and text is None:
-        raise click.UsageError("--by-position and --needles need a long text: --text FILE")
+    measures = parse_measures(measure)
     measurements = Measurements(
-        text=None if by_position or needles else text,
+        text=text if "windows" in measures else None,
         window=window,
         tasks=parse_tasks(tasks),
-        positions=text if by_position else None,
-        retrieval=text if needles else None,
+        positions=text if "positions" in measures else None,
+        retrieval=text if "needles" in measures else None,
         context=ctx_size,
         limit=limit,
         sequences=sequences,
@@ -103,6 +101,16 @@ def command(
     report = evaluate_model(request, begin, lambda line: click.echo(line, err=as_json))
     if as_json:
         click.echo(json.dumps(encode(report), indent=1, allow_nan=False))
+
+
+def parse_measures(value: str) -> set[str]:
+    """What to measure of the text, from "windows,positions"."""
+    wanted = {part.strip() for part in value.split(",")}
+    if unknown := sorted(wanted - set(MEASURES)):
+        raise click.BadParameter(
+            f"{unknown[0]!r} is not one of {', '.join(MEASURES)}", param_hint="--measure"
+        )
+    return wanted
 
 
 def parse_tasks(values: tuple[str, ...]) -> tuple[tuple[str, Path], ...]:

@@ -140,7 +140,7 @@ def trained_context(path: Path) -> int:
     metadata = read_header(path).metadata
     length = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     if not isinstance(length, int) or length < 1:
-        raise ModelFileError(f"{path} does not tell its context length; give one with --context")
+        raise ModelFileError(f"{path} does not tell its context length; give one with --ctx-size")
     return length
 
 

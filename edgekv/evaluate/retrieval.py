@@ -92,7 +92,7 @@ def make_haystack(path: Path, tokenizer: Tokenizer, context: int, trials: int) -
     tokens = tokenizer.encode(text)
     if len(tokens) < context:
         raise InputError(
-            f"{path} has {len(tokens)} tokens, not {context}; shorten --context, or give more text"
+            f"{path} has {len(tokens)} tokens, not {context}; shorten --ctx-size, or give more text"
         )
     prompts = []
     for trial in range(trials):
@@ -112,7 +112,7 @@ def _prompt(tokenizer: Tokenizer, prose: list[int], length: int, trial: int) -> 
     if length < 2 * needed:
         raise InputError(
             f"the shortest prompt has {length} tokens, of which line and question are {needed}; retrieval wants "
-            f"a --context of {round(2 * needed / SHARES[0])} or more"
+            f"a --ctx-size of {round(2 * needed / SHARES[0])} or more"
         )
     return Prompt(length, prose[: length - needed], line, question)
 

@@ -93,13 +93,13 @@ class Evaluation:
             BackendError: an engine failed.
         """
         if not (wanted.text or wanted.tasks or wanted.positions or wanted.retrieval):
-            raise InputError("say what to measure: --text, --task, --positions or --retrieval")
+            raise InputError("say what to measure: --text FILE or --task NAME=FILE")
         path, limit, tokenizer = self._subject.path, wanted.limit, self._tokenizer
         context = wanted.context or trained_context(path)
         text = cut_windows(wanted.text, tokenizer, wanted.window, limit) if wanted.text else None
         tasks = [read_task(name, file, limit) for name, file in wanted.tasks]
         long = (
-            cut_windows(wanted.positions, tokenizer, context, wanted.sequences, "--context")
+            cut_windows(wanted.positions, tokenizer, context, wanted.sequences, "--ctx-size")
             if wanted.positions
             else None
         )

@@ -110,7 +110,7 @@ def _check_cache_type(job: HealJob) -> None:
     rank, rope_dim = job.attention.kv_lora_rank, job.attention.rope.dim
     if job.recipe.cache_type != "f16" and (rank % 32 or rope_dim % 32):
         raise InputError(
-            f"--cache {job.recipe.cache_type} stores blocks of 32 values: rank {rank} and rope key {rope_dim} "
+            f"--cache-type {job.recipe.cache_type} stores blocks of 32 values: rank {rank} and rope key {rope_dim} "
             "both have to be multiples of 32"
         )
 

@@ -35,8 +35,8 @@ def windows_from_files(
     windows = np.concatenate(chosen)[:wanted]
     if not len(windows):
         raise InputError(
-            f"the calibration text is shorter than one window of {WINDOW} tokens; give more with --calib, "
-            "or leave --calib out and the model writes its own"
+            f"the calibration text is shorter than one window of {WINDOW} tokens; give more with --text, "
+            "or leave --text out and the model writes its own"
         )
     return windows
 
@@ -47,7 +47,7 @@ def _sample_text(path: Path, windows: int, rng: np.random.Generator) -> str:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"--calib {path} cannot be read as UTF-8 text: {error}; give a plain text file"
+            f"--text {path} cannot be read as UTF-8 text: {error}; give a plain text file"
         ) from error
     piece = 8 * WINDOW  # characters; no tokenizer here averages more than eight a token on text
     if len(text) <= piece * windows:

@@ -16,7 +16,7 @@ from edgekv.convert.layers import METHODS, LayerLoss, convert, convertible_atten
 from edgekv.convert.target import resolve_target
 from edgekv.errors import InputError
 from edgekv.evaluate.verify import Comparison
-from edgekv.export.gguf.write import WEIGHT_TYPES, write_gguf
+from edgekv.export.gguf.write import write_gguf
 from edgekv.files import check_output
 from edgekv.heal.basis import BASIS_TOKENS, BASIS_WINDOW, in_best_basis
 from edgekv.heal.weights import check_base, healed_source, read_healed
@@ -31,11 +31,9 @@ from edgekv.tokenizer.tokenizer import Tokenizer
 from edgekv.workflows.request import Request
 from edgekv.workflows.verify import verify_file
 
-# What llama.cpp's own arithmetic costs beside float32: it multiplies quantized weights by 8-bit activations.
+# KL that llama.cpp's own arithmetic costs beside float32: it multiplies quantized weights by 8-bit activations.
 QUANTIZED_KL = 2e-2
-VERIFY_KL: Mapping[str, float] = MappingProxyType(
-    {**dict.fromkeys(WEIGHT_TYPES, QUANTIZED_KL), "f32": 1e-5, "f16": 1e-4, "bf16": 1e-3}
-)
+WHOLE_KL: Mapping[str, float] = MappingProxyType({"f32": 1e-5, "f16": 1e-4, "bf16": 1e-3})
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ def convert_model(request: ConvertRequest, progress: Stages = silent) -> Convert
         notes=notes,
         layers=tuple(losses),
         comparison=verify_file(request.output, progress) if request.verify else None,
-        max_kl=VERIFY_KL[request.weights],
+        max_kl=WHOLE_KL.get(request.weights, QUANTIZED_KL),
     )
 
 

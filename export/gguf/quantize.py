@@ -75,7 +75,7 @@ def calibration_windows(
         UnsupportedError: the tokenizer is of a kind that EdgeKV does not read.
     """
     if n_tokens < 1:
-        raise InputError("--calib-tokens takes a positive number; 8192 is the default")
+        raise InputError("--text-tokens takes a positive number; 8192 is the default")
     header = read_header(path)
     tokenizer = Tokenizer.from_metadata(header.metadata)
     added = tokenizer.encode("", add_special=True)[:1]

@@ -22,7 +22,7 @@ from edgekv.models.open import open_model
 from edgekv.source import LazySource
 
 EDGEKV = str(Path(sys.executable).parent / "edgekv")
-QUICK = ("--kv-lora-rank", "32", "--rope-dim", "32", "--calib-tokens", "256")
+QUICK = ("--kv-lora-rank", "32", "--rope-dim", "32", "--text-tokens", "256")
 Result = subprocess.CompletedProcess[str]
 
 
@@ -81,7 +81,7 @@ class TestOutcome:
         files = []
         for name, seed in (("a", 3), ("b", 3), ("c", 4)):
             out = tmp_path / f"{name}.gguf"
-            result = edgekv("convert", tiny_llama, "-o", out, *QUICK, "--seed", seed, "--calib", calib)
+            result = edgekv("convert", tiny_llama, "-o", out, *QUICK, "--seed", seed, "--text", calib)
             assert result.returncode == 0, result.stderr
             assert "wrote" in result.stdout
             files.append(out.read_bytes())
@@ -101,7 +101,7 @@ class TestOutcome:
             "0.5",
             "--method",
             "transmla",
-            "--calib-tokens",
+            "--text-tokens",
             "256",
         )
         assert result.returncode == 0, result.stderr
@@ -228,8 +228,8 @@ class TestBadOptions:
             (("--kv-lora-rank", "32", "--nope-dim", "33"), "--nope-dim 33"),
             (("--kv-lora-rank", "32", "--value-dim", "0"), "--value-dim 0"),
             (("--kv-lora-rank", "32", "--value-dim", "16", "--method", "transmla"), "--value-dim 16"),
-            (("--kv-lora-rank", "32", "--calib-tokens", "0"), "--calib-tokens"),
-            (("--kv-lora-rank", "32", "--calib", "none.txt"), "none.txt"),
+            (("--kv-lora-rank", "32", "--text-tokens", "0"), "--text-tokens"),
+            (("--kv-lora-rank", "32", "--text", "none.txt"), "none.txt"),
         ],
     )
     def test_impossible_sizes(
@@ -288,7 +288,7 @@ def test_kill_in_the_middle_of_writing_leaves_no_output(slow_model: Path, tmp_pa
     calib = tmp_path.parent / "calib.txt"
     calib.write_text("abcdefghij klmnop. " * 400)
     process = subprocess.Popen(
-        [EDGEKV, "convert", slow_model, "-o", out, *QUICK, "--weights", "q5_1", "--calib", calib],
+        [EDGEKV, "convert", slow_model, "-o", out, *QUICK, "--weights", "q5_1", "--text", calib],
         stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     started = time.monotonic()

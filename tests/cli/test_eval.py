@@ -38,8 +38,8 @@ def test_everything_at_once(
 ) -> None:
     """All four measures in one document; the same as lines; the second time from the journals."""
     call = ["eval", tiny_mla, "--against", tiny_llama, "--text", text, "--window", 64, "--limit", 3,
-            "--task", f"piqa={piqa}", "--task", f"arc_easy={piqa}", "--positions", text, "--sequences", 2,
-            "--retrieval", text, "--trials", 1, "--context", 1400, "-j", 1, "-t", 1,
+            "--task", f"piqa={piqa}", "--task", f"arc_easy={piqa}", "--sequences", 2,
+            "--measure", "windows,positions,needles", "--trials", 1, "--ctx-size", 1400, "-j", 1, "-t", 1,
             "--cache-dir", tmp_path]  # fmt: skip
     result = edgekv(*call, "--json")
     assert result.returncode == 0, result.stderr
@@ -74,8 +74,8 @@ def test_what_is_refused(
     assert "line 1" in refused("eval", tiny_llama, "--task", f"winogrande={piqa}", *where)
     assert "different vocabularies" in refused("eval", tiny_llama, "--against", smollm2, "--text", text)
     assert "shorten --window" in refused("eval", tiny_llama, "--text", text, "--window", 90_000, *where)
-    assert "shorten --context" in refused(
-        "eval", tiny_llama, "--retrieval", text, "--context", 90_000, *where
+    assert "shorten --ctx-size" in refused(
+        "eval", tiny_llama, "--text", text, "--measure", "needles", "--ctx-size", 90_000, *where
     )
     assert "caches in f32, not q8_0" in refused(
         "eval", tiny_llama, "--text", text, "--backend", "reference", "--cache-type", "q8_0", *where
@@ -96,15 +96,14 @@ def test_a_folder_that_cannot_be_written(
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ([], "name a model, or a file of points with --sweep"),
-        (["m.gguf", "--force"], "'--force' belongs to --sweep"),
-        (["m.gguf", "-o", "x"], "belongs to --sweep"),
-        (["--sweep", "s.toml", "--cache-type", "f16"], "comes from the file of --sweep"),
-        (["m.gguf", "--sweep", "s.toml"], "comes from the file of --sweep"),
+        ([], "Missing argument 'MODEL'"),
+        (["--sweep", "s.toml"], "it is the command `edgekv sweep FILE`"),
+        (["m.gguf", "--positions", "b.txt"], "it is --text FILE --measure positions"),
+        (["m.gguf", "--text", "t.txt", "--measure", "retrieval"], "'retrieval' is not one of"),
         (["m.gguf", "--task", "piqa"], "is not NAME=FILE"),
     ],
 )
-def test_options_that_do_not_go_together(edgekv: Callable, arguments: list[str], problem: str) -> None:
+def test_options_that_are_refused(edgekv: Callable, arguments: list[str], problem: str) -> None:
     result = edgekv("eval", *arguments)
     assert result.returncode == 2
     assert problem in result.stderr
@@ -152,10 +151,7 @@ def test_the_time_left_is_of_this_runs_pace(
     line(111, 200, "too soon after the last line")
     now[0] += 400
     line(200, 200, "")
-    assert capsys.readouterr().err.splitlines() == [
-        "windows 100/200",
-        "windows 110/200, 6:00 left  PPL 9.000",
-    ]
+    assert capsys.readouterr().err.splitlines() == ["windows 110/200, 6:00 left  PPL 9.000"]
 
 
 def test_clock() -> None:

@@ -27,15 +27,15 @@ def test_export_and_chat(edgekv: Callable[..., Result], smollm2: Path, tmp_path:
 def test_verify_compares_a_folder_with_its_model(
     edgekv: Callable[..., Result], tiny_mla: Path, tmp_path: Path
 ) -> None:
-    assert edgekv("export", "onnx", tiny_mla, "-o", tmp_path / "out", "--weights", "fp32").returncode == 0
-    command = ("verify", tiny_mla, tmp_path / "out", "--tokens", "32", "--tolerance", "1e-6", "--json")
+    assert edgekv("export", "onnx", tiny_mla, "-o", tmp_path / "out", "--weights", "f32").returncode == 0
+    command = ("verify", tiny_mla, tmp_path / "out", "--text-tokens", "32", "--tolerance", "1e-6", "--json")
     result = edgekv(*command)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["argmax_agreement"] == 1
 
 
 def test_the_manifest_as_json(edgekv: Callable[..., Result], tiny_mla: Path, tmp_path: Path) -> None:
-    result = edgekv("export", "onnx", tiny_mla, "-o", tmp_path / "out", "--cache", "int8", "--json")
+    result = edgekv("export", "onnx", tiny_mla, "-o", tmp_path / "out", "--cache-type", "int8", "--json")
     manifest = json.loads(result.stdout)
     assert manifest["model"]["cache_type"] == "int8"
     assert manifest["model"]["cache_nbytes"] == 3 * (64 + 4)
@@ -46,6 +46,6 @@ def test_bad_input(refused: Callable[..., str], tiny_llama: Path, tmp_path: Path
     assert "no such file" in refused("export", "onnx", tmp_path / "no.gguf", "-o", tmp_path / "out")
     assert "exists" in refused("export", "onnx", tiny_llama, "-o", tmp_path)
     assert "convert it first" in refused(
-        "export", "onnx", tiny_llama, "-o", tmp_path / "out", "--cache", "int8"
+        "export", "onnx", tiny_llama, "-o", tmp_path / "out", "--cache-type", "int8"
     )
     assert not (tmp_path / "out").exists()

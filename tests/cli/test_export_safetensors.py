@@ -26,7 +26,7 @@ def test_export(edgekv: Callable[..., Result], tiny_mla: Path, tmp_path: Path) -
     assert {path.name: path.stat().st_size for path in out.iterdir()} == report["bytes"]
     assert set(report["bytes"]) == FILES
     assert json.loads((out / "config.json").read_text())["kv_lora_rank"] == 32
-    again = edgekv("export", "safetensors", tiny_mla, "-o", out, "--force", "--dtype", "float32")
+    again = edgekv("export", "safetensors", tiny_mla, "-o", out, "--force", "--weights", "f32")
     assert again.returncode == 0, again.stderr
     assert again.stdout.startswith(f"wrote {out}")
     assert (out / "model.safetensors").stat().st_size > 1.9 * report["bytes"]["model.safetensors"]

@@ -67,9 +67,30 @@ def test_every_command_teaches_by_example(name: str) -> None:
 
 def test_every_command_module_is_listed() -> None:
     folder = Path(importlib.import_module("edgekv.cli").__file__ or "").parent
-    declares = re.compile(r"^@click\.(command|group)\(", re.MULTILINE)
-    written = {p.stem for p in folder.glob("*.py") if declares.search(p.read_text(encoding="utf-8"))}
-    assert written - {"main"} == {*COMMANDS, *(f"export_{name}" for name in FORMATS)}
+    declares = re.compile(r"^@options\.command\(", re.MULTILINE)
+
+    def declared(place: Path) -> set[str]:
+        return {p.stem for p in place.glob("*.py") if declares.search(p.read_text(encoding="utf-8"))}
+
+    assert declared(folder) == {*COMMANDS} - {"export"}
+    assert declared(folder / "export") == {*FORMATS}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["convert", "m.gguf", "-o", "x.gguf", "--calib", "t.txt"], "--text"),
+        (["heal", "m.gguf", "-o", "x", "--cache", "q4_0"], "--cache-type"),
+        (["bench", "m.gguf", "--context", "512"], "--ctx-size"),
+        (["export", "safetensors", "m.gguf", "-o", "x", "--dtype", "float32"], "--weights"),
+    ],
+)
+def test_an_old_spelling_names_the_new_one(
+    edgekv: Callable[..., Result], arguments: list[str], name: str
+) -> None:
+    result = edgekv(*arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.splitlines()[-1].endswith(f"it is {name}")
 
 
 def test_what_it_does_not_know(edgekv: Callable[..., Result]) -> None:

@@ -40,9 +40,9 @@ def test_text_calibration_and_the_table(
         out,
         "--weights",
         "q4_k_m",
-        "--calib",
+        "--text",
         prose,
-        "--calib-tokens",
+        "--text-tokens",
         512,
         "-t",
         1,
@@ -58,7 +58,7 @@ def test_text_calibration_and_the_table(
 
 def test_its_own_text_and_json(edgekv: Callable[..., Result], tiny_mla: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
-    command = ("quantize", tiny_mla, "-o", out, "--weights", "iq4_nl", "--calib-tokens", 1024, "-t", 1)
+    command = ("quantize", tiny_mla, "-o", out, "--weights", "iq4_nl", "--text-tokens", 1024, "-t", 1)
     result = edgekv(*command, "--json")
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
@@ -90,11 +90,11 @@ def test_bad_input(refused: Callable[..., str], tiny_llama: Path, tmp_path: Path
     assert "exists; pass --force" in refused(*model, "q4_0", "-o", cut)
     assert "is the model itself" in refused(*model, "q4_0", "-o", tiny_llama, "--force")
     assert "does not exist" in refused(*model, "q4_0", "-o", tmp_path / "no" / "out.gguf")
-    assert "--calib-tokens takes a positive" in refused(*model, "q4_0", "-o", out, "--calib-tokens", 0)
-    missing = ("--calib", tmp_path / "no.txt")
+    assert "--text-tokens takes a positive" in refused(*model, "q4_0", "-o", out, "--text-tokens", 0)
+    missing = ("--text", tmp_path / "no.txt")
     assert "cannot be read as UTF-8" in refused(*model, "q4_0", "-o", out, *missing)
     (tmp_path / "short.txt").write_text("Too short.")
-    assert "shorter than one window" in refused(*model, "q4_0", "-o", out, "--calib", tmp_path / "short.txt")
+    assert "shorter than one window" in refused(*model, "q4_0", "-o", out, "--text", tmp_path / "short.txt")
     assert "useless without" in refused(*model, "iq2_xs", "-o", out, "--no-importance")
     assert not out.exists()
 

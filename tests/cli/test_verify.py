@@ -19,7 +19,7 @@ Result = subprocess.CompletedProcess[str]
 def test_llama_cpp_agrees_with_the_reference(
     edgekv: Callable[..., Result], name: str, request: pytest.FixtureRequest
 ) -> None:
-    result = edgekv("verify", request.getfixturevalue(name), "--tokens", 128, "--json")
+    result = edgekv("verify", request.getfixturevalue(name), "--text-tokens", 128, "--json")
     assert (result.returncode, result.stderr) == (0, "")
     found = json.loads(result.stdout)
     assert found["tokens"] == 128
@@ -29,7 +29,7 @@ def test_llama_cpp_agrees_with_the_reference(
 def test_past_the_tolerance_is_exit_code_1_and_the_figures(
     edgekv: Callable[..., Result], tiny_llama: Path, tiny_mla: Path
 ) -> None:
-    models = (tiny_llama, tiny_mla, "--backend-b", "reference", "--tokens", 64)
+    models = (tiny_llama, tiny_mla, "--backend-b", "reference", "--text-tokens", 64)
     result = edgekv("verify", *models)
     assert result.returncode == 1
     assert "KL(A || B)" in result.stdout
@@ -48,7 +48,7 @@ def test_text_and_cache_type(edgekv: Callable[..., Result], tiny_llama: Path, tm
                 tiny_llama,
                 "--text",
                 text,
-                "--tokens",
+                "--text-tokens",
                 100,
                 "--cache-type",
                 kind,
@@ -70,7 +70,7 @@ def test_bad_input(
     short = tmp_path / "short.txt"
     short.write_text("a")
     assert "vocabularies differ" in refused("verify", tiny_llama, other)
-    assert "2 or more" in refused("verify", tiny_llama, "--tokens", 1)
+    assert "2 or more" in refused("verify", tiny_llama, "--text-tokens", 1)
     assert "no such file" in refused("verify", tiny_llama, tmp_path / "none.gguf")
     assert "none.txt" in refused("verify", tiny_llama, "--text", tmp_path / "none.txt")
     assert "holds 1 tokens" in refused("verify", tiny_llama, "--text", short)

@@ -203,9 +203,9 @@ def test_engines_agree_on_retrieval(tiny_llama: Path, book: Path, tmp_path: Path
 
 def test_texts_and_contexts_that_do_not_do(tiny_llama: Path, book: Path) -> None:
     tokenizer = read_tokenizer(tiny_llama)
-    with pytest.raises(InputError, match="shorten --context, or give more text"):
+    with pytest.raises(InputError, match="shorten --ctx-size, or give more text"):
         make_haystack(book, tokenizer, 8192, 1)
-    with pytest.raises(InputError, match=r"shortest prompt has 64 tokens.* a --context of 1\d+ or more"):
+    with pytest.raises(InputError, match=r"shortest prompt has 64 tokens.* a --ctx-size of 1\d+ or more"):
         make_haystack(book, tokenizer, 512, 1)
-    with pytest.raises(InputError, match="shorten --context"):
-        cut_windows(book, tokenizer, 8192, 1, "--context")
+    with pytest.raises(InputError, match="shorten --ctx-size"):
+        cut_windows(book, tokenizer, 8192, 1, "--ctx-size")

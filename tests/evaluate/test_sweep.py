@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from edgekv.cli.eval import command
-from edgekv.cli.sweep import write_sweep
+from edgekv.cli.sweep import command
 from edgekv.documents import decode
 from edgekv.errors import InputError, OutputError
 from edgekv.evaluate.model_under_test import ModelUnderTest, read_tokenizer
@@ -20,6 +19,7 @@ from edgekv.evaluate.sweep import SweepPoint, SweepReport, mark_dominated, markd
 from edgekv.evaluate.windows import measure_windows
 from edgekv.evaluate.workers import Run
 from edgekv.text.scored import cut_windows
+from edgekv.workflows.sweep import write_sweep
 
 SPEC = """
 model = "{model}"
@@ -34,7 +34,7 @@ cache_types = ["f16", "q8_0"]
 
 [[conversion]]
 name = "made"
-convert = "--kv-lora-rank 32 --rope-dim 32 --nope-dim 16 --calib letters.txt --calib-tokens 256"
+convert = "--kv-lora-rank 32 --rope-dim 32 --nope-dim 16 --text letters.txt --text-tokens 256"
 cache_types = ["q4_0"]
 """
 
@@ -51,9 +51,7 @@ def swept(
     folder = tmp_path_factory.mktemp("sweep")
     (folder / "letters.txt").write_text(letters.read_text())
     (folder / "sweep.toml").write_text(SPEC.format(model=tiny_llama, mla=tiny_mla))
-    result = invoke(
-        "--sweep", folder / "sweep.toml", "--limit", 4, "-j", 1, "--cache-dir", folder / "cache", "--json"
-    )
+    result = invoke(folder / "sweep.toml", "--limit", 4, "-j", 1, "--cache-dir", folder / "cache", "--json")
     return folder, result
 
 
@@ -106,9 +104,9 @@ def test_nothing_is_measured_or_converted_twice(
     folder, _ = swept
     before = (folder / "sweep.json").read_text(), (folder / "sweep.svg").read_bytes()
     monkeypatch.setattr("edgekv.evaluate.workers.open_engine", None)
-    monkeypatch.setattr("edgekv.cli.sweep._convert", None)
+    monkeypatch.setattr("edgekv.workflows.sweep.convert_model", None)
     invoke(
-        "--sweep", folder / "sweep.toml", "--limit", 4, "--cache-dir", folder / "cache", "--force", "-o",
+        folder / "sweep.toml", "--limit", 4, "--cache-dir", folder / "cache", "--force", "-o",
         folder / "again",
     )  # fmt: skip
     points = [json.loads(text)["points"] for text in (before[0], (folder / "again.json").read_text())]
@@ -121,7 +119,7 @@ def test_a_changed_calibration_text_is_another_conversion(swept: tuple[Path, Res
     (tmp_path / "letters.txt").write_text((folder / "letters.txt").read_text()[::-1])
     (tmp_path / "sweep.toml").write_text((folder / "sweep.toml").read_text())
     before = set((folder / "cache").glob("conversion-*"))
-    invoke("--sweep", tmp_path / "sweep.toml", "--limit", 1, "-j", 1, "--cache-dir", folder / "cache")
+    invoke(tmp_path / "sweep.toml", "--limit", 1, "-j", 1, "--cache-dir", folder / "cache")
     assert len(set((folder / "cache").glob("conversion-*")) - before) == 1
 
 
@@ -240,20 +238,20 @@ def test_what_a_sweep_refuses_before_it_measures(
 
     def sweep(rest: str) -> None:
         spec.write_text(head + rest)
-        invoke("--sweep", spec, "--cache-dir", tmp_path / "cache")
+        invoke(spec, "--cache-dir", tmp_path / "cache")
 
     with pytest.raises(InputError, match="different vocabularies"):
         sweep(f'file = "{smollm2}"')
     with pytest.raises(InputError, match=r"a: convert = '--targe 0\.5': No such option"):
         sweep('convert = "--targe 0.5"')
     with pytest.raises(InputError, match="No closing quotation"):
-        sweep("""convert = "--calib 'x" """)
+        sweep("""convert = "--text 'x" """)
     with pytest.raises(InputError, match=f"cannot read {tmp_path}/none.txt"):
-        sweep('convert = "--target 0.5 --calib none.txt"')
+        sweep('convert = "--target 0.5 --text none.txt"')
     with pytest.raises(InputError, match=r"missing\.gguf: there is no such file"):
         sweep('file = "missing.gguf"')
     with pytest.raises(InputError, match=r"cannot read .*none\.toml"):
-        invoke("--sweep", tmp_path / "none.toml")
+        invoke(tmp_path / "none.toml")
     (tmp_path / "s.md").write_text("mine")
     with pytest.raises(OutputError, match="--force"):
         sweep('convert = "--target 0.5"')

@@ -135,7 +135,7 @@ def test_a_second_training_keeps_the_record_of_the_first(tiny_gguf, text_file, u
     assert record.tokens_seen == 5 * 512
 
 
-@pytest.mark.parametrize("options", [["--optimizer", "muon", "--train", "all"], ["--cache", "q4_0"]])
+@pytest.mark.parametrize("options", [[], ["--cache-type", "q4_0"]])
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
     tiny_gguf, text_file, unhealed, tmp_path, options
 ):
@@ -223,7 +223,7 @@ def test_the_teacher_can_write_the_text(tiny_gguf, tmp_path):
         (["--steps", "2", "--resume"], "nothing to resume"),
         (["--lr", "1e-3"], "--steps or --minutes"),
         (["--steps", "2", "--target", "0.5"], "either --target"),
-        (["--steps", "2", "--rope-dim", "16", "--cache", "q8_0"], "multiples of 32"),
+        (["--steps", "2", "--rope-dim", "16", "--cache-type", "q8_0"], "multiples of 32"),
         (["--steps", "2", "--kv-lora-rank", "4000"], "not possible"),
         (["--steps", "2", "--batch-tokens", "1000000"], "one step takes"),
     ],

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -31,8 +31,8 @@ RENAMED: Mapping[str, str] = MappingProxyType(
         "--context": "--ctx-size",
         "--dtype": "--weights",
         "--eval": "--eval-text",
-        "--positions": "--text FILE --by-position",
-        "--retrieval": "--text FILE --needles",
+        "--positions": "--text FILE --measure positions",
+        "--retrieval": "--text FILE --measure needles",
         "--sweep": "the command `edgekv sweep FILE`",
         "--tokens": "--text-tokens",
     }
@@ -113,17 +113,15 @@ def ctx_size(help_text: str, default: int | None = None, least: int = 1) -> Opti
     )
 
 
-def cache_type(
-    help_text: str, choices: tuple[str, ...] = CACHE_TYPES, default: str | None = None
-) -> Option[Any]:
-    """--cache-type, how cached keys and values (or latents) are stored."""
+def cache_type(help_text: str, choices: Sequence[str] = (), default: str | None = None) -> Option[Any]:
+    """--cache-type, how cached keys and values (or latents) are stored; without choices, what the engine takes."""
     return click.option(
         "--cache-type",
-        type=click.Choice(choices),
+        type=click.Choice(choices) if choices else str,
         default=default,
         show_default=default is not None,
         metavar="TYPE",
-        help=f"{help_text} One of {', '.join(choices)}.",
+        help=f"{help_text} One of {', '.join(choices or CACHE_TYPES)}.",
     )
 
 

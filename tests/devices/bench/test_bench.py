@@ -176,7 +176,7 @@ def test_engine_log_and_features() -> None:
 def test_an_onnx_folder_takes_turns_with_a_gguf(tiny_mla: Path, tmp_path: Path) -> None:
     folder, output = tmp_path / "tiny-onnx", tmp_path / "run.json"
     exported = CliRunner().invoke(
-        cli, ["export", "onnx", str(tiny_mla), "-o", str(folder), "--cache", "int8"]
+        cli, ["export", "onnx", str(tiny_mla), "-o", str(folder), "--cache-type", "int8"]
     )
     assert exported.exit_code == 0, exported.output
     options = ["-d", "0,32", "-p", "8", "-n", "4", "-r", "1", "-t", "1", "-o", str(output)]

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from edgekv.backends.llama_cpp.footprint import footprint, repacked_nbytes
 from edgekv.cli.main import cli
-from edgekv.cli.plan import parse_size, stored_nbytes
+from edgekv.cli.plan import parse_size
 from edgekv.devices.bench import run as bench
 from edgekv.devices.boards.profile import find_board, known_memory, load_boards, match_board, parse_board
 from edgekv.devices.predict.choices import KEEP, all_options, converted_spec, option
@@ -26,6 +26,7 @@ from edgekv.export.gguf.write import write_gguf
 from edgekv.models.gguf.source import GGUFSource
 from edgekv.source import LazySource
 from edgekv.tensors import layer_tensor_shapes
+from edgekv.workflows.plan import stored_nbytes
 
 
 def plan(*arguments: object) -> Result:
@@ -225,24 +226,24 @@ def test_deeper_is_slower_and_options_shrink(smollm2: Path) -> None:
 
 
 def test_command_on_a_board(smollm2: Path) -> None:
-    result = plan(smollm2, "--board", "pi-4b", "--context", "2048")
+    result = plan(smollm2, "--board", "pi-4b", "--ctx-size", "2048")
     assert result.exit_code == 0
     for word in ("projected", "fits", "longest context", "sessions", "recommended: as it is"):
         assert word in result.stdout
 
 
 def test_command_says_what_serves_when_it_does_not_fit(smollm2: Path) -> None:
-    result = plan(smollm2, "--board", "pi-zero-2w", "--context", "8192")
+    result = plan(smollm2, "--board", "pi-zero-2w", "--ctx-size", "8192")
     assert result.exit_code == 1
     assert "does not fit" in result.stdout
     assert "recommended: cache q8_0" in result.stdout
-    nothing = plan(smollm2, "--board", "pi-zero-2w", "--ram", "256M", "--context", "100000")
+    nothing = plan(smollm2, "--board", "pi-zero-2w", "--ram", "256M", "--ctx-size", "100000")
     assert nothing.exit_code == 1
     assert "no conversion" in nothing.stdout
 
 
 def test_a_budget_of_ram_takes_no_system_off(smollm2: Path) -> None:
-    data = json.loads(plan(smollm2, "--ram", "512M", "--context", "8192", "--json").stdout)
+    data = json.loads(plan(smollm2, "--ram", "512M", "--ctx-size", "8192", "--json").stdout)
     assert data["plan"]["available_nbytes"] == 512 * MIB
     assert data["plan"]["provenance"] == "projected"
     assert data["recommended"][0]["fits"]
@@ -281,8 +282,8 @@ def test_sizes(text: str, nbytes: int) -> None:
         ["--ram", "lots"],
         ["--ram", "0"],
         ["--ram", "-1G"],
-        ["--context", "0"],
-        ["--cache", "q9"],
+        ["--ctx-size", "0"],
+        ["--cache-type", "q9"],
         ["--board", "pi-4bb"],
     ],
 )

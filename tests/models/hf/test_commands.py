@@ -43,7 +43,9 @@ def test_inspect_says_why_not(zoo: Zoo) -> None:
 
 def test_verify_in_the_reference(zoo: Zoo) -> None:
     folder = zoo.folder("llama2")
-    found = json.loads(run("verify", folder, folder, "--backend-b", "reference", "--tokens", "16", "--json"))
+    found = json.loads(
+        run("verify", folder, folder, "--backend-b", "reference", "--text-tokens", "16", "--json")
+    )
     assert found["kl"] == 0
 
 
@@ -80,7 +82,7 @@ def test_a_window_that_was_taken_away(zoo: Zoo, tmp_path: Path, edit_config: Cal
 
 def test_convert(zoo: Zoo, tmp_path: Path) -> None:
     out = tmp_path / "half.gguf"
-    run("convert", zoo.folder("smollm2"), "-o", out, "--target", "0.5", "--calib-tokens", "64", "--json")
+    run("convert", zoo.folder("smollm2"), "-o", out, "--target", "0.5", "--text-tokens", "64", "--json")
     source = open_model(out)
     assert source.spec.arch == "deepseek2"
     assert source.quantization("blk.0.ffn_up.weight") == "F32"  # kept as it was stored
@@ -95,7 +97,7 @@ def test_convert_folds_biases_where_asked(zoo: Zoo, tmp_path: Path) -> None:
         "32",
         "--rope-dim",
         "16",
-        "--calib-tokens",
+        "--text-tokens",
         "1024",
         "--fold-biases",
         "--weights",

@@ -57,7 +57,7 @@ def test_bytes_are_those_of_export_and_quantize(name: str, zoo: Zoo, tmp_path: P
 
 def test_importance_is_measured_on_a_folder(zoo: Zoo, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
-    options = ("--weights", "iq4_nl", "--calib-tokens", 512, "-t", 1)
+    options = ("--weights", "iq4_nl", "--text-tokens", 512, "-t", 1)
     found = json.loads(edgekv("quantize", zoo.folder("smollm2"), "-o", out, *options, "--json"))
     assert found["importance"] is True
     assert found["source_was_quantized"] is False
@@ -103,7 +103,7 @@ def test_killed_and_started_again(zoo: Zoo, tmp_path: Path) -> None:
     """SIGKILL leaves hidden files under no model's name; the next run removes them."""
     out = tmp_path / "out.gguf"
     command = [str(Path(sys.executable).parent / "edgekv"), "quantize", str(zoo.folder("gemma3")), "-o"]
-    command += [str(out), "--weights", "q4_k_m", "--calib-tokens", "65536", "-t", "1"]
+    command += [str(out), "--weights", "q4_k_m", "--text-tokens", "65536", "-t", "1"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not (partial := list(tmp_path.glob(".out.gguf.*.partial"))):
