@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
-HEALED = HERE.parent / "models" / "smollm2-135m-instruct-192-q4_0.safetensors"
+HEALED = HERE.parent / "models" / "smollm2-135m-instruct-256-q4_0.safetensors"
 PROMPT = "What is the largest planet of the solar system? Answer in one sentence."
 DEPTHS = (0, 2048)
 CACHES = ("f16", "q4_0")

