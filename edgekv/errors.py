@@ -46,3 +46,32 @@ class BackendError(EdgeKVError):
 
 class ToleranceError(EdgeKVError):
     """Two results differ by more than the tolerance asked for."""
+
+
+KINDS: dict[str, type[EdgeKVError]] = {
+    kind.__name__: kind
+    for kind in (
+        EdgeKVError,
+        InputError,
+        ModelFileError,
+        UnsupportedError,
+        OutputError,
+        BackendError,
+        ToleranceError,
+    )
+}
+
+
+def to_wire(error: Exception) -> tuple[str, str]:
+    """Class name and message of an error that goes to another process; what EdgeKV did not raise on purpose goes
+    as a BackendError."""
+    if isinstance(error, EdgeKVError):
+        return type(error).__name__, str(error)
+    if isinstance(error, MemoryError):
+        return BackendError.__name__, "out of memory; end other programs, or take a smaller context or model"
+    return BackendError.__name__, f"the engine failed: {type(error).__name__}: {error}"
+
+
+def from_wire(kind: str, message: str) -> EdgeKVError:
+    """The error that `to_wire` told of; a BackendError if its class is unknown here."""
+    return KINDS.get(kind, BackendError)(message)

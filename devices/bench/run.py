@@ -16,7 +16,7 @@ from edgekv.devices.bench.settings import (
     labels,
     load_note,
 )
-from edgekv.devices.bench.workers import WorkerProcess
+from edgekv.devices.bench.worker import WorkerProcess
 from edgekv.devices.boards.profile import known_memory
 from edgekv.devices.predict.model_info import (
     SizedSource,

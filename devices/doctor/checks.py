@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgekv.devices.bench.workers import WorkerProcess
+from edgekv.devices.bench.worker import WorkerProcess
 from edgekv.devices.doctor.check import Check
 from edgekv.devices.doctor.comfort import check_comfort
 from edgekv.devices.predict.plan import MIB

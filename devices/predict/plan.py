@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edgekv.backends.llama_cpp.footprint import CELLS, RUNTIME_NBYTES, Footprint, default_ubatch, footprint
 from edgekv.devices.bench.bandwidth import working_set_nbytes
-from edgekv.devices.bench.workers import WorkerProcess
+from edgekv.devices.bench.worker import WorkerProcess
 from edgekv.devices.boards.profile import Board, match_board
 from edgekv.devices.predict.choices import Option
 from edgekv.devices.predict.speed import Coefficients, decode_s, load_coefficients, prefill_s, weight_family

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgekv.devices.reporting.report import Memory
+from edgekv.host.proc import status_nbytes
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,11 @@ class ResidentSet:
         Raises:
             OSError: the system shows no memory figures at all.
         """
-        status = root / "proc/self/status"
-        if not status.exists():
+        sizes = status_nbytes("self", root)
+        if not sizes:
             return cls._from_psutil()
-        sizes = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-        rss, peak = (int(sizes[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
         smaps = (root / "proc/self/smaps").read_text()
-        return cls(rss, peak, mapped_resident_nbytes(smaps, mapped_file.resolve()))
+        return cls(sizes["VmRSS"], sizes["VmHWM"], mapped_resident_nbytes(smaps, mapped_file.resolve()))
 
     @classmethod
     def _from_psutil(cls) -> ResidentSet:

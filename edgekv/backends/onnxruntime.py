@@ -114,7 +114,7 @@ class OnnxBackend:
 
         Raises:
             BackendError: the cache has no room for them, or the engine failed.
-            Interrupted: `interrupt` was called meanwhile; `n_past` tells how far it came.
+            Interrupted: the abort flag was set meanwhile; `n_past` tells how far it came.
         """
         require_room(self, len(tokens))
         for piece in self._pieces(tokens):
@@ -139,10 +139,6 @@ class OnnxBackend:
     def trim(self, n_past: int) -> None:
         assert 0 <= n_past <= self._n_past, (n_past, self._n_past)
         self._n_past = n_past
-
-    def interrupt(self) -> None:
-        """End the prefill in progress in another thread with Interrupted, or else the next call."""
-        self._abort[0] = b"\1"
 
     def cache_nbytes(self) -> int:
         return sum(array.nbytes for array in self._cache.values())

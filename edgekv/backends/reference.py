@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edgekv.errors import BackendError
+from edgekv.backends.base import require_room
 from edgekv.reference.attention import MLAForm
 from edgekv.reference.model import ReferenceModel
 from edgekv.source import Array, TensorSource
@@ -44,9 +44,5 @@ class ReferenceBackend:
         """Nothing to free but memory."""
 
     def _hidden(self, tokens: Sequence[int]) -> Array:
-        if self.n_past + len(tokens) > self.n_ctx:
-            raise BackendError(
-                f"the cache holds {self.n_past} of {self.n_ctx} tokens and {len(tokens)} more do not fit; "
-                "open the model with a larger context"
-            )
+        require_room(self, len(tokens))
         return self._model.hidden(tokens, self._cache)

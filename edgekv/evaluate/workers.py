@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 from edgekv.backends.base import Backend
+from edgekv.backends.isolated.child import cause_of_death
 from edgekv.errors import BackendError, EdgeKVError
 from edgekv.evaluate.model_under_test import ModelUnderTest, engine_path, open_engine, weights_nbytes
 from edgekv.host.threads import default_threads
@@ -165,11 +166,8 @@ def _receive(pipe: Connection, process: BaseProcess) -> Any:
         result, error = pipe.recv()
     except (EOFError, ConnectionResetError):
         process.join()
-        code = process.exitcode or 0
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"it left with exit code {code}"
-        raise BackendError(
-            f"a worker died: {how}; if memory ran out, take fewer --jobs. What is done is kept: run again to go on"
-        ) from None
+        cause = cause_of_death("a worker", process.exitcode or 0, "take fewer --jobs")
+        raise BackendError(f"{cause}. What is done is kept: run again to go on") from None
     if error is not None:
         raise error
     return result

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekv.errors import BackendError
+from edgekv.host.proc import read_text
 
 # Names in llama_print_system_info -> flags of /proc/cpuinfo, one of which must be there.
 FEATURE_FLAGS = {
@@ -74,10 +75,7 @@ def cpu_flags(root: Path = Path("/"), machine: str = "") -> set[str]:
     """
     if (machine or platform.machine()) == "aarch64" and (flags := _hwcaps(root / "proc/self/auxv")):
         return flags
-    try:
-        lines = (root / "proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        return set()
+    lines = (read_text(root / "proc/cpuinfo") or "").splitlines()
     pairs = [line.split(":", 1) for line in lines if ":" in line]
     return {
         flag for key, value in pairs if key.strip().lower() in ("flags", "features") for flag in value.split()

@@ -60,8 +60,13 @@ def _cached_nbytes(folder: Path) -> int:
 
 def is_small_machine() -> bool:
     """Whether memory is worth more than speed here: below 2 GB of RAM, or of what a container grants."""
+    return machine_nbytes() < SMALL_RAM_NBYTES
+
+
+def machine_nbytes() -> int:
+    """RAM of this machine, or what a container grants of it."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(total, memory_limit_nbytes() or total) < SMALL_RAM_NBYTES
+    return min(total, memory_limit_nbytes() or total)
 
 
 def release_heap() -> None:

@@ -41,11 +41,13 @@ def meminfo_nbytes(root: Path = Path("/")) -> dict[str, int]:
     return fields
 
 
+def status_nbytes(process: int | str = "self", root: Path = Path("/")) -> dict[str, int]:
+    """A process's memory by name in /proc/PID/status, in bytes (proc_pid_status(5)); empty where there is none."""
+    lines = (read_text(root / f"proc/{process}/status") or "").splitlines()
+    fields = (line.partition(":") for line in lines)
+    return {name: int(size.split()[0]) * 1024 for name, _, size in fields if size.endswith(" kB")}
+
+
 def peak_rss_nbytes(pid: int) -> int | None:
-    """Peak resident memory of a process (VmHWM of proc_pid_status(5)); None where that is not to be had."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return None
-    lines = [line.split() for line in status.splitlines() if line.startswith("VmHWM:")]
-    return int(lines[0][1]) * 1024 if lines else None
+    """Peak resident memory of a process (VmHWM); None where that is not to be had."""
+    return status_nbytes(pid).get("VmHWM")

@@ -12,7 +12,7 @@ import pytest
 
 from edgekv.backends.base import Interrupted
 from edgekv.backends.isolated.backend import IsolatedBackend
-from edgekv.backends.isolated.channel import MAX_ROWS
+from edgekv.backends.isolated.shared_logits import MAX_ROWS
 from edgekv.backends.open import open_backend
 from edgekv.errors import BackendError, InputError, ModelFileError
 from edgekv.models.gguf.header import read_header

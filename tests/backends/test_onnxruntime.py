@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -85,12 +86,15 @@ def test_a_full_cache_is_told_before_it_is_touched(engine: OnnxBackend, close: C
     assert close(engine.decode(TOKENS[299]), last)
 
 
-def test_interrupt_ends_a_prefill(engine: OnnxBackend) -> None:
-    engine.interrupt()
+def test_the_abort_flag_ends_a_prefill(folder: Path) -> None:
+    flag = ctypes.create_string_buffer(2)
+    engine = OnnxBackend(folder, n_ctx=300, n_threads=1, abort_flag=flag)
+    flag[0] = b"\1"
     with pytest.raises(Interrupted):
         engine.prefill(TOKENS[:10])
     assert engine.n_past == 0
     engine.prefill(TOKENS[:10])
+    engine.close()
 
 
 def test_cache_bytes_are_those_of_the_manifest(folder: Path, engine: OnnxBackend) -> None:

@@ -44,7 +44,8 @@ def minimal(tmp_path: Path) -> dict[str, str]:
     hook = tmp_path / "hook"
     hook.mkdir()
     (hook / "sitecustomize.py").write_text(HOOK.format(refused=sorted(refused)))
-    return os.environ | {"PYTHONPATH": str(hook), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, (str(hook), os.environ.get("PYTHONPATH"))))
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 def test_a_minimal_installation_chats(tiny_mla: Path, tmp_path: Path, minimal: dict[str, str]) -> None:
@@ -52,7 +53,19 @@ def test_a_minimal_installation_chats(tiny_mla: Path, tmp_path: Path, minimal: d
     write_onnx(open_model(tiny_mla), folder, OnnxOptions("int4", "int8"), False, lambda done, total: None)
 
     def chat(model: Path, *options: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "edgekv", "chat", str(model), "-p", "hello", "-n", "5", *options]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "edgekv",
+            "chat",
+            str(model),
+            "-p",
+            "hello",
+            "-n",
+            "5",
+            *options,
+        ]
         return subprocess.run(command, capture_output=True, text=True, env=minimal, timeout=120)
 
     result = chat(folder, "-t", "1", "-c", "64", "--json", "--stats")

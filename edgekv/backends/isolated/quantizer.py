@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekv import errors
-from edgekv.errors import BackendError
+from edgekv.backends.isolated.child import Child
 from edgekv.host.threads import default_threads
 from edgekv.progress import Progress
 from edgekv.source import Array
@@ -82,67 +76,27 @@ class Quantizer:
             job = {
                 "output": str(output),
                 "file_type": file_type,
+                "importance": str(stored) if importance else "",
                 "keep": dict(keep),
                 "waits": ready is not None,
             }
-            job["importance"] = str(stored) if importance else ""
             self._run("quantize", job, progress, ready)
 
     def _run(self, action: str, job: dict[str, Any], progress: Progress, ready: Ready | None = None) -> None:
-        job |= {"action": action, "model": os.fspath(self._model), "n_threads": self.n_threads}
-        with tempfile.TemporaryFile() as output:
-            process = subprocess.Popen(
-                # -P: a folder named edgekv in the current directory must not shadow the installed one.
-                [sys.executable, "-P", "-m", "edgekv.backends.isolated.quantizer_child", json.dumps(job)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=output,
-                start_new_session=True,  # the terminal's Ctrl-C is for the parent, which ends the child
-                env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # ggml's abort would run gdb on it for seconds
-            )
-            try:
-                _follow(process, output, progress, ready)
-            finally:
-                process.kill()
-                process.wait()
-                for stream in (process.stdin, process.stdout):
-                    assert stream is not None
-                    stream.close()
+        with Child(
+            "edgekv.backends.isolated.quantizer_child",
+            os.fspath(self._model),
+            str(self.n_threads),
+            who="llama.cpp's process",
+            out_of_memory="close other programs",
+        ) as child:
 
+            def hear(message: dict[str, Any]) -> None:
+                if "wait" in message:
+                    assert ready is not None
+                    ready(message["wait"])
+                    child.send({})
+                else:
+                    progress(message["done"], message["total"])
 
-def _follow(
-    process: subprocess.Popen[bytes], output: IO[bytes], progress: Progress, ready: Ready | None
-) -> None:
-    """Read lines until the job ends; raise what it tells."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    for line in process.stdout:
-        message = json.loads(line)
-        if "wait" in message:
-            assert ready is not None
-            ready(message["wait"])
-            with contextlib.suppress(BrokenPipeError):  # it died meanwhile: told below
-                os.write(process.stdin.fileno(), b"\n")
-            continue
-        if "error" in message:
-            kind, text = message["error"]
-            raise getattr(errors, kind)(text)
-        if "ok" in message:
-            return
-        progress(message["done"], message["total"])
-    code = process.wait()
-    output.seek(0)
-    lines = [line.strip() for line in output.read().decode("utf-8", "replace").splitlines()]
-    last = "; ".join([line for line in lines if line][-2:])
-    raise BackendError(f"llama.cpp's process died: {_meaning(code)}" + (f" [{last}]" if last else ""))
-
-
-def _meaning(code: int) -> str:
-    if code >= 0:
-        return f"it left with exit code {code}"
-    name = signal.Signals(-code).name
-    advice = {
-        "SIGKILL": "; if memory ran out, close other programs",
-        "SIGILL": ": llama-cpp-python was compiled for another CPU; reinstall it on this one",
-    }
-    return f"killed by {name}{advice.get(name, '; please report the model')}"
+            child.ask(action, hear, **job)

@@ -1,93 +1,68 @@
-"""The child process of edgekv.backends.isolated.quantizer: one native job, told in lines of JSON.
+"""The child process of edgekv.backends.isolated.quantizer: one native job.
 
-Run as `python -m edgekv.backends.isolated.quantizer_child JOB`, where JOB is a JSON object with an "action". Lines are
-{"done": n, "total": n}, and at the end {"ok": true} or {"error": [class, message]}. With "waits" in the job it
-says {"wait": tensor} and goes on when a line comes in.
+Run as `python -m edgekv.backends.isolated.quantizer_child MODEL N_THREADS`. Before its answer it sends
+{"done": n, "total": n} and, where a job waits, {"wait": tensor}: it goes on when it is sent an object.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from edgekv.backends.isolated.child import Parent
 from edgekv.backends.llama_cpp.importance import measure_importance, sample_text
 from edgekv.backends.llama_cpp.quantize import quantize_file
-from edgekv.errors import BackendError, EdgeKVError
-
-Send = Callable[[dict[str, Any]], None]
 
 
-def main(job: dict[str, Any]) -> None:
-    """Do the job and tell how it went."""
-    lines = os.dup(1)
-    os.dup2(2, 1)  # whatever native code prints must not get between the lines
+class Jobs:
+    """Native jobs on one model file; each public method is one. Arrays come and go in files of NumPy's."""
 
-    def send(message: dict[str, Any]) -> None:
-        try:
-            os.write(lines, json.dumps(message).encode() + b"\n")
-        except BrokenPipeError:
-            os._exit(1)  # nobody waits any more; an exception would be lost in native code
+    def __init__(self, parent: Parent, model: Path, n_threads: int) -> None:
+        self._parent = parent
+        self._model = model
+        self._n_threads = n_threads
 
-    try:
-        ACTIONS[job.pop("action")](job, send)
-    except EdgeKVError as error:
-        send({"error": [type(error).__name__, str(error)]})
-    except Exception as error:
-        send({"error": [BackendError.__name__, f"the engine failed: {type(error).__name__}: {error}"]})
-    else:
-        send({"ok": True})
+    def sample(self, prompts: str, windows: str, length: int, seed: int) -> None:
+        """Write token windows that continue prompts."""
+        given = np.load(prompts)
+        np.save(windows, sample_text(self._model, given, length, seed, self._n_threads, self._progress))
 
+    def measure(self, windows: str, importance: str) -> None:
+        """Write the importance matrix over token windows."""
+        found = measure_importance(self._model, np.load(windows), self._n_threads, self._progress)
+        np.savez(importance, **found)  # type: ignore[arg-type]
 
-def _progress(send: Send) -> Callable[[int, int], None]:
-    return lambda done, total: send({"done": done, "total": total})
+    def quantize(
+        self, output: str, file_type: int, importance: str, keep: dict[str, int], waits: bool
+    ) -> None:
+        """Write the model, quantized."""
+        held = {}
+        if importance:
+            with np.load(importance) as stored:
+                held = {name: np.ascontiguousarray(stored[name]) for name in stored.files}
+        quantize_file(
+            self._model,
+            Path(output),
+            file_type,
+            held,
+            keep,
+            self._n_threads,
+            self._progress,
+            self._wait if waits else None,
+        )
 
+    def _progress(self, done: int, total: int, _: str = "") -> None:
+        self._parent.send({"done": done, "total": total})
 
-def _sample(job: dict[str, Any], send: Send) -> None:
-    prompts = np.load(job["prompts"])
-    windows = sample_text(
-        Path(job["model"]), prompts, job["length"], job["seed"], job["n_threads"], _progress(send)
-    )
-    np.save(job["windows"], windows)
-
-
-def _measure(job: dict[str, Any], send: Send) -> None:
-    windows = np.load(job["windows"])
-    found: dict[str, Any] = {
-        **measure_importance(Path(job["model"]), windows, job["n_threads"], _progress(send))
-    }
-    np.savez(job["importance"], **found)
-
-
-def _quantize(job: dict[str, Any], send: Send) -> None:
-    importance = {}
-    if job["importance"]:
-        with np.load(job["importance"]) as stored:
-            importance = {name: np.ascontiguousarray(stored[name]) for name in stored.files}
-
-    def wait(name: str) -> None:
-        send({"wait": name})
-        if not os.read(0, 1):
+    def _wait(self, name: str) -> None:
+        self._parent.send({"wait": name})
+        if self._parent.receive() is None:
             os._exit(1)  # nobody writes the tensor any more
 
-    quantize_file(
-        Path(job["model"]),
-        Path(job["output"]),
-        job["file_type"],
-        importance,
-        job["keep"],
-        job["n_threads"],
-        _progress(send),
-        wait if job["waits"] else None,
-    )
-
-
-ACTIONS = {"sample": _sample, "measure": _measure, "quantize": _quantize}
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    parent = Parent()
+    parent.serve(Jobs(parent, Path(sys.argv[1]), int(sys.argv[2])))

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ from edgekv.backends.llama_cpp.library import (
     repacking_is_safe,
 )
 from edgekv.errors import BackendError, InputError
-from edgekv.host.memory import memory_limit_nbytes
+from edgekv.host.memory import machine_nbytes
 from edgekv.host.threads import default_threads
 from edgekv.models.gguf.header import read_header
 from edgekv.models.gguf.layout import GGUFHeader
@@ -39,17 +37,6 @@ from edgekv.source import Array
 # more only cost memory (two float32 buffers of rows x vocab).
 LOGITS_ROWS = 128
 _CACHE_TYPE_REFUSALS = ("does not divide n_embd_head", "does not support different K")  # llama-context.cpp
-
-
-@dataclass(frozen=True)
-class EnginePerf:
-    """The engine's own clock since it was opened."""
-
-    load_s: float  # opening the model and its context, until ready
-    prefill_s: float
-    n_prefill: int  # tokens processed in batches
-    decode_s: float
-    n_decode: int  # tokens processed one at a time
 
 
 class LlamaCppBackend:
@@ -68,9 +55,6 @@ class LlamaCppBackend:
         cache_type: how K and V are stored: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl.
         cache_type_v: another type for V; a model with MLA has no V of its own, so it must be the same there.
         n_threads: by default the physical big cores.
-        n_ubatch: tokens processed at once in prefill; by default 512, or 128 on machines below 2 GB.
-        n_gpu_layers: layers to offload, where the engine is built for a GPU; -1 is all, 0 also keeps the
-            cache in main memory.
         abort_flag: two bytes; a call in progress ends with Interrupted when the first is set. For a flag in
             shared memory.
 
@@ -90,29 +74,24 @@ class LlamaCppBackend:
         cache_type: str = "f16",
         cache_type_v: str | None = None,
         n_threads: int | None = None,
-        n_ubatch: int | None = None,
-        n_gpu_layers: int = -1,
         abort_flag: ctypes.Array[ctypes.c_char] | None = None,
     ) -> None:
-        started = time.perf_counter()
-        require_positive(n_ctx=n_ctx, n_threads=n_threads, n_ubatch=n_ubatch)
+        require_positive(n_ctx=n_ctx, n_threads=n_threads)
         types = ggml_type(cache_type), ggml_type(cache_type_v or cache_type)
         header = read_header(path)
-        if header.metadata.get("general.architecture") == "plm":
-            n_ubatch = 1  # src/models/plm.cpp hands V over in two dims: more tokens abort the process
+        # src/models/plm.cpp hands V over in two dims: more tokens abort the process.
+        n_ubatch = 1 if header.metadata.get("general.architecture") == "plm" else default_ubatch()
         self._api = llama()
         repack = repacking_is_safe()
-        if n_gpu_layers == 0 or not self._api.llama_supports_gpu_offload():
+        if not self._api.llama_supports_gpu_offload():
             wanted = n_ctx or _default_n_ctx(header)
-            spare = require_memory(
-                path, header, wanted, cache_type, min(n_ubatch or default_ubatch(), wanted)
-            )
+            spare = require_memory(path, header, wanted, cache_type, min(n_ubatch, wanted))
             repack &= spare is None or spare >= sum(tensor.nbytes for tensor in header.tensors)
         del header
         self._abort = abort_flag if abort_flag is not None else ctypes.create_string_buffer(2)
         self._context: Any = None
-        self._model = self._load(path, n_gpu_layers, repack)
-        self._context = self._open_context(path, n_ctx, types, n_threads, n_ubatch, n_gpu_layers)
+        self._model = self._load(path, repack)
+        self._context = self._open_context(path, n_ctx, types, n_threads, n_ubatch)
         self._memory = self._api.llama_get_memory(self._context)
         self._cache_nbytes = exact_cache_nbytes(self._memory) or LOG.cache_nbytes()
         self.n_ctx = int(self._api.llama_n_ctx(self._context))
@@ -122,7 +101,6 @@ class LlamaCppBackend:
         self._n_past = 0
         self._token = (ctypes.c_int32 * 1)()
         self._one_token = self._api.llama_batch(n_tokens=1, token=self._token)
-        self._load_s = time.perf_counter() - started
 
     @property
     def n_past(self) -> int:
@@ -133,7 +111,7 @@ class LlamaCppBackend:
 
         Raises:
             BackendError: the cache has no room for them, or the engine failed.
-            Interrupted: `interrupt` was called meanwhile; `n_past` tells how far it came.
+            Interrupted: the abort flag was set meanwhile; `n_past` tells how far it came.
         """
         require_room(self, len(tokens))
         for start in range(0, len(tokens), self.n_ubatch):
@@ -142,34 +120,14 @@ class LlamaCppBackend:
 
     def prefill_all(self, tokens: Sequence[int]) -> Array:
         """Append tokens; logits of every one, shape (T, vocab)."""
-        logits = np.empty((len(tokens), self.n_vocab), np.float32)
-        for start, rows in self.logits_chunks(tokens):
-            logits[start : start + len(rows)] = rows
-        return logits
-
-    def logits_chunks(self, tokens: Sequence[int]) -> Iterator[tuple[int, Array]]:
-        """Append tokens; yields (index of the first token, logits (t, vocab)) for a few tokens at a time.
-
-        The logits are the engine's own memory: use them before asking for the next chunk.
-        """
         require_room(self, len(tokens))
+        logits = np.empty((len(tokens), self.n_vocab), np.float32)
         rows = min(LOGITS_ROWS, self.n_ubatch)
         for start in range(0, len(tokens), rows):
             piece = tokens[start : start + rows]
             self._run(self._batch(piece, every=True))
-            yield start, self._logits(0, len(piece))
-
-    def score(self, sequences: Iterable[Sequence[int]]) -> Iterator[tuple[int, int, Array]]:
-        """Logits of many unrelated sequences, each in an empty cache and none longer than n_ctx.
-
-        Yields (sequence, index of its first token, logits (t, vocab)), as `logits_chunks` does. Sequences
-        run one after another: sharing a batch among short ones gains nothing on a CPU (40 tokens each:
-        284 tokens/s twelve at once, 270 one by one, which is within the noise).
-        """
-        for i, tokens in enumerate(sequences):
-            self.trim(0)
-            for start, logits in self.logits_chunks(tokens):
-                yield i, start, logits
+            logits[start : start + len(piece)] = self._logits(0, len(piece))
+        return logits
 
     def decode(self, token: int) -> Array:
         """Append one token; its logits, shape (vocab,)."""
@@ -186,27 +144,12 @@ class LlamaCppBackend:
             raise BackendError(f"llama.cpp cannot take this model's cache back to {n_past} tokens")
         self._n_past = n_past
 
-    def interrupt(self) -> None:
-        """End the call in progress in another thread with Interrupted, or else the next call."""
-        self._abort[0] = b"\1"
-
     def cache_nbytes(self) -> int:
         return self._cache_nbytes
 
     def language(self) -> LlamaLanguage:
         """The model's vocabulary, as the engine holds it; closed with this."""
         return LlamaLanguage(self._api, self._model)
-
-    def perf(self) -> EnginePerf:
-        """Times and token counts since opening (llama_perf_context)."""
-        perf = self._api.llama_perf_context(self._context)
-        return EnginePerf(
-            load_s=self._load_s,
-            prefill_s=perf.t_p_eval_ms / 1000,
-            n_prefill=perf.n_p_eval if perf.t_p_eval_ms else 0,  # the engine counts from 1 up
-            decode_s=perf.t_eval_ms / 1000,
-            n_decode=perf.n_eval if perf.t_eval_ms else 0,
-        )
 
     def close(self) -> None:
         if self._context is not None:
@@ -216,9 +159,8 @@ class LlamaCppBackend:
             self._api.llama_model_free(self._model)
             self._model = None
 
-    def _load(self, path: Path, n_gpu_layers: int, repack: bool) -> Any:
+    def _load(self, path: Path, repack: bool) -> Any:
         params = self._api.llama_model_default_params()
-        params.n_gpu_layers = n_gpu_layers
         params.use_extra_bufts = repack
         LOG.clear()
         model = self._api.llama_model_load_from_file(os.fsencode(path), params)
@@ -232,21 +174,17 @@ class LlamaCppBackend:
         n_ctx: int | None,
         types: tuple[int, int],
         n_threads: int | None,
-        n_ubatch: int | None,
-        n_gpu_layers: int,
+        n_ubatch: int,
     ) -> Any:
         params = self._api.llama_context_default_params()
         trained = int(self._api.llama_model_n_ctx_train(self._model))
         params.n_ctx = n_ctx or min(trained or DEFAULT_N_CTX, DEFAULT_N_CTX)
-        params.n_ubatch = params.n_batch = min(n_ubatch or default_ubatch(), params.n_ctx)
+        params.n_ubatch = params.n_batch = min(n_ubatch, params.n_ctx)
         params.n_outputs_max = min(LOGITS_ROWS, params.n_ubatch)  # 0 would reserve n_batch x vocab floats
         params.n_threads = params.n_threads_batch = n_threads or default_threads()
         params.type_k, params.type_v = types
-        on_gpu = n_gpu_layers != 0 and self._api.llama_supports_gpu_offload()
         choices = (self._api.LLAMA_FLASH_ATTN_TYPE_ENABLED, self._api.LLAMA_FLASH_ATTN_TYPE_AUTO)
-        params.flash_attn_type = choices[on_gpu]
-        params.offload_kqv = n_gpu_layers != 0
-        params.no_perf = False
+        params.flash_attn_type = choices[self._api.llama_supports_gpu_offload()]
         params.abort_callback = abort_callback()
         params.abort_callback_data = ctypes.addressof(self._abort)
         context = self._api.llama_init_from_model(self._model, params)
@@ -294,8 +232,7 @@ class LlamaCppBackend:
 
 def default_ubatch() -> int:
     """Tokens processed at once in prefill: large batches are faster, and cost memory for activations."""
-    total_nbytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return footprint.default_ubatch(min(total_nbytes, memory_limit_nbytes() or total_nbytes))
+    return footprint.default_ubatch(machine_nbytes())
 
 
 def _default_n_ctx(header: GGUFHeader) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekv.errors import BackendError, InputError
-from edgekv.host.isa import require_runnable
+from edgekv.host.isa import cpu_flags, require_runnable
 
 # Cache types as enum ggml_type numbers them (ggml/include/ggml.h).
 GGML_TYPES = {
@@ -120,17 +120,14 @@ def ggml_type(cache_type: str) -> int:
 
 
 @functools.cache
-def repacking_is_safe(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+def repacking_is_safe(root: Path = Path("/")) -> bool:
     """Whether llama.cpp may repack weights for this CPU: yes, save on x86 with AMX.
 
     Compiled by GCC 12 its AMX kernels load a tile configuration that the compiler optimized away, and the
     process dies in ggml_backend_amx_mul_mat on the first prompt (ggml-org/llama.cpp issue 20824, pull
-    request 26954). AVX-512 runs the plain weights; Arm repacking is not touched.
+    request 26954). AVX-512 runs the plain weights; Arm repacking is not touched. `root` holds proc.
     """
-    try:
-        return not re.search(r"^flags\s*:.*\bamx_tile\b", cpuinfo.read_text(), re.MULTILINE)
-    except OSError:
-        return True
+    return "amx_tile" not in cpu_flags(root)
 
 
 def abort_callback() -> Any:

@@ -1,6 +1,8 @@
 """The bench on a real model in real processes: its report, its turns, its failures."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import jsonschema
@@ -11,8 +13,8 @@ from edgekv.cli.main import cli
 from edgekv.devices.bench import run as bench
 from edgekv.devices.bench.bandwidth import MIN_NBYTES, read_bandwidth_gb_s, working_set_nbytes
 from edgekv.devices.bench.settings import labels
-from edgekv.devices.bench.worker import repacked_nbytes, system_features
-from edgekv.devices.bench.workers import WorkerProcess
+from edgekv.devices.bench.worker import WorkerProcess
+from edgekv.devices.bench.worker_child import repacked_nbytes, system_features
 from edgekv.devices.reporting.report import Report, dumps
 from edgekv.errors import BackendError, InputError, ModelFileError
 
@@ -82,7 +84,7 @@ def test_unknown_things_are_noted_and_not_zero(report: Report) -> None:
 
 def test_a_worker_that_dies_is_explained() -> None:
     with WorkerProcess("victim") as worker:
-        worker._process.kill()
+        os.kill(worker.pid, signal.SIGKILL)
         with pytest.raises(BackendError, match=r"victim: .*memory"):
             worker.ask("memory")
 
@@ -102,7 +104,7 @@ def test_a_dead_candidate_does_not_take_the_others_along(
 
     def kill_the_second(self: WorkerProcess, do: str, **arguments: object) -> object:
         if do == "prefill" and self.label.endswith("q8_0"):
-            self._process.kill()
+            os.kill(self.pid, signal.SIGKILL)
         return ask(self, do, **arguments)
 
     monkeypatch.setattr(WorkerProcess, "ask", kill_the_second)

@@ -1,6 +1,7 @@
 """The doctor: every kind of trouble it exists for, on files as machines have them and in real processes."""
 
 import json
+import os
 import signal
 import struct
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from edgekv.cli.main import cli
-from edgekv.devices.bench.workers import WorkerProcess
+from edgekv.devices.bench.worker import WorkerProcess
 from edgekv.devices.doctor import checks as doctor
 from edgekv.devices.doctor.check import Check
 from edgekv.devices.doctor.comfort import LADDER
@@ -97,10 +98,11 @@ def test_the_engine_of_this_machine_runs_here() -> None:
 
 
 def test_an_illegal_instruction_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = WorkerProcess.ask
+
     def die(self: WorkerProcess, do: str, **arguments: object) -> object:
-        self._process.send_signal(signal.SIGILL)
-        self._process.wait()
-        raise BackendError(f"llama.cpp: {self._cause_of_death()}")
+        os.kill(self.pid, signal.SIGILL)
+        return ask(self, do, **arguments)
 
     monkeypatch.setattr(WorkerProcess, "ask", die)
     check = doctor.check_engine()

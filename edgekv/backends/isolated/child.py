@@ -1,0 +1,197 @@
+"""Child processes for native code: launch, requests in lines of JSON, and the cause of death.
+
+The parent sends {"do": name, **arguments}. The child answers {"ok": value} or {"error": [class, message]}, and may send
+other objects before that. A crash of native code ends the child alone and becomes a BackendError in the parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Collection, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from edgekv.errors import BackendError, from_wire, to_wire
+
+OUTPUT_NBYTES = 2000  # of the end of what a dead child printed
+_SIGNALS = {int(number): number.name for number in signal.Signals}
+_ADVICE = {
+    "SIGILL": ", an illegal instruction: llama-cpp-python was compiled for another CPU; reinstall it on this one, "
+    "or with CMAKE_ARGS=-DGGML_NATIVE=OFF (`edgekv doctor` tells more)",
+    "SIGBUS": "; the model file shrank or its disk failed while it was mapped",
+    **dict.fromkeys(("SIGSEGV", "SIGABRT", "SIGFPE"), "; please report the model"),
+}
+
+
+def cause_of_death(who: str, code: int, out_of_memory: str, output: str = "") -> str:
+    """What ended a process, in a line.
+
+    Args:
+        who: what the process was, such as "the engine's process".
+        code: its exit code, negative for a signal.
+        out_of_memory: what to do if the kernel killed it for want of memory.
+        output: what it printed; the last two lines are told.
+    """
+    if code >= 0:
+        how = f"it left with exit code {code}"
+    else:
+        name = _SIGNALS.get(-code, f"signal {-code}")
+        advice = f"; if memory ran out, {out_of_memory}" if name == "SIGKILL" else _ADVICE.get(name, "")
+        how = f"killed by {name}{advice}"
+    last = "; ".join([line.strip() for line in output.splitlines() if line.strip()][-2:])
+    return f"{who} died: {how}" + (f" [{last}]" if last else "")
+
+
+class Child:
+    """A Python module that runs in a process of its own; a context manager that ends it.
+
+    Ctrl-C at a terminal reaches the parent alone, which ends the child or tells it to stop.
+
+    Args:
+        module: run as `python -m module *arguments`; it calls `serve`.
+        who: what errors call the process.
+        out_of_memory: what to do if the kernel kills it for want of memory.
+        environment: variables for it, where they are not set.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        *arguments: str,
+        out_of_memory: str,
+        who: str = "the engine's process",
+        pass_fds: Collection[int] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self._who, self._out_of_memory = who, out_of_memory
+        self._closed = False
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the child)
+        self._process = subprocess.Popen(
+            # -P: a folder named edgekv in the current directory must not shadow the installed one.
+            [sys.executable, "-P", "-m", module, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._output,
+            pass_fds=pass_fds,
+            start_new_session=True,  # out of reach of the terminal's Ctrl-C
+            # ggml's abort would run gdb on the child for seconds.
+            env={**(environment or {}), **os.environ, "GGML_NO_BACKTRACE": "1"},
+        )
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def ask(
+        self, do: str, on_message: Callable[[dict[str, Any]], None] | None = None, /, **arguments: Any
+    ) -> Any:
+        """The answer to a request; `on_message` is given what the child sends before it.
+
+        Whatever cuts the wait short ends the child, for its late answer would be taken for the next one.
+
+        Raises:
+            EdgeKVError: of the class that the child's action raised.
+            BackendError: the child died, or was closed.
+        """
+        if self._closed:
+            raise BackendError(f"{self._who} is closed")
+        try:
+            self.send({"do": do, **arguments})
+            while (message := self._receive()) and message.keys().isdisjoint(("ok", "error")):
+                assert on_message is not None, message
+                on_message(message)
+        except BaseException:
+            self.close()
+            raise
+        if not message:
+            raise BackendError(self._cause_of_death())
+        if "error" in message:
+            raise from_wire(*message["error"])
+        return message["ok"]
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send an object; that the child is gone shows when its answer is read."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(_line(message))
+            self._process.stdin.flush()
+
+    def close(self) -> None:
+        """End it; no error if it is gone."""
+        if self._closed:
+            return
+        self._closed = True
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._output):
+            with contextlib.suppress(BrokenPipeError):  # what it no longer read
+                stream.close()  # type: ignore[union-attr]
+
+    def _receive(self) -> dict[str, Any] | None:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        return json.loads(line) if line.endswith(b"\n") else None
+
+    def _cause_of_death(self) -> str:
+        code = self._process.wait()
+        self._output.seek(max(0, self._output.seek(0, os.SEEK_END) - OUTPUT_NBYTES))
+        return cause_of_death(
+            self._who, code, self._out_of_memory, self._output.read().decode("utf-8", "replace")
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Parent:
+    """The parent as the child sees it: its standard input and output.
+
+    Stray prints of native code go to standard error, not between the lines.
+    """
+
+    def __init__(self) -> None:
+        self._lines = os.fdopen(os.dup(1), "wb")
+        os.dup2(2, 1)
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send an object; ends this process if nobody reads it (an exception would be lost in native code)."""
+        try:
+            self._lines.write(_line(message))
+            self._lines.flush()
+        except BrokenPipeError:
+            os._exit(1)
+
+    def receive(self) -> dict[str, Any] | None:
+        """The next object; None once the parent is gone."""
+        line = sys.stdin.buffer.readline()
+        return json.loads(line) if line else None
+
+    def serve(self, actions: object) -> None:
+        """Answer requests by the methods of their names, until the parent is gone."""
+        while (request := self.receive()) is not None:
+            try:
+                answer = {"ok": getattr(actions, request.pop("do"))(**request)}
+            except Exception as error:
+                answer = {"error": to_wire(error)}
+            self.send(answer)
+
+
+def _line(message: Mapping[str, Any]) -> bytes:
+    return json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
