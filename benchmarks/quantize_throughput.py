@@ -30,7 +30,7 @@ DTYPES = {"F32": ("float32", 4), "BF16": ("bfloat16", 2), "F16": ("float16", 2)}
 LLAMA = """
 import os, sys
 import llama_cpp as api
-from edgekv.quant.presets import PRESETS
+from edgekv.quant.formats import PRESETS
 quiet = api.llama_log_callback(lambda level, text, data: None)
 api.llama_log_set(quiet, None)
 params = api.llama_model_quantize_default_params()

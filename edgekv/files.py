@@ -1,10 +1,12 @@
-"""Writing files so that nothing is ever half-written."""
+"""Files written so that nothing is ever half-written, and their SHA-256."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import glob
+import hashlib
 import os
 import shutil
 import tempfile
@@ -12,7 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from edgekv.errors import OutputError
+from edgekv.errors import InputError, OutputError
 
 STALE_AFTER_S = 60  # a younger file may be about to be locked
 
@@ -169,3 +171,22 @@ def forget_cached(path: Path) -> None:
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):  # Linux
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal, read once as long as the file does not change.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        stat = path.stat()
+        return _file_sha256(path.resolve(), stat.st_size, stat.st_mtime_ns)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; check the path") from error
+
+
+@functools.lru_cache
+def _file_sha256(path: Path, size: int, mtime_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -50,6 +50,13 @@ class TensorSource(Protocol):
         """The tensor's stored bytes, shape (..., bytes a row), or None where it is computed."""
 
 
+class SizedSource(TensorSource, Protocol):
+    """A source that knows how many bytes each tensor takes as stored."""
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of the tensor as stored."""
+
+
 class LazySource:
     """A source made of functions: each tensor is computed when it is asked for."""
 

@@ -1,32 +1,19 @@
-"""What a model is, as frozen numbers, and the arithmetic of what its cache costs.
+"""Specs of models as frozen numbers, and the bytes and FLOPs that their caches cost.
 
 Standard library only: this module is the vocabulary that every room speaks.
 
 Letters for shapes, used all over the code base:
     T tokens, S cached tokens, D model width, H query heads, G KV heads, K head dim,
-    R latent rank (kv_lora_rank), P rope-key dims, N no-rope query dims a head, V value dims a head.
+    R latent rank (kv_lora_rank), P rope-key dims, N no-rope query dims per head, V value dims per head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Literal
 
-CACHE_BLOCKS: Mapping[str, tuple[int, int]] = MappingProxyType(
-    {  # cache type: (values a block, bytes a block); sizes from ggml/src/ggml-common.h
-        "f32": (1, 4),
-        "f16": (1, 2),
-        "bf16": (1, 2),
-        "q8_0": (32, 34),
-        "q5_1": (32, 24),
-        "q5_0": (32, 22),
-        "q4_1": (32, 20),
-        "q4_0": (32, 18),
-        "iq4_nl": (32, 18),
-    }
-)
+from edgekv.quant.formats import CACHE_TYPES, FORMATS
 
 
 def cache_row_nbytes(values: int, cache_type: str) -> int:
@@ -35,12 +22,9 @@ def cache_row_nbytes(values: int, cache_type: str) -> int:
     Raises:
         ValueError: the type is unknown, or its block size does not divide `values`.
     """
-    if cache_type not in CACHE_BLOCKS:
-        raise ValueError(f"unknown cache type {cache_type!r}; known: {', '.join(CACHE_BLOCKS)}")
-    block, nbytes = CACHE_BLOCKS[cache_type]
-    if values % block:
-        raise ValueError(f"{values} values do not divide into {cache_type} blocks of {block}")
-    return values // block * nbytes
+    if cache_type not in CACHE_TYPES:
+        raise ValueError(f"unknown cache type {cache_type!r}; known: {', '.join(CACHE_TYPES)}")
+    return FORMATS[cache_type].nbytes(values)
 
 
 MetaValue = str | int | float | bool | list[str] | list[int] | list[float] | list[bool]
@@ -195,7 +179,7 @@ class Experts:
     bias: bool = False
     groups: int = 1
     used_groups: int = 1
-    group_score_of: int = 2  # a group counts for the sum of so many of its best
+    group_score_of: int = 2  # a group's score is the sum of its best experts', this many
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,9 @@ Shapes are numpy's, matrices (out, in): y = x @ W.T. Letters are those of edgekv
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import prod
+
 from edgekv.spec import GQA, MLA, Experts, FFNKind, LayerSpec, ModelSpec
 
 
@@ -85,3 +88,19 @@ def model_tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     if not spec.tied_embeddings:
         shapes["output.weight"] = (spec.vocab, spec.dim)
     return shapes
+
+
+def looked_up(spec: ModelSpec) -> frozenset[str]:
+    """Tensors of which a decoded token reads a single row: a token table that is not the output head too."""
+    return frozenset() if spec.tied_embeddings else frozenset({"token_embd.weight"})
+
+
+def weight_flops(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """FLOPs per token of all matrices among `shapes`: a product and a sum per weight."""
+    skipped = looked_up(spec)
+    return 2 * sum(prod(shape) for name, shape in shapes.items() if len(shape) > 1 and name not in skipped)
+
+
+def read_nbytes(spec: ModelSpec, sizes: Mapping[str, int]) -> int:
+    """Weight bytes that a decoded token reads, of tensors that take `sizes` bytes."""
+    return sum(sizes.values()) - sum(sizes[name] for name in looked_up(spec))

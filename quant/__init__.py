@@ -1,1 +1,1 @@
-"""Block formats: sizes, errors, writing."""
+"""Number formats: the table of them, rounding, and the error of quantized tensors."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekv.quant.formats import FORMATS
+
 Array = NDArray[np.float32]
-BLOCK, GROUP = 256, 16
-BLOCK_BYTES = 210  # 128 of low bits, 64 of high bits, 16 scales, one scale of scales
+BLOCK, GROUP = FORMATS["q6_k"].block, 16
+BLOCK_BYTES = FORMATS["q6_k"].block_nbytes  # 128 of low bits, 64 of high bits, 16 scales, one scale of scales
 CHUNK_BLOCKS = 4096
 # Where the largest weight of a group may land: the range's end, where it is exact, and places near it.
 LARGEST = np.linspace(-33.0, -29.0, 9, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""What quantization does to a tensor: its error beside its own size, as it is and as its inputs weigh it."""
+"""The error that quantization makes in a tensor: relative to the tensor's size, plain and weighed by its inputs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
 CHUNK_VALUES = 2**15  # dequantized at once, of each side: what fits the cache is quick
-SAMPLE_CHUNKS = 24  # a larger tensor is compared in so many places, evenly spread: 786,432 values
+SAMPLE_CHUNKS = 24  # of a larger tensor, evenly spread: 786,432 values are compared
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor's bytes: data (rows of all matrices, bytes a row), a GGML type name, columns of a row."""
+    """A tensor's bytes: data (rows of all matrices, bytes per row), a GGML type name, columns per row."""
 
     data: NDArray[np.uint8]
     ggml_type: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from edgekv.files import STALE_AFTER_S, atomic_folder, atomic_path
+from edgekv.errors import InputError
+from edgekv.files import STALE_AFTER_S, atomic_folder, atomic_path, file_sha256
 
 WRITER = """
 import sys, time
@@ -54,3 +56,14 @@ def test_what_a_kill_leaves(kind: str, tmp_path: Path) -> None:
     write(kind, path)
     assert list(tmp_path.iterdir()) == [path]
     assert (path if kind == "file" else path / "marker").read_text() == "whole"
+
+
+def test_sha256_follows_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    for i, data in enumerate((b"one", b"two")):
+        path.write_bytes(data)
+        os.utime(path, ns=(i, i))
+        assert file_sha256(path) == file_sha256(path) == hashlib.sha256(data).hexdigest()
+    path.unlink()
+    with pytest.raises(InputError, match="cannot read"):
+        file_sha256(path)

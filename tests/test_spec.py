@@ -1,31 +1,14 @@
-"""Cache arithmetic against llama.cpp's block sizes and figures worked out by hand."""
+"""Cache arithmetic against figures worked out by hand."""
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import FrozenInstanceError
-from typing import Any
 
-import llama_cpp
 import pytest
 
-from edgekv.spec import CACHE_BLOCKS, GQA, MLA, LayerSpec, ModelSpec, RopeSpec, cache_row_nbytes
+from edgekv.spec import GQA, MLA, LayerSpec, ModelSpec, RopeSpec, cache_row_nbytes
 
 ROPE = RopeSpec(10000.0, 64)
-
-
-def test_blocks_are_ggmls_own() -> None:
-    lib: Any = llama_cpp.llama_cpp._lib
-    lib.ggml_type_size.restype = ctypes.c_size_t
-    lib.ggml_blck_size.restype = ctypes.c_int64
-    lib.ggml_type_name.restype = ctypes.c_char_p
-    known = {
-        lib.ggml_type_name(kind).decode(): (lib.ggml_blck_size(kind), lib.ggml_type_size(kind))
-        for kind in range(43)
-        if lib.ggml_blck_size(kind)
-    }
-    for name, sizes in CACHE_BLOCKS.items():
-        assert known[name] == sizes
 
 
 def test_row_nbytes() -> None:

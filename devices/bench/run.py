@@ -19,7 +19,6 @@ from edgekv.devices.bench.settings import (
 from edgekv.devices.bench.worker import WorkerProcess
 from edgekv.devices.boards.profile import known_memory
 from edgekv.devices.predict.model_info import (
-    SizedSource,
     describe_cache,
     describe_llama_cache,
     describe_model,
@@ -269,7 +268,7 @@ class _Bench:
 def _describe_gguf(candidate: Candidate, s: BenchSettings) -> tuple[ModelInfo, CacheInfo]:
     from edgekv.models.gguf.source import GGUFSource
 
-    source: SizedSource = GGUFSource(candidate.path)
+    source = GGUFSource(candidate.path)
     describe = describe_llama_cache if candidate.engine == "llama.cpp" else describe_cache
     try:
         cache = describe(source.spec, candidate.cache_type, s.n_ctx)

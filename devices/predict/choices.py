@@ -1,21 +1,21 @@
-"""What a model could become: conversions, cache types and weight types, with their sizes in numbers."""
+"""Ways to make a model smaller: conversions, cache types and weight types, with their bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from edgekv.convert.layers import convertible_attention
 from edgekv.convert.target import choose_rank, target_spec
-from edgekv.devices.predict.model_info import SizedSource, main_quantization
+from edgekv.devices.predict.model_info import main_quantization
 from edgekv.devices.predict.speed import Workload
 from edgekv.errors import InputError
+from edgekv.export.gguf.write import stored_nbytes
+from edgekv.quant.formats import COMMON_CACHES, KEEP, UNQUANTIZED
+from edgekv.source import SizedSource
 from edgekv.spec import ModelSpec
-from edgekv.tensors import layer_tensor_shapes
+from edgekv.tensors import model_tensor_shapes, read_nbytes, weight_flops
 
-KEEP = "keep"
 TARGETS = (0.5, 1 / 3, 0.25)  # shares of the cache that a conversion may keep
-CACHE_TYPES = ("f16", "q8_0", "q4_0")
 WEIGHTS = (KEEP, "q8_0", "q4_0")
 # An order of expected loss and no measure of it: near-lossless steps first, then half the latent, then what
 # costs more. `edgekv eval` measures; these only say what to try first.
@@ -23,8 +23,6 @@ LOSS_ORDER = {
     **{"convert 1/2": 4, "convert 1/3": 8, "convert 1/4": 12},
     **{"cache q8_0": 1, "cache q4_0": 6, "weights q8_0": 1, "weights q4_0": 5},
 }
-# Bytes that a tensor takes when written as a weight type: (name, shape, type) -> bytes.
-StoredNbytes = Callable[[str, tuple[int, ...], str], int]
 
 
 @dataclass(frozen=True)
@@ -55,26 +53,21 @@ class Option:
         return ", ".join(self.steps) or "as it is"
 
     def workload(self) -> Workload:
-        """What it asks of a machine a token."""
+        """What it asks of a machine per token."""
         spec = self.spec
-        shapes = _shapes(spec)
-        skipped = set() if spec.tied_embeddings else {"token_embd.weight"}
-        matrices = [shape for name, shape in shapes.items() if len(shape) > 1 and name not in skipped]
         return Workload(
             n_layers=spec.n_layers,
-            weight_flops=2.0 * sum(_count(shape) for shape in matrices),
+            weight_flops=weight_flops(spec, model_tensor_shapes(spec)),
             read_nbytes=self.read_nbytes,
             weights=self.quantization,
             cache_nbytes=spec.kv_bytes_per_token(self.cache_type),
             attention_flops=sum(layer.attention.flops_per_cached_token for layer in spec.layers),
-            quantized_cache=self.cache_type not in ("f32", "f16", "bf16"),
+            quantized_cache=self.cache_type not in UNQUANTIZED,
             latent=spec.layers[0].attention.kind == "MLA",
         )
 
 
-def option(
-    source: SizedSource, keep: float | None, cache_type: str, weights: str, stored: StoredNbytes
-) -> Option:
+def option(source: SizedSource, keep: float | None, cache_type: str, weights: str) -> Option:
     """One option.
 
     Raises:
@@ -84,10 +77,9 @@ def option(
     spec = source.spec if keep is None else converted_spec(source.spec, keep)
     spec.kv_bytes_per_token(cache_type)
     sizes = {
-        name: _tensor_nbytes(source, name, shape, keep, weights, stored)
-        for name, shape in _shapes(spec).items()
+        name: _tensor_nbytes(source, name, shape, keep, weights)
+        for name, shape in model_tensor_shapes(spec).items()
     }
-    skipped = 0 if spec.tied_embeddings else sizes["token_embd.weight"]
     steps = []
     if keep is not None:
         steps.append(f"convert 1/{round(1 / keep)}")
@@ -101,22 +93,22 @@ def option(
         cache_type=cache_type,
         weights=weights,
         weights_nbytes=sum(sizes.values()),
-        read_nbytes=sum(sizes.values()) - skipped,
-        quantization=_own_quantization(source) if weights == KEEP else weights.upper(),
+        read_nbytes=read_nbytes(spec, sizes),
+        quantization=main_quantization(source) if weights == KEEP else weights.upper(),
         steps=tuple(steps),
     )
 
 
-def all_options(source: SizedSource, stored: StoredNbytes) -> list[Option]:
+def all_options(source: SizedSource) -> list[Option]:
     """Every option that is possible for this model and does not enlarge it, by order of expected loss."""
-    own = option(source, None, "f16", KEEP, stored)
+    own = option(source, None, "f16", KEEP)
     found = []
     for keep in (None, *_possible_targets(source.spec)):
         for weights in WEIGHTS:
             for cache_type in _possible_cache_types(
                 source.spec if keep is None else converted_spec(source.spec, keep)
             ):
-                made = option(source, keep, cache_type, weights, stored)
+                made = option(source, keep, cache_type, weights)
                 if weights == KEEP or made.weights_nbytes < 0.95 * own.weights_nbytes:
                     found.append(made)
     return sorted(found, key=lambda made: made.loss_order)
@@ -136,7 +128,7 @@ def _possible_targets(spec: ModelSpec) -> list[float]:
 def _possible_cache_types(spec: ModelSpec) -> list[str]:
     """Those whose blocks divide the rows."""
     found = []
-    for cache_type in CACHE_TYPES:
+    for cache_type in COMMON_CACHES:
         try:
             spec.kv_bytes_per_token(cache_type)
         except ValueError:
@@ -155,40 +147,11 @@ def converted_spec(spec: ModelSpec, keep: float) -> ModelSpec:
     )
 
 
-def _shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {
-        "token_embd.weight": (spec.vocab, spec.dim),
-        "output_norm.weight": (spec.dim,),
-    }
-    if not spec.tied_embeddings:
-        shapes["output.weight"] = (spec.vocab, spec.dim)
-    for i, layer in enumerate(spec.layers):
-        block = layer_tensor_shapes(layer.attention, spec.dim, layer.ffn_dim)
-        shapes |= {f"blk.{i}.{name}": shape for name, shape in block.items()}
-    return shapes
-
-
 def _tensor_nbytes(
-    source: SizedSource,
-    name: str,
-    shape: tuple[int, ...],
-    keep: float | None,
-    weights: str,
-    stored: StoredNbytes,
+    source: SizedSource, name: str, shape: tuple[int, ...], keep: float | None, weights: str
 ) -> int:
     """A tensor that is copied keeps its bytes; one that conversion computes is written as q8_0."""
     fitted = keep is not None and ".attn_" in name and not name.endswith("attn_norm.weight")
     if weights == KEEP and not fitted:
         return source.nbytes(name)
-    return stored(name, shape, "q8_0" if weights == KEEP else weights)
-
-
-def _own_quantization(source: SizedSource) -> str:
-    return main_quantization(source, {name: source.nbytes(name) for name in source.names()})
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+    return stored_nbytes(name, shape, "q8_0" if weights == KEEP else weights)

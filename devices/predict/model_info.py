@@ -1,34 +1,25 @@
-"""A model's size, work and cache in numbers: what reports carry and plans compute with."""
+"""Models in numbers (size, FLOPs, cache), as reports hold them and plans compute with them."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
+from math import prod
 from pathlib import Path
-from typing import Protocol
 
 from edgekv.devices.reporting.report import CacheInfo, ModelInfo
+from edgekv.files import file_sha256
 from edgekv.models.gguf.spec import JOINT_KV_B
 from edgekv.models.onnx.manifest import MANIFEST, Manifest
-from edgekv.source import TensorSource
+from edgekv.source import SizedSource
 from edgekv.spec import MLA, ModelSpec, cache_row_nbytes
-
-
-class SizedSource(TensorSource, Protocol):
-    """A source that knows how many bytes each tensor takes as stored."""
-
-    def nbytes(self, name: str) -> int:
-        """Bytes of the tensor as stored."""
+from edgekv.tensors import read_nbytes, weight_flops
 
 
 def describe_model(source: SizedSource, path: Path, with_hash: bool = True) -> ModelInfo:
     """Everything a report says about a model file. `with_hash` reads the whole file."""
     spec = source.spec
-    sizes = {name: _count(source.shape(name)) for name in source.names()}
+    shapes = {name: source.shape(name) for name in source.names()}
     stored = {name: source.nbytes(name) for name in source.names()}
-    # One row of an untied embedding is looked up for a token; a tied one is read whole as the output head.
-    skipped = set() if spec.tied_embeddings else {"token_embd.weight"}
-    matrices = [name for name in sizes if len(source.shape(name)) > 1 and name not in skipped]
     attention = {layer.attention.kind for layer in spec.layers}
     return ModelInfo(
         file=path.name,
@@ -37,11 +28,11 @@ def describe_model(source: SizedSource, path: Path, with_hash: bool = True) -> M
         arch=spec.arch,
         attention="+".join(sorted(attention)),
         n_layers=spec.n_layers,
-        n_params=sum(sizes.values()),
-        quantization=main_quantization(source, stored),
+        n_params=sum(map(prod, shapes.values())),
+        quantization=main_quantization(source),
         weights_nbytes=sum(stored.values()),
-        read_nbytes=sum(size for name, size in stored.items() if name not in skipped),
-        flops=2 * sum(sizes[name] for name in matrices),
+        read_nbytes=read_nbytes(spec, stored),
+        flops=weight_flops(spec, shapes),
         flops_per_cached_token=sum(layer.attention.flops_per_cached_token for layer in spec.layers),
         context_length=spec.context_length,
     )
@@ -91,25 +82,12 @@ def describe_llama_cache(spec: ModelSpec, cache_type: str, n_ctx: int | None) ->
     return CacheInfo(cache_type, values, nbytes, n_ctx)
 
 
-def main_quantization(source: TensorSource, stored: dict[str, int]) -> str:
+def main_quantization(source: SizedSource) -> str:
     """The type that holds the most bytes; others that hold over a tenth follow it."""
     by_type: Counter[str] = Counter()
-    for name, size in stored.items():
-        by_type[source.quantization(name)] += size
+    for name in source.names():
+        by_type[source.quantization(name)] += source.nbytes(name)
     total = sum(by_type.values())
     return "+".join(
         kind for i, (kind, size) in enumerate(by_type.most_common()) if i == 0 or size > total / 10
     )
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

@@ -1,4 +1,4 @@
-"""What a model will do on a board, before anyone carries it there: memory, context, speed, sessions, energy."""
+"""Plans: memory, longest context, speed, sessions and energy of a model on a board, all of them predicted."""
 
 from __future__ import annotations
 
@@ -173,25 +173,15 @@ def this_board(read_nbytes: int) -> tuple[Board, Machine]:
         BackendError: the bandwidth could not be measured.
     """
     machine, notes = probe()
+    if machine.ram_nbytes is None or machine.available_nbytes is None:
+        raise BackendError(f"this machine does not show its memory: {'; '.join(notes)}")
     cpus = tuple(big_cores(set(allowed_cpus())))
     threads = min(len(cpus), default_threads())
     nbytes = working_set_nbytes(read_nbytes, machine.available_nbytes)
     with WorkerProcess("this machine") as worker:
         gb_s = worker.ask("bandwidth", nbytes=nbytes, threads=threads, cpus=cpus)
-    runtime_nbytes = measured_runtime_nbytes()
-    if machine.ram_nbytes is None or machine.available_nbytes is None:
-        raise BackendError(f"this machine does not tell its memory: {'; '.join(notes)}")
     known = match_board(machine)
-    sources = {
-        "ram_mib": "measured now",
-        "read_gb_s": f"measured now: {nbytes // MIB} MiB read by {threads} threads",
-        "os_mib": "measured now: what is not available",
-        "cores": "measured now",
-        "clock_ghz": "measured now",
-    }
-    clock_ghz = _clock_ghz(machine) or (known.clock_ghz if known else None)
-    if clock_ghz is None:
-        clock_ghz, sources["clock_ghz"] = 2.0, "assumption: this machine does not tell its clock"
+    clock_ghz, clock_source = _clock_ghz(machine, known)
     board = Board(
         key="this",
         name=machine.board,
@@ -208,8 +198,14 @@ def this_board(read_nbytes: int) -> tuple[Board, Machine]:
         os_mib=(machine.ram_nbytes - machine.available_nbytes) // MIB,
         prefill_gflops=None,
         decode_w=known.decode_w if known else None,
-        sources=sources,
-        runtime_nbytes=runtime_nbytes,
+        sources={
+            "ram_mib": "measured now",
+            "read_gb_s": f"measured now: {nbytes // MIB} MiB read by {threads} threads",
+            "os_mib": "measured now: what is not available",
+            "cores": "measured now",
+            "clock_ghz": clock_source,
+        },
+        runtime_nbytes=measured_runtime_nbytes(),
     )
     return board, machine
 
@@ -230,8 +226,12 @@ def machine_kind(machine: Machine) -> str:
     return "x86"
 
 
-def _clock_ghz(machine: Machine) -> float | None:
+def _clock_ghz(machine: Machine, known: Board | None) -> tuple[float, str]:
+    """The clock of the fastest cores, and where the figure comes from."""
     if machine.cores[0].max_mhz:
-        return machine.cores[0].max_mhz / 1000
+        return machine.cores[0].max_mhz / 1000, "measured now"
     shown = [block.get("cpu mhz") for block in cpuinfo_blocks(Path("/")).values()]
-    return max((float(mhz) / 1000 for mhz in shown if mhz), default=None)
+    clock_ghz = max((float(mhz) / 1000 for mhz in shown if mhz), default=known.clock_ghz if known else 0.0)
+    if clock_ghz:
+        return clock_ghz, "measured now"
+    return 2.0, "assumption: this machine does not show its clock"

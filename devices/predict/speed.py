@@ -1,4 +1,4 @@
-"""How fast a board decodes and prefills a model: bytes over bandwidth, FLOPs over clock, a few coefficients.
+"""Speed of a model on a board: bytes over bandwidth, FLOPs over clock, and a few fitted coefficients.
 
 A decoded token costs
     max(weight bytes / bandwidth, weight FLOPs / compute) + layers x fixed time
@@ -19,6 +19,7 @@ from pathlib import Path
 from edgekv.devices.boards.profile import Board
 from edgekv.devices.reporting.report import CacheInfo, ModelInfo
 from edgekv.documents import decode as decode_json
+from edgekv.quant.formats import UNQUANTIZED
 
 COEFFICIENTS = Path(__file__).with_name("speed.json")
 
@@ -29,9 +30,9 @@ class Coefficients:
 
     `bandwidth_share` of the board's read bandwidth reaches the kernels; each layer costs `layer_s` however
     small it is; a core does `decode_flops_per_cycle`, of 2- and 3-bit weights `low_bit_cost` times fewer
-    (on a GPU those cost that much more time); decoding attention does `attention_flops_per_cycle` a core by
+    (on a GPU those cost that much more time); decoding attention does `attention_flops_per_cycle` per core by
     the kind of attention and of cache (on a GPU it reads the cache `attention_passes` times); prefill does
-    `prefill_flops_per_cycle` a core by weight family, and attention in it runs at `prefill_attention_share` of
+    `prefill_flops_per_cycle` per core by weight family, and attention in it runs at `prefill_attention_share` of
     the weights' rate, `quantized_prefill_cost` times slower on a quantized cache. Zero: not used.
     `assumed` names those that no public figure backs.
     """
@@ -50,14 +51,14 @@ class Coefficients:
 
 @dataclass(frozen=True)
 class Workload:
-    """What one model with one cache type asks of a machine, a token."""
+    """What one model with one cache type asks of a machine per token."""
 
     n_layers: int
     weight_flops: float
     read_nbytes: float
     weights: str  # GGML type that holds the most bytes
-    cache_nbytes: float  # a cached token, all layers
-    attention_flops: float  # a cached token, all layers
+    cache_nbytes: float  # per cached token, all layers
+    attention_flops: float  # per cached token, all layers
     quantized_cache: bool = False
     latent: bool = False  # MLA
 
@@ -81,7 +82,7 @@ def workload(model: ModelInfo, kept: CacheInfo) -> Workload:
         weights=model.quantization,
         cache_nbytes=kept.nbytes_per_token,
         attention_flops=model.flops_per_cached_token,
-        quantized_cache=kept.type not in ("f32", "f16", "bf16"),
+        quantized_cache=kept.type not in UNQUANTIZED,
         latent=model.attention == "MLA",
     )
 

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from edgekv.devices.boards.profile import Board, load_boards
+from edgekv.devices.predict.choices import Option
 from edgekv.devices.predict.model_info import describe_cache
 from edgekv.devices.predict.plan import MIB, PROMPT, Plan
 from edgekv.devices.reporting.report import (
@@ -25,10 +26,11 @@ from edgekv.devices.reporting.report import (
 )
 from edgekv.devices.reporting.tables import Table, mebibytes, seconds, whole
 from edgekv.devices.sensors.machine import software
+from edgekv.quant.formats import KEEP
 
 
 def memory_lines(plan: Plan) -> list[str]:
-    """The memory of one plan, a line each."""
+    """The memory of one plan, one line per part."""
     parts = plan.footprint
     runs_on_card = plan.board.kind.startswith("gpu")
     rows = [
@@ -69,7 +71,7 @@ def speed_table(plan: Plan) -> Table:
 
 
 def plans_table(title: str, plans: Sequence[Plan], first: str) -> Table:
-    """A row a plan; `first` names the first column: "board" or "option"."""
+    """One row per plan; `first` names the first column: "board" or "option"."""
     head = (
         first,
         "RAM",
@@ -194,24 +196,27 @@ def _machine(board: Board, ram_nbytes: int) -> Machine:
     )
 
 
-def _run(plan: Plan, model: ModelInfo) -> Run:
-    option, parts = plan.option, plan.footprint
+def _model(option: Option, original: ModelInfo) -> ModelInfo:
     work = option.workload()
-    info = replace(
-        model,
+    return replace(
+        original,
         arch=option.spec.arch,
         attention=option.spec.layers[0].attention.kind,
-        sha256=None if option.keep or option.weights != "keep" else model.sha256,
+        sha256=None if option.keep or option.weights != KEEP else original.sha256,
         quantization=option.quantization,
         weights_nbytes=option.weights_nbytes,
         read_nbytes=option.read_nbytes,
         flops=round(work.weight_flops),
         flops_per_cached_token=round(work.attention_flops),
     )
+
+
+def _run(plan: Plan, model: ModelInfo) -> Run:
+    option, parts, work = plan.option, plan.footprint, plan.option.workload()
     return Run(
         label=f"{model.name}: {option.label}",
         engine="projection",
-        model=info,
+        model=_model(option, model),
         cache=describe_cache(option.spec, option.cache_type, plan.context),
         load_s=None,
         first_ttft_s=None,

@@ -13,12 +13,11 @@ import click
 from edgekv.cli.common import options
 from edgekv.cli.common.progress import stages
 from edgekv.errors import ToleranceError
+from edgekv.quant.formats import KEEP, PLAIN_WEIGHTS
 
 if TYPE_CHECKING:
     from edgekv.convert.layers import LayerLoss
     from edgekv.workflows.convert import ConvertResult
-
-WEIGHTS = ("keep", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
 
 @options.command("convert")
@@ -31,7 +30,7 @@ WEIGHTS = ("keep", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 @click.option("--fold-biases", is_flag=True,
               help="Convert a model with biases (Qwen2): write them into the weights, nearly.")  # fmt: skip
 @click.option("--healed", type=options.PATH, help="File of `edgekv heal` to build from, instead of fitting.")
-@click.option("--weights", default="keep", show_default=True, type=click.Choice(WEIGHTS),
+@click.option("--weights", default="keep", show_default=True, type=click.Choice((KEEP, *PLAIN_WEIGHTS)),
               help="Weight format; keep leaves untouched tensors as stored and writes new ones in q8_0.")  # fmt: skip
 @options.text("Calibration text.  [default: the model writes it]", multiple=True)
 @options.text_tokens(32768, "Tokens to calibrate on.")

@@ -10,22 +10,18 @@ import click
 
 from edgekv.cli.common import options
 from edgekv.cli.common.progress import stages
+from edgekv.quant.formats import PRESET_NAMES
 
 if TYPE_CHECKING:
     from edgekv.export.gguf.quantize import TensorReport
     from edgekv.workflows.quantize import QuantizeResult
 
-WEIGHTS = (
-    *("q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0", "iq4_nl"),
-    *("iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "iq3_m", "iq3_s", "iq3_xxs", "q2_k", "iq2_m", "iq2_xs"),
-)
-
 
 @options.command("quantize")
 @options.model()
 @options.output("The GGUF to write.")
-@click.option("--weights", required=True, type=click.Choice(WEIGHTS), metavar="PRESET",
-              help=f"llama.cpp's preset: {', '.join(WEIGHTS)}.")  # fmt: skip
+@click.option("--weights", required=True, type=click.Choice(PRESET_NAMES), metavar="PRESET",
+              help=f"llama.cpp's preset: {', '.join(PRESET_NAMES)}.")  # fmt: skip
 @options.text("Calibration text.  [default: the model writes it]", multiple=True)
 @options.text_tokens(8192, "Tokens to calibrate on.")
 @click.option("--no-importance", "importance", flag_value=False, default=True, type=bool,

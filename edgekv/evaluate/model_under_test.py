@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,13 +14,14 @@ from edgekv import __version__
 from edgekv.backends.base import Backend
 from edgekv.backends.open import Kind, open_backend
 from edgekv.errors import InputError, ModelFileError
+from edgekv.files import file_sha256
 from edgekv.models.gguf.header import read_header
 from edgekv.models.onnx.manifest import MANIFEST, is_onnx_folder, language_file, read_manifest
 from edgekv.progress import ignore
+from edgekv.quant.formats import KEEP
 from edgekv.tokenizer.tokenizer import Tokenizer
 
-Weights = Literal["stored", "bf16", "f16", "f32"]
-WEIGHTS: tuple[Weights, ...] = ("stored", "bf16", "f16", "f32")
+Weights = Literal["keep", "bf16", "f16", "f32"]
 ENGINE_PACKAGES = {"llama.cpp": "llama-cpp-python", "onnx": "onnxruntime"}
 
 
@@ -30,14 +29,14 @@ ENGINE_PACKAGES = {"llama.cpp": "llama-cpp-python", "onnx": "onnxruntime"}
 class ModelUnderTest:
     """A model as it is run.
 
-    `cache_type` None is the engine's default. `weights` other than "stored" are dequantized first: llama.cpp
+    `cache_type` None is the engine's default. `weights` other than "keep" are dequantized first: llama.cpp
     multiplies quantized weights by activations rounded to 8 bits, which by itself costs as much as a q8_0 cache.
     """
 
     path: Path
     backend: Kind = "llama.cpp"
     cache_type: str | None = None
-    weights: Weights = "stored"
+    weights: Weights = KEEP
 
     @property
     def cache(self) -> str:
@@ -48,13 +47,18 @@ class ModelUnderTest:
             return read_manifest(self.path).model.cache_type
         return "f16" if self.backend == "llama.cpp" else "f32"
 
+    @property
+    def recorded_weights(self) -> str:
+        """The weights in journals and reports, which have their own word for `keep`."""
+        return "stored" if self.weights == KEEP else self.weights
+
     def identity(self) -> dict[str, str | int | None]:
         """Everything that decides its figures."""
         return {
             "model": model_sha256(self.path),
             "backend": self.backend,
             "cache": self.cache,
-            "weights": self.weights,
+            "weights": self.recorded_weights,
             "engine": engine_version(self.backend),
         }
 
@@ -105,25 +109,6 @@ def model_sha256(path: Path) -> str:
     return file_sha256(path / MANIFEST if is_onnx_folder(path) else path)
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal, read once as long as the file does not change.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    try:
-        stat = path.stat()
-        return _file_sha256(path.resolve(), stat.st_size, stat.st_mtime_ns)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; check the path") from error
-
-
-@functools.lru_cache
-def _file_sha256(path: Path, size: int, mtime_ns: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def read_tokenizer(path: Path) -> Tokenizer:
     """The model's tokenizer."""
     return Tokenizer.from_metadata(read_header(language_file(path)).metadata)
@@ -158,7 +143,7 @@ def require_same_tokens(path: Path, reference: Path) -> None:
 
 def engine_path(subject: ModelUnderTest, folder: Path) -> Path:
     """The file that the engine opens: the model, or its copy with f16 or f32 weights, made here if need be."""
-    if subject.weights == "stored":
+    if subject.weights == KEEP:
         return subject.path
     if is_onnx_folder(subject.path):
         raise InputError(

@@ -42,7 +42,7 @@ class Measured:
             sha256=model_sha256(subject.path),
             backend=subject.backend,
             engine=engine_version(subject.backend),
-            weights=subject.weights,
+            weights=subject.recorded_weights,
             cache_type=subject.cache,
             cache_nbytes_per_token=cache_nbytes_per_token(subject, folder),
         )

@@ -27,7 +27,7 @@ from edgekv.evaluate.report import Measured
 from edgekv.evaluate.windows import WindowsResult, measure_windows
 from edgekv.evaluate.workers import Run
 from edgekv.progress import Stages
-from edgekv.spec import CACHE_BLOCKS
+from edgekv.quant.formats import CACHE_TYPES
 from edgekv.text.scored import Text, cut_windows
 
 ORIGINAL = "original"  # the name of the model's own caches among the points
@@ -48,7 +48,7 @@ class SweepSpec:
     """One sweep; the field names are the file's keys.
 
     `cache_types` are the model's own caches, the line that a conversion has to beat. With `weights` other than
-    "stored" all models are dequantized, so that they differ in nothing but their cache.
+    "keep" all models are dequantized, so that they differ in nothing but their cache.
     """
 
     model: str
@@ -98,9 +98,9 @@ def _check(spec: SweepSpec) -> None:
 
 def _check_cache_types(where: str, kinds: tuple[str, ...]) -> None:
     for i, kind in enumerate(kinds):
-        if kind not in CACHE_BLOCKS:
+        if kind not in CACHE_TYPES:
             raise SchemaError(
-                f"{where}[{i}]", f"unknown cache type {kind!r}; known: {', '.join(CACHE_BLOCKS)}"
+                f"{where}[{i}]", f"unknown cache type {kind!r}; known: {', '.join(CACHE_TYPES)}"
             )
         if kind in kinds[:i]:
             raise SchemaError(f"{where}[{i}]", f"{kind} is there twice")

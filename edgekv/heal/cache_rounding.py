@@ -1,4 +1,4 @@
-"""Straight-through simulation of llama.cpp's quantized cache rows.
+"""Rounding of cached rows to llama.cpp's block formats, as a straight-through operation of PyTorch.
 
 The forward pass sees exactly what ggml stores and reads back (ggml/src/ggml-quants.c,
 quantize_row_q8_0_ref, quantize_row_q5_0_ref and quantize_row_q4_0_ref: blocks of 32 values with one f16
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from edgekv.heal.recipe import CacheType
+from edgekv.quant.formats import FORMATS
 
-BLOCK = 32
+BLOCK = FORMATS["q4_0"].block
 
 
 def q8_0(x: Tensor) -> Tensor:

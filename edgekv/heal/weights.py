@@ -24,14 +24,13 @@ from safetensors.numpy import save_file
 from edgekv.convert.layers import converted_source
 from edgekv.documents import SchemaError, decode, encode
 from edgekv.errors import InputError, UnsupportedError
-from edgekv.files import atomic_path
+from edgekv.files import atomic_path, file_sha256
 from edgekv.heal.recipe import HealedRecord
 from edgekv.models.gguf.source import GGUFSource
 from edgekv.quant import q6_k
 from edgekv.rewrite.norm_trick import fold_norm, unfold_norm
 from edgekv.source import Array, LazySource, TensorSource
 from edgekv.spec import MLA, ModelSpec
-from edgekv.text.shards import file_sha256
 
 FORMAT = 2
 READABLE = (1, 2)

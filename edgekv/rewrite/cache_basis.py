@@ -22,6 +22,8 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekv.quant.formats import FORMATS
+from edgekv.quant.rounding import round_blocks
 from edgekv.reference.ops import inverse_frequencies
 from edgekv.rewrite.linalg import Matrix, sqrt_and_inverse
 from edgekv.rewrite.rope_pairs import Complex, to_complex, to_pairs
@@ -29,7 +31,7 @@ from edgekv.source import Array
 from edgekv.spec import MLA
 
 ATTENTION = ("q", "kv_a", "k_b", "v_b", "output")  # of a student layer; their shapes: in_cache_basis
-BLOCK = 32  # values that share a scale (ggml/src/ggml-common.h, block_q4_0)
+BITS, BLOCK = 4, FORMATS["q4_0"].block  # the format whose rounding is made to cost least
 FLOOR = 1e-6  # of the largest eigenvalue or size: directions that carry nothing stay invertible
 SEEN = 1e-5  # of the largest eigenvalue: what the sample hardly showed is not blown up
 SAMPLED_WINDOWS = 8
@@ -120,8 +122,11 @@ def _tried(keys: Complex, sensitivity: Matrix, factors: Complex) -> Complex:
     """The factors of one block's pairs, changed one by one while that makes its rounding cost less."""
 
     def cost(candidate: Complex) -> float:
-        error = _rounding_error((keys * candidate).view(np.float64)) ** 2
-        return float(error.mean(axis=0) @ np.repeat(sensitivity / np.abs(candidate) ** 2, 2))
+        pairs = (keys * candidate).view(np.float64)
+        codes, scales = round_blocks(pairs, BITS)
+        return float(
+            ((codes * scales - pairs) ** 2).mean(axis=0) @ np.repeat(sensitivity / np.abs(candidate) ** 2, 2)
+        )
 
     best, least = factors, cost(factors)
     for step in SCALE_STEPS:
@@ -132,14 +137,6 @@ def _tried(keys: Complex, sensitivity: Matrix, factors: Complex) -> Complex:
                 if (found := cost(candidate)) < least:
                     best, least = candidate, found
     return best
-
-
-def _rounding_error(x: Matrix) -> Matrix:
-    """What q4_0 does to blocks (n, up to 32 values): ggml/src/ggml-quants.c, quantize_row_q4_0_ref."""
-    high, low = x.max(axis=-1, keepdims=True), x.min(axis=-1, keepdims=True)
-    d = np.where(high >= -low, high, low) / -8
-    levels = np.trunc(x / np.where(d == 0, 1, d) + 8.5).clip(max=15)
-    return np.asarray((levels - 8) * d - x)
 
 
 def _some_rotated(key: Complex, mla: MLA) -> Complex:

@@ -14,6 +14,7 @@ from edgekv.reference.model import BlockWeights, load_block
 from edgekv.reference.ops import apply_rope, rms_norm, swiglu
 from edgekv.source import Array, TensorSource
 from edgekv.spec import GQA, ModelSpec
+from edgekv.tokenizer.vocab import text_tokens
 
 
 def sample_windows(
@@ -28,7 +29,7 @@ def sample_windows(
     blocks = [load_block(source, i) for i in range(spec.n_layers)]
     caches = [_LayerCache(layer.attention, n_windows, length) for layer in spec.layers]
     tokens = np.empty((n_windows, length), np.int64)
-    tokens[:, 0] = rng.choice(_plain_tokens(source), n_windows)
+    tokens[:, 0] = rng.choice(text_tokens(source.metadata, spec.vocab), n_windows)
     for position in range(length - 1):
         x = embed[tokens[:, position]]
         for weights, cache in zip(blocks, caches, strict=True):
@@ -71,11 +72,3 @@ def _step(x: Array, w: BlockWeights, spec: ModelSpec, cache: _LayerCache, positi
     x = x + mixed.reshape(n, -1) @ w["attn_output.weight"].T
     normed = rms_norm(x, w["ffn_norm.weight"], spec.norm_eps)
     return x + swiglu(normed, w["ffn_gate.weight"], w["ffn_up.weight"], w["ffn_down.weight"])
-
-
-def _plain_tokens(source: TensorSource) -> NDArray[np.int64]:
-    """Ids that stand for text: GGUF token type 1 (gguf.TokenType.NORMAL); all ids where types are unknown."""
-    kinds = source.metadata.get("tokenizer.ggml.token_type")
-    if not isinstance(kinds, list):
-        return np.arange(source.spec.vocab)
-    return np.flatnonzero(np.asarray(kinds) == 1)

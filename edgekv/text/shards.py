@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.errors import InputError, ModelFileError
-from edgekv.files import atomic_path
+from edgekv.files import atomic_path, file_sha256
 from edgekv.progress import Progress
 from edgekv.source import TensorSource
 from edgekv.spec import Metadata
@@ -34,12 +34,6 @@ class Shard:
     name: str
     sha256: str
     tokens: Tokens
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def documents(path: Path) -> Iterator[str]:

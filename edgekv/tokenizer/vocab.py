@@ -1,7 +1,7 @@
 """A GGUF's vocabulary as llama.cpp understands it: what each token is, and where generation ends.
 
 Mirrors llama_vocab::impl::load in src/llama-vocab.cpp of the llama.cpp that llama-cpp-python 0.3.36
-carries; tests/test_tokenizer.py compares every token with it.
+carries; tests/tokenizer/test_vocab.py compares every token with it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from itertools import accumulate
 from types import MappingProxyType
 from typing import cast
@@ -17,10 +18,22 @@ from typing import cast
 from edgekv.errors import ModelFileError
 from edgekv.spec import MetaValue
 
-# What a token is, one bit each (enum llama_token_attr).
+
+class TokenType(IntEnum):
+    """What a token is in a GGUF (tokenizer.ggml.token_type)."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+# What a token is in llama.cpp, one bit each (enum llama_token_attr).
 UNKNOWN, UNUSED, NORMAL, CONTROL, USER_DEFINED, BYTE = (1 << i for i in range(6))
-_ATTRIBUTES: Mapping[int, int] = MappingProxyType(  # from tokenizer.ggml.token_type
-    {1: NORMAL, 2: UNKNOWN, 3: CONTROL, 4: USER_DEFINED, 5: UNUSED, 6: BYTE}
+_ATTRIBUTES: Mapping[int, int] = MappingProxyType(
+    dict(zip(TokenType, (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE), strict=True))
 )
 
 _ROLE_KEYS: Mapping[str, str] = MappingProxyType(  # later keys win: the last three are the older names
@@ -124,7 +137,7 @@ def read_vocab(metadata: Mapping[str, MetaValue], default_bos: bool = True) -> V
     texts = token_texts([str(token) for token in tokens])
     ids = {text: i for i, text in enumerate(texts)}
     types = metadata.get("tokenizer.ggml.token_type")
-    kinds = types[: len(texts)] if isinstance(types, list) else [1] * len(texts)
+    kinds = types[: len(texts)] if isinstance(types, list) else [TokenType.NORMAL] * len(texts)
     attributes = [_ATTRIBUTES.get(int(kind), 0) for kind in kinds]
     roles = dict(_DEFAULT_ROLES.get(str(metadata.get("tokenizer.ggml.model")), {}))
     if not default_bos:
@@ -141,6 +154,14 @@ def read_vocab(metadata: Mapping[str, MetaValue], default_bos: bool = True) -> V
             attributes[found] |= CONTROL
     stop_ids = _stop_ids(ids, roles, attributes)
     return Vocab(tuple(texts), tuple(attributes), MappingProxyType(ids), MappingProxyType(roles), stop_ids)
+
+
+def text_tokens(metadata: Mapping[str, MetaValue], n_vocab: int) -> list[int]:
+    """Ids that stand for text, neither control nor unused tokens; all ids where the types are not known."""
+    types = metadata.get("tokenizer.ggml.token_type")
+    if not isinstance(types, list):
+        return list(range(n_vocab))
+    return [i for i, kind in enumerate(types) if kind == TokenType.NORMAL]
 
 
 def _stop_ids(ids: Mapping[str, int], roles: Mapping[str, int], attributes: list[int]) -> frozenset[int]:

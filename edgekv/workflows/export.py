@@ -20,9 +20,8 @@ from edgekv.models.hf.vision import reads_pictures
 from edgekv.models.onnx.manifest import Manifest
 from edgekv.models.open import open_model, open_with_tokenizer
 from edgekv.progress import Stages, silent
+from edgekv.quant.formats import KEEP
 from edgekv.workflows.request import Request
-
-KEEP = "keep"
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import Any
 from edgekv.convert.target import choose_rank, obstacle
 from edgekv.errors import InputError
 from edgekv.models.open import open_model
+from edgekv.quant.formats import COMMON_CACHES
 from edgekv.source import TensorSource
 from edgekv.spec import GQA, MLA, ModelSpec
 
 CONTEXTS = (2048, 8192, 32768)
-CACHE_TYPES = ("f16", "q8_0", "q4_0")
 TARGETS = (0.75, 0.667, 0.5, 0.334, 0.25)
 
 
@@ -70,7 +70,7 @@ def _attention_shape(spec: ModelSpec) -> dict[str, float]:
 
 def _cache(spec: ModelSpec) -> dict[str, Any]:
     per_token: dict[str, int] = {}
-    for kind in CACHE_TYPES:
+    for kind in COMMON_CACHES:
         try:
             per_token[kind] = spec.kv_bytes_per_token(kind)
         except ValueError:  # the block size does not divide the rows: llama.cpp refuses this type too

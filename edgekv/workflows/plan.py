@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import gguf
-
 from edgekv.devices.boards.profile import Board, find_board, load_boards
-from edgekv.devices.predict.choices import KEEP, Option, all_options, option
+from edgekv.devices.predict.choices import Option, all_options, option
 from edgekv.devices.predict.model_info import describe_model
 from edgekv.devices.predict.plan import MIB, Plan, make_plan, recommend, this_board
 from edgekv.devices.predict.tables import boards_table, projected_report
 from edgekv.devices.reporting.report import dumps
 from edgekv.devices.reporting.tables import as_text
 from edgekv.errors import InputError
-from edgekv.export.gguf.write import WEIGHT_TYPES, tensor_type
 from edgekv.files import atomic_path
 from edgekv.models.gguf.source import GGUFSource
+from edgekv.quant.formats import KEEP
 from edgekv.workflows.request import Request
 
 THIS = "this"  # the machine that this runs on
@@ -72,7 +69,7 @@ def plan_board(request: PlanRequest) -> PlanResult:
         board = _with_budget(board, nbytes)
     plans = [make_plan(board, chosen, request.ctx_size, size, request.threads or 0) for size in sizes]
     plan = next((plan for plan in plans if plan.fits), plans[-1])
-    better = recommend(board, all_options(source, stored_nbytes), request.ctx_size, plan.ram_nbytes)
+    better = recommend(board, all_options(source), request.ctx_size, plan.ram_nbytes)
     return PlanResult(plan, tuple(better))
 
 
@@ -102,15 +99,9 @@ def write_plan(plans: Sequence[Plan], model: Path, output: Path, force: bool, co
         partial.write_text(dumps(report), encoding="utf-8")
 
 
-def stored_nbytes(name: str, shape: tuple[int, ...], weights: str) -> int:
-    """Bytes of a tensor that `edgekv convert --weights` writes."""
-    block, size = gguf.GGML_QUANT_SIZES[tensor_type(name, shape, WEIGHT_TYPES[weights])]
-    return math.prod(shape) // int(block) * int(size)
-
-
 def _option(source: GGUFSource, request: PlanRequest) -> Option:
     try:
-        return option(source, None, request.cache_type, KEEP, stored_nbytes)
+        return option(source, None, request.cache_type, KEEP)
     except ValueError as error:
         raise InputError(f"{request.model}: cache type {request.cache_type}: {error}") from error
 

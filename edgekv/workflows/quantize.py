@@ -14,11 +14,9 @@ from edgekv.export.gguf.stream import staged_gguf
 from edgekv.files import check_output
 from edgekv.models.open import open_with_tokenizer
 from edgekv.progress import Stages, silent
-from edgekv.quant.presets import PRESETS
+from edgekv.quant.formats import PRESETS, UNQUANTIZED
 from edgekv.source import Array
 from edgekv.workflows.request import Request
-
-WHOLE = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def quantize_model(request: QuantizeRequest, progress: Stages = silent) -> Quant
         output=output,
         weights=request.weights,
         importance=bool(importance),
-        source_was_quantized=any(tensor.ggml_type not in WHOLE for tensor in header.tensors),
+        source_was_quantized=any(tensor.ggml_type.lower() not in UNQUANTIZED for tensor in header.tensors),
         nbytes=nbytes,
         tensors=tuple(reports),
     )

@@ -12,10 +12,9 @@ from typing import Any
 from edgekv import __version__
 from edgekv.documents import encode
 from edgekv.errors import BackendError
-from edgekv.evaluate.model_under_test import file_sha256
 from edgekv.evaluate.plot import plot_sweep
 from edgekv.evaluate.sweep import Sweep, SweepReport, SweepSpec, markdown_table, read_sweep
-from edgekv.files import atomic_path, check_output
+from edgekv.files import atomic_path, check_output, file_sha256
 from edgekv.progress import Stages, silent
 from edgekv.workflows.convert import ConvertRequest, convert_model
 from edgekv.workflows.evaluate import Effort

@@ -8,11 +8,10 @@ the library reads what this writes, and the tests have it do so.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal
 
 import gguf
@@ -20,16 +19,10 @@ from gguf import GGMLQuantizationType as QuantType
 
 from edgekv.errors import InputError
 from edgekv.progress import Progress
+from edgekv.quant.formats import FORMATS
 from edgekv.source import Array
 
-DType = Literal["float32", "bfloat16", "float16"]
-_STORAGE: Mapping[DType, tuple[str, int, QuantType]] = MappingProxyType(
-    {  # dtype: (its name in the header, bytes a value, gguf-py's name)
-        "float32": ("F32", 4, QuantType.F32),
-        "bfloat16": ("BF16", 2, QuantType.BF16),
-        "float16": ("F16", 2, QuantType.F16),
-    }
-)
+DType = Literal["f32", "bf16", "f16"]
 FLOAT16_MAX = 65504.0
 HEADER_ALIGNMENT = 8
 
@@ -47,9 +40,9 @@ def write_safetensors(path: Path, tensors: Sequence[LazyTensor], dtype: DType, p
     """Write tensors in one dtype, with the "format": "pt" mark that transformers asks for.
 
     Raises:
-        InputError: a value does not fit float16.
+        InputError: a value does not fit f16.
     """
-    stored, nbytes, quant = _STORAGE[dtype]
+    stored, nbytes = FORMATS[dtype].name.upper(), FORMATS[dtype].block_nbytes
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
@@ -63,7 +56,7 @@ def write_safetensors(path: Path, tensors: Sequence[LazyTensor], dtype: DType, p
         for i, tensor in enumerate(tensors):
             array = tensor.load()
             assert array.shape == tensor.shape, (tensor.name, array.shape, tensor.shape)
-            if dtype == "float16" and abs(array).max(initial=0.0) > FLOAT16_MAX:
-                raise InputError(f"{tensor.name} does not fit float16; use --dtype bfloat16 or float32")
-            file.write(gguf.quants.quantize(array, quant).tobytes())
+            if dtype == "f16" and abs(array).max(initial=0.0) > FLOAT16_MAX:
+                raise InputError(f"{tensor.name} does not fit f16; use --weights bf16 or f32")
+            file.write(gguf.quants.quantize(array, QuantType[stored]).tobytes())
             progress(i + 1, len(tensors))

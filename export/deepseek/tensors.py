@@ -29,6 +29,7 @@ from edgekv.spec import MLA, LayerSpec, ModelSpec
 NORM_EPS = 1e-6
 FLOAT16_NORM_GAIN = 2.0**-8  # of the attention's input; its projections undo it
 FLOAT16_LATENT_GAIN = 4.0  # of the folded latent; its norm undoes it
+TORCH_NAMES: dict[DType, str] = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 _BLOCK = {  # GGUF's name: DeepseekV3's
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -75,8 +76,8 @@ def config(spec: ModelSpec, dtype: DType, bos_id: int | None, eos_id: int | None
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
-        "dtype": dtype,
-        "torch_dtype": dtype,  # its name before transformers 4.56
+        "dtype": TORCH_NAMES[dtype],
+        "torch_dtype": TORCH_NAMES[dtype],  # its name before transformers 4.56
         "vocab_size": spec.vocab,
         "hidden_size": spec.dim,
         "intermediate_size": layer.ffn_dim,
@@ -122,7 +123,7 @@ def tensors(source: TensorSource, dtype: DType) -> list[LazyTensor]:
     """
     spec = source.spec
     attention, _ = check_exportable(spec)
-    if dtype == "float16":
+    if dtype == "f16":
         source = with_balanced_values(source)
     scale = float(np.sqrt(NORM_EPS / spec.norm_eps))
     # A tied head reads the scaled embeddings: the final norm undoes that.
@@ -148,7 +149,7 @@ def _factors(
     shrinking the norm before them, and the latent is lifted as far as its norm stays linear to 0.1 %.
     """
     factors = dict.fromkeys(("attn_q_a", "attn_output", "ffn_down", "latent"), scale)
-    if dtype != "float16":
+    if dtype != "f16":
         return factors
     rows = source.load(f"blk.{layer}.attn_kv_a_mqa.weight")
     if not is_folded(rows[: attention.kv_lora_rank]):

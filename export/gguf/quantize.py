@@ -1,4 +1,4 @@
-"""A GGUF with smaller weights: llama.cpp quantizes, EdgeKV chooses what errors count and shows them.
+"""Quantized GGUFs: llama.cpp rounds the weights, EdgeKV says which errors count and measures them.
 
 Everything native runs in a child process (edgekv.backends.isolated.quantizer), on a file whose header was checked.
 """
@@ -21,21 +21,21 @@ from edgekv.files import atomic_path
 from edgekv.models.gguf.header import read_header
 from edgekv.models.gguf.layout import GGUFHeader, TensorInfo
 from edgekv.progress import Progress
-from edgekv.quant.presets import PRESETS, Preset, fell_back
+from edgekv.quant.formats import PRESETS, Preset, fell_back
 from edgekv.quant.tensor_error import RelativeError, StoredTensor, relative_error
 from edgekv.rewrite.norm_trick import is_folded
 from edgekv.source import Array, TensorSource
 from edgekv.text.windows import windows_from_files
 from edgekv.tokenizer.tokenizer import Tokenizer
+from edgekv.tokenizer.vocab import text_tokens
 
 SAMPLE_LENGTH = 256  # tokens: short sequences make large batches, which are quick
 MAX_SEQUENCES = 32  # sampled side by side: more need more memory for caches
-NORMAL_TOKEN = 1  # gguf.TokenType.NORMAL
 
 
 @dataclass(frozen=True)
 class TensorReport:
-    """One quantized tensor. error: None where gguf-py cannot read the type. fell_back: see quant.presets."""
+    """One quantized tensor. error: None where gguf-py cannot read the type. fell_back: see quant.formats."""
 
     name: str
     shape: tuple[int, ...]
@@ -87,9 +87,7 @@ def calibration_windows(
     trained = header.metadata.get(f"{header.metadata['general.architecture']}.context_length")
     length = min(SAMPLE_LENGTH, trained) if isinstance(trained, int) else SAMPLE_LENGTH
     n = max(1, n_tokens // length)
-    kinds = header.metadata.get("tokenizer.ggml.token_type")
-    plain = np.flatnonzero(np.asarray(kinds) == NORMAL_TOKEN) if isinstance(kinds, list) else len(tokenizer)
-    first = np.random.default_rng(seed).choice(plain, (n, 1))
+    first = np.random.default_rng(seed).choice(text_tokens(header.metadata, len(tokenizer)), (n, 1))
     prompts = np.concatenate([np.tile(np.asarray(opening, np.int64), (n, 1)), first], axis=1)
     parts = []
     for start in range(0, n, MAX_SEQUENCES):
@@ -161,7 +159,7 @@ def _quantize(
     staged.go_on_to("")
     if staged.unread:
         raise BackendError(
-            "this llama.cpp does not tell what it reads; install llama-cpp-python 0.3.36, or export the model as "
+            "this llama.cpp does not log what it reads; install llama-cpp-python 0.3.36, or export the model as "
             "a GGUF first and quantize that"
         )
 

@@ -1,4 +1,4 @@
-"""GGUF out: any TensorSource, streamed tensor by tensor, renamed into place when complete."""
+"""GGUF files written from any TensorSource, tensor by tensor, and renamed into place when complete."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -17,30 +18,13 @@ from edgekv import __version__
 from edgekv.export.gguf.architectures import architecture_keys, file_layout, gguf_arch
 from edgekv.files import atomic_path
 from edgekv.progress import Progress
+from edgekv.quant.formats import BY_GGML_ID, FILE_TYPES, FORMATS, KEEP, PLAIN_WEIGHTS, UNQUANTIZED
 from edgekv.source import TensorSource
 from edgekv.spec import Metadata, MetaValue
 
-WEIGHT_TYPES: Mapping[str, QuantType] = {
-    "f32": QuantType.F32,
-    "f16": QuantType.F16,
-    "bf16": QuantType.BF16,
-    "q8_0": QuantType.Q8_0,
-    "q5_1": QuantType.Q5_1,
-    "q5_0": QuantType.Q5_0,
-    "q4_1": QuantType.Q4_1,
-    "q4_0": QuantType.Q4_0,
-}
-KEEP = "keep"  # stored tensors keep their bytes; computed ones become q8_0
-FILE_TYPES: Mapping[QuantType, gguf.LlamaFileType] = {
-    QuantType.F32: gguf.LlamaFileType.ALL_F32,
-    QuantType.F16: gguf.LlamaFileType.MOSTLY_F16,
-    QuantType.BF16: gguf.LlamaFileType.MOSTLY_BF16,
-    QuantType.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
-    QuantType.Q5_1: gguf.LlamaFileType.MOSTLY_Q5_1,
-    QuantType.Q5_0: gguf.LlamaFileType.MOSTLY_Q5_0,
-    QuantType.Q4_1: gguf.LlamaFileType.MOSTLY_Q4_1,
-    QuantType.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
-}
+WEIGHT_TYPES: Mapping[str, QuantType] = MappingProxyType(
+    {name: QuantType(FORMATS[name].ggml_id) for name in PLAIN_WEIGHTS}
+)
 
 
 def tensor_type(name: str, shape: tuple[int, ...], weights: QuantType) -> QuantType:
@@ -56,11 +40,9 @@ def tensor_type(name: str, shape: tuple[int, ...], weights: QuantType) -> QuantT
         return QuantType.F32
     if name.endswith("attn_kv_a_mqa.weight"):
         return QuantType.BF16 if weights == QuantType.BF16 else QuantType.F32
-    small = (QuantType.Q4_0, QuantType.Q4_1, QuantType.Q5_0, QuantType.Q5_1)
-    if name in ("token_embd.weight", "output.weight") and weights in small:
+    if name in ("token_embd.weight", "output.weight") and BY_GGML_ID[weights].bits < 8:
         weights = QuantType.Q8_0
-    block, _ = gguf.GGML_QUANT_SIZES[weights]
-    return QuantType.F16 if shape[-1] % block else weights
+    return QuantType.F16 if shape[-1] % BY_GGML_ID[weights].block else weights
 
 
 def stored_weights(source: TensorSource) -> str:
@@ -69,7 +51,7 @@ def stored_weights(source: TensorSource) -> str:
     for name in source.names():
         sizes[source.quantization(name).lower()] += prod(source.shape(name))
     most = sizes.most_common(1)[0][0]
-    return most if most in ("f32", "f16", "bf16") else KEEP
+    return most if most in UNQUANTIZED else KEEP
 
 
 def write_gguf(
@@ -99,9 +81,7 @@ def begin_gguf(
     for name, quant in plan.items():
         shape = source.shape(name)
         nbytes = tensor_nbytes(shape, quant)
-        byte_shape = gguf.quant_shape_to_byte_shape(shape, quant) if _is_blocked(quant) else shape
-        dtype = np.dtype(np.uint8 if _is_blocked(quant) else _plain_dtype(quant))
-        writer.add_tensor_info(name, byte_shape, dtype, nbytes, raw_dtype=quant)
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, raw_dtype=quant)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -136,18 +116,14 @@ def _plan(source: TensorSource, name: str, weights: str) -> QuantType:
     return tensor_type(name, source.shape(name), chosen)
 
 
-def _is_blocked(quant: QuantType) -> bool:
-    return quant not in (QuantType.F32, QuantType.F16)
-
-
-def _plain_dtype(quant: QuantType) -> type[np.float32] | type[np.float16]:
-    return np.float32 if quant == QuantType.F32 else np.float16
-
-
 def tensor_nbytes(shape: tuple[int, ...], quant: QuantType) -> int:
     """Bytes of a tensor's data, without padding."""
-    block, size = gguf.GGML_QUANT_SIZES[quant]
-    return int(np.prod(shape)) // block * size
+    return BY_GGML_ID[quant].nbytes(prod(shape))
+
+
+def stored_nbytes(name: str, shape: tuple[int, ...], weights: str) -> int:
+    """Bytes of a tensor's data in a model whose weights are `weights`."""
+    return tensor_nbytes(shape, tensor_type(name, shape, WEIGHT_TYPES[weights]))
 
 
 def _write_metadata(writer: gguf.GGUFWriter, source: TensorSource, weights: str, notes: Metadata) -> None:
@@ -159,7 +135,7 @@ def _write_metadata(writer: gguf.GGUFWriter, source: TensorSource, weights: str,
     pairs |= dict(notes) | {"edgekv.version": __version__}
     for key, value in pairs.items():
         _add_key(writer, key, value)
-    writer.add_file_type(FILE_TYPES.get(quant, gguf.LlamaFileType.GUESSED))
+    writer.add_file_type(FILE_TYPES.get(quant.name.lower(), gguf.LlamaFileType.GUESSED))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 

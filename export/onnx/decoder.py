@@ -15,7 +15,7 @@ from edgekv.source import TensorSource
 from edgekv.spec import GQA, FFNKind, ModelSpec
 
 ALL_LOGITS = 2**31  # more than any context holds
-BITS: dict[Weights, Bits] = {"fp32": 32, "int8": 8, "int4": 4}
+BITS: dict[Weights, Bits] = {"f32": 32, "int8": 8, "int4": 4}
 
 
 def add_decoder(

@@ -9,15 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.export.onnx.graph import MICROSOFT, GraphWriter
+from edgekv.quant.rounding import block_scales
 from edgekv.source import Array
 
-Weights = Literal["fp32", "int8", "int4"]
-WEIGHTS: tuple[Weights, ...] = ("fp32", "int8", "int4")
+Weights = Literal["f32", "int8", "int4"]
 LatentCache = Literal["f32", "int8"]
-LATENT_CACHES: tuple[LatentCache, ...] = ("f32", "int8")
 BLOCK = 32
 Bits = Literal[4, 8, 32]
-# MatMulNBits' accuracy_level 4: activations are rounded to 8 bits a block, for integer dot products.
+# MatMulNBits' accuracy_level 4: activations are rounded to 8 bits per block, for integer dot products.
 ACCURACY_LEVEL = 4
 
 
@@ -26,22 +25,20 @@ class Blocks:
     """A matrix (N, K) in blocks of 32 along K: w = (q - 2^(bits - 1)) * scale, as MatMulNBits reads it."""
 
     bits: int
-    packed: NDArray[np.uint8]  # (N, K/32, 4 * bits), two 4-bit values a byte, the first in the low half
+    packed: NDArray[np.uint8]  # (N, K/32, 4 * bits), two 4-bit values per byte, the first in the low half
     scales: Array  # (N, K/32)
 
 
 def quantize_blocks(matrix: Array, bits: int) -> Blocks:
     """Round a matrix (N, K) to `bits` bits; K is padded to whole blocks with zeros.
 
-    The value of largest magnitude becomes the lowest code, exactly: the choice of ggml's Q4_0
-    (ggml/src/ggml-quants.c), which wastes none of the 2^bits codes.
+    Scales are ggml's (edgekv.quant.rounding). Halves go to the even code, not up as in ggml.
     """
     n_rows, n_cols = matrix.shape
     padded = np.pad(matrix, ((0, 0), (0, -n_cols % BLOCK)))
     blocks = padded.reshape(n_rows, -1, BLOCK)
     half = 1 << (bits - 1)
-    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1, keepdims=True), -1)
-    scales = np.where(largest == 0, np.float32(1), largest / np.float32(-half))
+    scales = block_scales(blocks, bits)
     codes = np.clip(np.rint(blocks / scales) + half, 0, 2 * half - 1).astype(np.uint8)
     if bits == 4:
         codes = codes[..., 0::2] | codes[..., 1::2] << 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,7 +13,7 @@ from edgekv.export.onnx.companions import write_companions
 from edgekv.export.onnx.decoder import add_decoder
 from edgekv.export.onnx.graph import OPSET, GraphWriter
 from edgekv.export.onnx.weights import BLOCK, LatentCache, Weights
-from edgekv.files import atomic_folder, forget_cached
+from edgekv.files import atomic_folder, file_sha256, forget_cached
 from edgekv.models.onnx.manifest import (
     DATA,
     GRAPH,
@@ -28,6 +27,7 @@ from edgekv.models.onnx.manifest import (
 from edgekv.progress import Progress
 from edgekv.source import TensorSource
 from edgekv.spec import GQA, MLA
+from edgekv.tensors import looked_up, weight_flops
 
 # Of edgekv.spec.ModelSpec.peculiarities, those that the graph has.
 EXPRESSED = frozenset(
@@ -49,7 +49,7 @@ SCALE_NBYTES = 4  # of a row in an 8-bit cache
 class OnnxOptions:
     """How to write it. `cache` "int8" is for latents only."""
 
-    weights: Weights = "fp32"
+    weights: Weights = "f32"
     cache: LatentCache = "f32"
 
 
@@ -99,20 +99,18 @@ def _check(source: TensorSource, options: OnnxOptions) -> None:
             raise UnsupportedError(f"{spec.name} rotates a part of each head, which ONNX has not; use GGUF")
         if options.cache != "f32":
             raise UnsupportedError(f"{spec.name}: an {options.cache} cache is for latents; convert it first")
-    if options.weights != "fp32" and spec.dim % BLOCK:
+    if options.weights != "f32" and spec.dim % BLOCK:
         raise UnsupportedError(
-            f"{spec.name}: a width of {spec.dim} does not divide into blocks of {BLOCK}; use --weights fp32"
+            f"{spec.name}: a width of {spec.dim} does not divide into blocks of {BLOCK}; use --weights f32"
         )
 
 
 def _record(source: TensorSource, options: OnnxOptions, weights_nbytes: int) -> ModelRecord:
     spec = source.spec
     attention = spec.layers[0].attention
-    sizes = {name: prod(source.shape(name)) for name in source.names()}
-    # One row of an untied embedding is looked up for a token; a tied one is read whole as the output head.
-    table = 0 if spec.tied_embeddings else sizes["token_embd.weight"]
-    n_matrix = sum(size for name, size in sizes.items() if len(source.shape(name)) > 1) - table
-    table_nbytes = table * (4 if options.weights == "fp32" else 1 + 4 / BLOCK)
+    shapes = {name: source.shape(name) for name in source.names()}
+    table = sum(prod(shapes[name]) for name in looked_up(spec))
+    table_nbytes = table * (4 if options.weights == "f32" else 1 + 4 / BLOCK)
     if options.cache == "int8":
         assert isinstance(attention, MLA)
         cache_nbytes = spec.n_layers * (attention.cache_values + SCALE_NBYTES)
@@ -124,13 +122,13 @@ def _record(source: TensorSource, options: OnnxOptions, weights_nbytes: int) -> 
         attention=attention.kind,
         n_layers=spec.n_layers,
         n_heads=attention.n_heads,
-        n_params=sum(sizes.values()),
+        n_params=sum(map(prod, shapes.values())),
         vocab=spec.vocab,
         context_length=spec.context_length,
         weights=options.weights,
         weights_nbytes=weights_nbytes,
         read_nbytes=weights_nbytes - round(table_nbytes),
-        flops=2 * n_matrix,
+        flops=weight_flops(spec, shapes),
         flops_per_cached_token=sum(layer.attention.flops_per_cached_token for layer in spec.layers),
         cache_type=options.cache,
         cache_values=spec.cache_values,
@@ -139,5 +137,4 @@ def _record(source: TensorSource, options: OnnxOptions, weights_nbytes: int) -> 
 
 
 def _file_record(path: Path) -> FileRecord:
-    with path.open("rb") as file:
-        return FileRecord(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    return FileRecord(path.stat().st_size, file_sha256(path))

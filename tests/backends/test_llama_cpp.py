@@ -14,8 +14,9 @@ from edgekv.backends.base import Interrupted
 from edgekv.backends.llama_cpp.backend import LOGITS_ROWS, LlamaCppBackend
 from edgekv.backends.llama_cpp.library import LOG, llama, repacking_is_safe
 from edgekv.errors import BackendError, InputError, ModelFileError
+from edgekv.quant.formats import CACHE_TYPES
 from edgekv.source import Array
-from edgekv.spec import CACHE_BLOCKS, cache_row_nbytes
+from edgekv.spec import cache_row_nbytes
 
 TEXT = [1, 4093, 198, 504, 2120, 282, 253, 1165, 2391, 3542, 314, 1343, 28, 284, 357, 314, 6104, 30]
 
@@ -83,7 +84,7 @@ def test_trim_goes_back_in_time(backend: LlamaCppBackend) -> None:
     np.testing.assert_array_equal(backend.decode(28), first)
 
 
-@pytest.mark.parametrize("cache_type", list(CACHE_BLOCKS))
+@pytest.mark.parametrize("cache_type", CACHE_TYPES)
 def test_cache_nbytes_is_the_arithmetic_and_the_log(smollm2: Path, cache_type: str) -> None:
     backend = LlamaCppBackend(smollm2, n_ctx=300, cache_type=cache_type, n_threads=1)
     assert backend.n_ctx == 512  # rounded up to a multiple of 256

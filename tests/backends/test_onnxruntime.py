@@ -33,7 +33,7 @@ def folder(
 ) -> Path:
     """A GQA export, one with latents, and one with latents in 8 bits."""
     path = tmp_path_factory.mktemp("onnx") / request.param
-    options = OnnxOptions("fp32", "int8" if request.param == "mla-int8" else "f32")
+    options = OnnxOptions("f32", "int8" if request.param == "mla-int8" else "f32")
     model = tiny_llama if request.param == "gqa" else tiny_mla
     write_onnx(open_model(model), path, options, False, lambda done, total: None)
     return path

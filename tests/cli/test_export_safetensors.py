@@ -22,7 +22,7 @@ def test_export(edgekv: Callable[..., Result], tiny_mla: Path, tmp_path: Path) -
     result = edgekv("export", "safetensors", tiny_mla, "-o", out, "--json")
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
-    assert report["dtype"] == "bfloat16"
+    assert report["dtype"] == "bf16"
     assert {path.name: path.stat().st_size for path in out.iterdir()} == report["bytes"]
     assert set(report["bytes"]) == FILES
     assert json.loads((out / "config.json").read_text())["kv_lora_rank"] == 32

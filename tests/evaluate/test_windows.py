@@ -129,11 +129,16 @@ def test_dequantized_weights_leave_only_the_caches_loss(smollm2: Path, tmp_path:
     text.write_text("The cat sat on the mat, and the dog lay by the door. " * 4)
     reference = ModelUnderTest(smollm2, "reference")
     kl = {}
-    for weights in ("stored", "bf16", "f16"):
+    for weights in ("keep", "bf16", "f16"):
         subject = ModelUnderTest(smollm2, cache_type="f32", weights=weights)  # type: ignore[arg-type]
         kl[weights] = measure(subject, reference, text, tmp_path / "cache", window=24, limit=1).kl
-    assert kl["f16"] < 1e-4 < kl["stored"] < 0.1  # type: ignore[operator]
-    assert kl["f16"] < kl["bf16"] < kl["stored"]  # type: ignore[operator]
+    assert kl["f16"] < 1e-4 < kl["keep"] < 0.1  # type: ignore[operator]
+    assert kl["f16"] < kl["bf16"] < kl["keep"]  # type: ignore[operator]
+
+
+def test_journals_and_reports_keep_their_word_for_stored_weights(tiny_llama: Path) -> None:
+    assert ModelUnderTest(tiny_llama).identity()["weights"] == "stored"
+    assert ModelUnderTest(tiny_llama, weights="f16").identity()["weights"] == "f16"
 
 
 def test_an_interrupted_run_goes_on_and_gives_the_same(
@@ -288,7 +293,7 @@ def test_an_onnx_folder_is_measured_like_any_model(
 ) -> None:
     """In float32 it loses what its GGUF loses in llama.cpp; an 8-bit cache shows in bytes and loss."""
     write_onnx(
-        open_model(tiny_mla), tmp_path / "onnx", OnnxOptions("fp32", cache_type), False, lambda *_: None
+        open_model(tiny_mla), tmp_path / "onnx", OnnxOptions("f32", cache_type), False, lambda *_: None
     )
     call = [str(tmp_path / "onnx"), "--text", str(letters), "--against", str(tiny_llama), "--window", "64",
             "--limit", "3", "-j", "1", "-t", "1", "--cache-dir", str(tmp_path), "--json"]  # fmt: skip

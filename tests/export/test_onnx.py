@@ -32,7 +32,7 @@ ACTIVATIONS_KL = (
 )
 
 
-def export(source: TensorSource, folder: Path, weights: Weights = "fp32", cache: LatentCache = "f32") -> Path:
+def export(source: TensorSource, folder: Path, weights: Weights = "f32", cache: LatentCache = "f32") -> Path:
     write_onnx(source, folder, OnnxOptions(weights, cache), False, lambda done, total: None)
     return folder
 
@@ -46,7 +46,7 @@ def against_reference(source: TensorSource, folder: Path) -> Comparison:
 
 
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_mla"])
-def test_fp32_equals_the_reference(model: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_f32_equals_the_reference(model: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     source = open_model(request.getfixturevalue(model))
     found = against_reference(source, export(source, tmp_path / "out"))
     assert abs(found.kl) < 1e-6
@@ -230,7 +230,7 @@ def test_what_is_written(tiny_mla: Path, tmp_path: Path) -> None:
 
 def test_a_tied_table_is_stored_once(make_llama: Callable[..., LazySource], tmp_path: Path) -> None:
     source = make_llama(filler=4000)
-    for weights, bits in (("fp32", 32), ("int4", 9)):  # 8 bits and a scale for 32 of them
+    for weights, bits in (("f32", 32), ("int4", 9)):  # 8 bits and a scale for 32 of them
         size = (export(source, tmp_path / weights, weights) / DATA).stat().st_size
         table = source.spec.vocab * source.spec.dim * bits / 8
         assert table < size < 2 * table

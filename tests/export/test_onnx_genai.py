@@ -20,7 +20,7 @@ def test_it_says_what_our_backend_says(tiny_llama: Path, tmp_path: Path) -> None
     import onnxruntime_genai as genai
 
     folder, prompt = tmp_path / "out", [5, 70, 33, 120]
-    write_onnx(open_model(tiny_llama), folder, OnnxOptions("fp32"), False, lambda done, total: None)
+    write_onnx(open_model(tiny_llama), folder, OnnxOptions("f32"), False, lambda done, total: None)
     ours, engine = [], OnnxBackend(folder, n_ctx=64, n_threads=1)
     logits = engine.prefill(prompt)
     for _ in range(20):

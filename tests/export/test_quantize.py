@@ -17,7 +17,7 @@ from edgekv.errors import BackendError, InputError
 from edgekv.export.gguf.quantize import quantize_gguf
 from edgekv.export.gguf.write import write_gguf
 from edgekv.models.open import open_model
-from edgekv.quant.presets import PRESETS
+from edgekv.quant.formats import PRESETS
 from edgekv.reference.model import ReferenceModel
 from edgekv.reference.ops import log_softmax
 from edgekv.source import LazySource, TensorSource

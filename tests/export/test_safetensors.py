@@ -54,7 +54,7 @@ def low_rank_queries() -> LazySource:
     return source
 
 
-def export(source: TensorSource, folder: Path, dtype: Any = "float32") -> Path:
+def export(source: TensorSource, folder: Path, dtype: Any = "f32") -> Path:
     write_deepseek(source, folder, dtype, False, lambda done, total: None)
     return folder
 
@@ -112,7 +112,7 @@ def test_another_epsilon_and_low_rank_queries(tmp_path: Path) -> None:
     assert config["rms_norm_eps"] == 1e-6 != source.spec.norm_eps
 
 
-@pytest.mark.parametrize(("dtype", "most"), [("bfloat16", 5e-3), ("float16", 1e-4)])
+@pytest.mark.parametrize(("dtype", "most"), [("bf16", 5e-3), ("f16", 1e-4)])
 def test_half_precision(
     converted: Callable[[bool], TensorSource], dtype: str, most: float, tmp_path: Path
 ) -> None:
@@ -134,7 +134,7 @@ def test_float16_values_stay_in_range(converted: Callable[[bool], TensorSource],
         if name == "blk.1.attn_output.weight":
             array[:, 3] /= gain
         source.add_array(name, array)
-    assert difference(source, export(source, tmp_path / "out", "float16"))[1] < 1e-4
+    assert difference(source, export(source, tmp_path / "out", "f16"))[1] < 1e-4
 
 
 def test_generates_the_same_greedy_text(converted: Callable[[bool], TensorSource], tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
     arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in
               (("a", (3, 5)), ("b.weight", (7,)), ("c", (2, 3, 4)))}  # fmt: skip
     tensors = [LazyTensor(name, array.shape, lambda a=array: a) for name, array in arrays.items()]  # type: ignore[misc]
-    for dtype in ("float32", "float16"):
+    for dtype in ("f32", "f16"):
         write_safetensors(tmp_path / dtype, tensors, dtype, lambda done, total: None)  # type: ignore[arg-type]
         found = load_file(tmp_path / dtype)
         assert list(found) == list(arrays)
@@ -239,12 +239,12 @@ def test_a_foreign_folder_and_a_full_range_are_safe(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(OutputError, match="holds something else"):
-        write_deepseek(converted(True), tmp_path / "mine", "float32", True, lambda done, total: None)
+        write_deepseek(converted(True), tmp_path / "mine", "f32", True, lambda done, total: None)
     large = converted(True)
     source = LazySource(large.spec, large.metadata)
     for name in large.names():
         source.borrow(large, name)
     source.add_array("blk.1.ffn_up.weight", large.load("blk.1.ffn_up.weight") * np.float32(1e6))
-    with pytest.raises(InputError, match="does not fit float16"):
-        export(source, tmp_path / "out", "float16")
+    with pytest.raises(InputError, match="does not fit f16"):
+        export(source, tmp_path / "out", "f16")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 
 from edgekv.errors import ModelFileError, UnsupportedError
 from edgekv.models.gguf.header import read_header
 from edgekv.tokenizer.bpe import BYTE_OF_LETTER
 from edgekv.tokenizer.tokenizer import Tokenizer
-from edgekv.tokenizer.vocab import PackedTexts, read_vocab
+from edgekv.tokenizer.vocab import PackedTexts, TokenType, read_vocab, text_tokens
 
 Comparison = Callable[[Path], Any]
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -181,3 +182,12 @@ def test_packed_texts_are_the_texts() -> None:
     packed = PackedTexts(texts)
     assert [packed[i] for i in range(len(packed))] == texts
     assert len(PackedTexts([])) == 0
+
+
+def test_token_types_are_gguf_pys() -> None:
+    assert {kind.name: kind.value for kind in TokenType} == {kind.name: kind.value for kind in gguf.TokenType}
+
+
+def test_tokens_that_stand_for_text() -> None:
+    assert text_tokens({"tokenizer.ggml.token_type": [3, 1, 6, 1]}, 4) == [1, 3]
+    assert text_tokens({}, 3) == [0, 1, 2]

@@ -1,7 +1,7 @@
 """Refusal of a model that does not fit in free memory, before it is loaded.
 
 llama.cpp fills its cache with zeros when it makes it, so a cache that does not fit ends in the OOM killer, which
-may choose another program. Linux tells what is free in /proc/meminfo, a container's limit in its cgroup.
+may choose another program. Free memory is what Linux's /proc/meminfo and a container's cgroup say.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from edgekv.errors import InputError, ModelFileError, UnsupportedError
 from edgekv.host.memory import available_nbytes
 from edgekv.models.gguf.layout import GGUFHeader
 from edgekv.models.gguf.spec import spec_from_gguf
+from edgekv.quant.formats import COMMON_CACHES
 from edgekv.spec import ModelSpec
 
 MIB = 2**20
-NARROWER = ("q8_0", "q4_0")
 
 
 def require_memory(
@@ -70,7 +70,7 @@ def _remedy(spec: ModelSpec, weights: int, n_ctx: int, cache_type: str, n_ubatch
     if blocks:
         remedies.append(f"--ctx-size {blocks * CELLS}")
     now = spec.kv_bytes_per_token(cache_type)
-    for narrower in NARROWER:
+    for narrower in COMMON_CACHES:
         needed = _needed_nbytes(spec, weights, n_ctx, narrower, n_ubatch)
         if needed is not None and needed <= left and spec.kv_bytes_per_token(narrower) < now:
             remedies.append(f"--cache-type {narrower}")

@@ -1,4 +1,4 @@
-"""How much memory a model takes before it is loaded: weights and cache exactly, buffers by their shapes.
+"""Memory that a model will take once it is loaded: weights and cache exactly, buffers by their shapes.
 
 Weights are the bytes of the tensors, the cache is spec arithmetic over whole blocks of 256 cells. The rest was
 measured on llama-cpp-python 0.3.36 over GQA, MHA and MLA models of eight shapes (docs/reports.md): the largest
@@ -9,25 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from edgekv.host.memory import SMALL_RAM_NBYTES
+from edgekv.quant.formats import FORMATS
+from edgekv.source import SizedSource
 from edgekv.spec import GQA, LayerSpec, ModelSpec
-
-if TYPE_CHECKING:
-    from edgekv.devices.predict.model_info import SizedSource
+from edgekv.tensors import looked_up
 
 CELLS = 256  # llama.cpp rounds a context up to whole blocks of cells
 RUNTIME_NBYTES = 33 * 2**20  # Python, numpy and libllama before any model; `this_board` measures its own
 ENGINE_NBYTES = 13 * 2**20  # what loading any model adds to that
-VOCAB_NBYTES = 246  # a token in llama.cpp's vocabulary and merge tables
+VOCAB_NBYTES = 246  # per token in llama.cpp's vocabulary and merge tables
 LAYER_NBYTES = 50_000  # graph nodes of one layer
-MASK_NBYTES = 2  # a cell of the attention mask, for each token of the micro-batch
-
-# Types that llama.cpp copies into another layout where the CPU has the feature (ggml-cpu/repack.cpp,
-# ggml_repack_get_optimal_repack_type). The mapped originals stay, but the system can drop them.
-REPACKED_X86 = frozenset({"Q4_0", "Q4_K", "IQ4_NL"})
-REPACKED_ARM = frozenset({"Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL"})
+MASK_NBYTES = 2  # per cell of the attention mask and token of the micro-batch
 
 
 @dataclass(frozen=True)
@@ -86,12 +80,12 @@ def compute_nbytes(spec: ModelSpec, n_ubatch: int, depth: int) -> int:
 
 
 def _feed_forward(dim: int, layer: LayerSpec) -> int:
-    """Floats a token: gate, up and their product, the same quantized, and four rows of the model's width."""
+    """Floats per token: gate, up and their product, the same quantized, and four rows of the model's width."""
     return round(3.27 * layer.ffn_dim) + 4 * dim
 
 
 def _attention(dim: int, layer: LayerSpec) -> int:
-    """Floats a token: queries, keys, values and output; absorbed MLA holds three rows of H x R at once."""
+    """Floats per token: queries, keys, values and output; absorbed MLA holds three rows of H x R at once."""
     a = layer.attention
     if isinstance(a, GQA):
         return 3 * a.n_heads * a.head_dim + 2 * a.n_kv_heads * a.head_dim + 2 * dim
@@ -101,18 +95,18 @@ def _attention(dim: int, layer: LayerSpec) -> int:
 def repacked_nbytes(source: SizedSource, isa: Collection[str]) -> int:
     """Bytes of the copies that llama.cpp makes of two-dimensional weights on a CPU with these features.
 
-    None on CPUs with AMX: EdgeKV turns repacking off there (edgekv/backends/llama_cpp/library.py says why).
+    The mapped originals stay, but the system can drop them. No copies on CPUs with AMX, where EdgeKV turns
+    repacking off (edgekv/backends/llama_cpp/library.py says why).
     """
     if "amx_tile" in isa:
         return 0
-    kinds = REPACKED_ARM if "asimddp" in isa else (REPACKED_X86 if "avx2" in isa else frozenset())
-    heads = {"token_embd.weight"} if source.spec.tied_embeddings else set()
+    cpu = "arm" if "asimddp" in isa else "x86" if "avx2" in isa else ""
     return sum(
         source.nbytes(name)
         for name in source.names()
         if len(source.shape(name)) == 2
-        and source.quantization(name) in kinds
-        and (name != "token_embd.weight" or name in heads)
+        and cpu in FORMATS[source.quantization(name).lower()].repacked
+        and name not in looked_up(source.spec)
     )
 
 

@@ -1,4 +1,4 @@
-"""The only place that imports llama_cpp: its low-level functions, its log, and what differs by machine."""
+"""The llama_cpp module, imported here alone: its low-level functions, its log, and what differs by machine."""
 
 from __future__ import annotations
 
@@ -14,19 +14,8 @@ from typing import Any
 
 from edgekv.errors import BackendError, InputError
 from edgekv.host.isa import cpu_flags, require_runnable
+from edgekv.quant.formats import CACHE_TYPES, FORMATS
 
-# Cache types as enum ggml_type numbers them (ggml/include/ggml.h).
-GGML_TYPES = {
-    "f32": 0,
-    "f16": 1,
-    "bf16": 30,
-    "q8_0": 8,
-    "q5_1": 7,
-    "q5_0": 6,
-    "q4_1": 3,
-    "q4_0": 2,
-    "iq4_nl": 20,
-}
 _LOG_DEBUG, _LOG_ERROR, _LOG_CONTINUED = 1, 4, 5  # enum ggml_log_level
 
 
@@ -109,14 +98,14 @@ def _low_level() -> Any:
 
 
 def ggml_type(cache_type: str) -> int:
-    """Number of a cache type.
+    """The number of a cache type in enum ggml_type.
 
     Raises:
         InputError: unknown.
     """
-    if cache_type not in GGML_TYPES:
-        raise InputError(f"unknown cache type {cache_type!r}; llama.cpp has {', '.join(GGML_TYPES)}")
-    return GGML_TYPES[cache_type]
+    if cache_type not in CACHE_TYPES:
+        raise InputError(f"unknown cache type {cache_type!r}; llama.cpp has {', '.join(CACHE_TYPES)}")
+    return FORMATS[cache_type].ggml_id
 
 
 @functools.cache
@@ -133,8 +122,8 @@ def repacking_is_safe(root: Path = Path("/")) -> bool:
 def abort_callback() -> Any:
     """A native abort callback whose data is a C string: true while the string is not empty.
 
-    llama.cpp asks it before every node of the graph, about a thousand times a token, so a Python function
-    would cost a millisecond of GIL a token. libc's strlen has the fitting shape: pointer in, and the low
+    llama.cpp asks it before every node of the graph, about a thousand times per token, so a Python function
+    would cost a millisecond of GIL per token. libc's strlen has the fitting shape: pointer in, and the low
     byte of its result, 0 or 1 here, is the bool.
     """
     return ctypes.cast(ctypes.CDLL(None).strlen, llama().ggml_abort_callback)
@@ -143,7 +132,7 @@ def abort_callback() -> Any:
 def exact_cache_nbytes(memory: int) -> int | None:
     """Bytes that a plain llama_kv_cache allocated; None for other kinds of memory or hidden symbols.
 
-    The public API tells no sizes, so this calls the exported C++ method llama_kv_cache::total_size() const
+    The public API has no sizes, so this calls the exported C++ method llama_kv_cache::total_size() const
     (src/llama-kv-cache.h), after a look at the object's vtable that it is one.
     """
     library = llama()._lib

@@ -16,13 +16,12 @@ from typing import Any, TypeVar
 import click
 
 from edgekv.backends.open import KINDS
-from edgekv.spec import CACHE_BLOCKS
+from edgekv.quant.formats import CACHE_TYPES
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Option = Callable[[Function], Function]
 
 PATH = click.Path(path_type=Path)
-CACHE_TYPES = tuple(CACHE_BLOCKS)
 RENAMED: Mapping[str, str] = MappingProxyType(
     {
         "--cache": "--cache-type",

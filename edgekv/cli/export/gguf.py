@@ -9,19 +9,16 @@ import click
 
 from edgekv.cli.common import options
 from edgekv.cli.common.progress import stages
+from edgekv.quant.formats import KEEP, MIXES, PLAIN_WEIGHTS
 
-PLAIN = ("keep", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # written by gguf-py
-MIXES = (  # llama.cpp's presets that do without an importance matrix
-    *("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s"),
-    *("iq3_m", "iq3_s", "q2_k"),
-)
+WEIGHTS = (KEEP, *PLAIN_WEIGHTS, *MIXES)
 
 
 @options.command("gguf")
 @options.model()
 @options.output("The GGUF to write.")
-@click.option("--weights", default="keep", show_default=True, type=click.Choice(PLAIN + MIXES),
-              metavar="FORMAT", help=f"Weight format: {', '.join(PLAIN + MIXES)}.")  # fmt: skip
+@click.option("--weights", default="keep", show_default=True, type=click.Choice(WEIGHTS),
+              metavar="FORMAT", help=f"Weight format: {', '.join(WEIGHTS)}.")  # fmt: skip
 @options.force()
 @options.as_json()
 def command(as_json: bool, **wanted: Any) -> None:

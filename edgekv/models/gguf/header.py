@@ -18,7 +18,8 @@ from math import prod
 from pathlib import Path
 
 from edgekv.errors import ModelFileError
-from edgekv.models.gguf.layout import ARRAY, GGML_TYPES, SCALARS, STRING, GGUFHeader, TensorInfo
+from edgekv.models.gguf.layout import ARRAY, SCALARS, STRING, GGUFHeader, TensorInfo
+from edgekv.quant.formats import BY_GGML_ID
 from edgekv.spec import MetaValue
 from edgekv.tokenizer.vocab import check_vocabulary
 
@@ -204,14 +205,13 @@ class _Reader:
         if 0 in dims or prod(dims) >= 2**63:
             raise self.damaged(f"tensor {name} has the impossible shape {dims}")
         kind, offset = self.numbers("<IQ", f"tensor {name}")
-        if kind not in GGML_TYPES:
+        if kind not in BY_GGML_ID:
             raise self.damaged(
                 f"tensor {name} has ggml type {kind}, which is unknown or retired", "quantize the model anew"
             )
-        if dims[0] % GGML_TYPES[kind][1]:
-            raise self.damaged(
-                f"tensor {name}: rows of {dims[0]} do not divide into {GGML_TYPES[kind][0]} blocks"
-            )
+        if dims[0] % BY_GGML_ID[kind].block:
+            kept = BY_GGML_ID[kind].name.upper()
+            raise self.damaged(f"tensor {name}: rows of {dims[0]} do not divide into {kept} blocks")
         return name, kind, dims, offset
 
     def lay_out(
@@ -222,8 +222,7 @@ class _Reader:
         expected = 0
         tensors: dict[str, TensorInfo] = {}
         for name, kind, dims, offset in infos:
-            type_name, block, block_nbytes = GGML_TYPES[kind]
-            nbytes = prod(dims) // block * block_nbytes
+            nbytes = BY_GGML_ID[kind].nbytes(prod(dims))
             if name in tensors:
                 raise self.damaged(f"tensor {name} occurs twice")
             if offset != expected:
@@ -232,7 +231,7 @@ class _Reader:
                 )
             if start + offset + nbytes > self.end:
                 raise self.cut_short(f"tensor {name}", f" (it ends at byte {start + offset + nbytes})")
-            tensors[name] = TensorInfo(name, type_name, dims, start + offset, nbytes)
+            tensors[name] = TensorInfo(name, BY_GGML_ID[kind].name.upper(), dims, start + offset, nbytes)
             expected = _pad(offset + nbytes, alignment)
         return tuple(tensors.values())
 

@@ -21,8 +21,8 @@ from edgekv.models.hf.tokenizer_model import NAME, read_sentencepiece
 from edgekv.spec import MetaValue
 from edgekv.tokenizer.bpe import SPACE
 from edgekv.tokenizer.pre_tokenize import PRE_TYPES, splitters
+from edgekv.tokenizer.vocab import TokenType
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 _TIKTOKEN = "tiktoken.model"
 _PREFERRED = ("llama-bpe", "qwen2", "smollm", "gpt-2", "deepseek-v3", "deepseek-llm", "tekken", "gpt-4o")
 
@@ -99,16 +99,18 @@ def _texts(tokenizer: HFTokenizer, n_vocab: int, path: Path) -> list[str]:
 
 def _types(texts: list[str], tokenizer: HFTokenizer, document: dict[str, Any]) -> list[int]:
     ids = tokenizer.get_vocab(with_added_tokens=True)
-    kinds = [UNUSED] * len(texts)
+    kinds: list[int] = [TokenType.UNUSED] * len(texts)
     fallback = bool(document["model"].get("byte_fallback"))
     for text, i in ids.items():
         is_byte = fallback and len(text) == 6 and text.startswith("<0x") and text.endswith(">")
-        kinds[i] = BYTE if is_byte else NORMAL
+        kinds[i] = TokenType.BYTE if is_byte else TokenType.NORMAL
     for i, token in tokenizer.get_added_tokens_decoder().items():
-        kinds[i] = CONTROL if token.special or looks_special(token.content) else USER_DEFINED
+        kinds[i] = (
+            TokenType.CONTROL if token.special or looks_special(token.content) else TokenType.USER_DEFINED
+        )
     unknown = document["model"].get("unk_token")
     if fallback and unknown in ids:
-        kinds[ids[unknown]] = UNKNOWN
+        kinds[ids[unknown]] = TokenType.UNKNOWN
     return kinds
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-from gguf import TokenType
 
 from edgekv.errors import InputError, ModelFileError, UnsupportedError
 from edgekv.models.hf.checkpoint import read_json
 from edgekv.models.hf.special_tokens import PROBE, looks_special, prove, read_special, special_pairs
 from edgekv.spec import MetaValue
 from edgekv.tokenizer.bpe import SPACE
+from edgekv.tokenizer.vocab import TokenType
 
 NAME = "tokenizer.model"
 _SCORE_UNUSED, _SCORE_ADDED = -10000.0, -1000.0  # as llama.cpp's converter has them

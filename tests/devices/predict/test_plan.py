@@ -14,7 +14,7 @@ from edgekv.cli.main import cli
 from edgekv.cli.plan import parse_size
 from edgekv.devices.bench import run as bench
 from edgekv.devices.boards.profile import find_board, known_memory, load_boards, match_board, parse_board
-from edgekv.devices.predict.choices import KEEP, all_options, converted_spec, option
+from edgekv.devices.predict.choices import all_options, converted_spec, option
 from edgekv.devices.predict.model_info import describe_cache, describe_model
 from edgekv.devices.predict.plan import MIB, make_plan, measured_runtime_nbytes
 from edgekv.devices.predict.speed import load_coefficients, weight_family, workload
@@ -24,9 +24,9 @@ from edgekv.devices.sensors.machine import probe
 from edgekv.errors import InputError
 from edgekv.export.gguf.write import write_gguf
 from edgekv.models.gguf.source import GGUFSource
+from edgekv.quant.formats import KEEP
 from edgekv.source import LazySource
 from edgekv.tensors import layer_tensor_shapes
-from edgekv.workflows.plan import stored_nbytes
 
 
 def plan(*arguments: object) -> Result:
@@ -182,7 +182,7 @@ def test_memory_is_near_what_is_measured(
 
 def test_arithmetic_of_the_file_as_it_is(smollm2: Path) -> None:
     source = GGUFSource(smollm2)
-    own = option(source, None, "f16", KEEP, stored_nbytes)
+    own = option(source, None, "f16", KEEP)
     assert own.weights_nbytes == sum(source.nbytes(name) for name in source.names())
     described = workload(
         describe_model(source, smollm2, with_hash=False), describe_cache(source.spec, "f16", 1)
@@ -191,7 +191,7 @@ def test_arithmetic_of_the_file_as_it_is(smollm2: Path) -> None:
 
 
 def test_a_converted_option_is_what_convert_writes(smollm2: Path, mla: Path) -> None:
-    made = option(GGUFSource(smollm2), 0.5, "f16", "q8_0", stored_nbytes)
+    made = option(GGUFSource(smollm2), 0.5, "f16", "q8_0")
     written = GGUFSource(mla)
     per_layer = sum(written.nbytes(name) for name in written.names() if name.startswith("blk.3."))
     rest = sum(written.nbytes(name) for name in written.names() if not name.startswith("blk."))
@@ -201,7 +201,7 @@ def test_a_converted_option_is_what_convert_writes(smollm2: Path, mla: Path) -> 
 
 
 def test_the_longest_context_is_the_edge(smollm2: Path) -> None:
-    own = option(GGUFSource(smollm2), None, "f16", KEEP, stored_nbytes)
+    own = option(GGUFSource(smollm2), None, "f16", KEEP)
     board = find_board("pi-zero-2w")
     longest = make_plan(board, own, 4096, 512 * MIB).max_context
     assert make_plan(board, own, longest, 512 * MIB).fits
@@ -209,7 +209,7 @@ def test_the_longest_context_is_the_edge(smollm2: Path) -> None:
 
 
 def test_sessions_share_the_weights(smollm2: Path) -> None:
-    own = option(GGUFSource(smollm2), None, "f16", KEEP, stored_nbytes)
+    own = option(GGUFSource(smollm2), None, "f16", KEEP)
     made = make_plan(find_board("pi-5"), own, 2048, 2048 * MIB)
     alone = made.needed_nbytes - made.footprint.cache_nbytes
     assert alone + made.sessions * made.footprint.cache_nbytes <= made.available_nbytes
@@ -217,7 +217,7 @@ def test_sessions_share_the_weights(smollm2: Path) -> None:
 
 
 def test_deeper_is_slower_and_options_shrink(smollm2: Path) -> None:
-    options = all_options(GGUFSource(smollm2), stored_nbytes)
+    options = all_options(GGUFSource(smollm2))
     assert options[0].label == "as it is"
     assert {"convert 1/2", "convert 1/2, cache q8_0", "cache q8_0"} <= {made.label for made in options}
     for made in options:

@@ -5,22 +5,18 @@ Oracles: llama.cpp's own GGUF reader (whatever passes here must pass there) and 
 
 from __future__ import annotations
 
-import ctypes
 import shutil
 import struct
 import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import gguf
-import llama_cpp
 import pytest
 
 from edgekv.errors import ModelFileError
 from edgekv.models.gguf.header import check_gguf, read_header
-from edgekv.models.gguf.layout import GGML_TYPES
 from edgekv.models.gguf.source import GGUFSource
 
 U8, U32, F32, BOOL, STR, ARR, U64 = 0, 4, 6, 7, 8, 9, 10
@@ -212,18 +208,6 @@ def test_nothing_is_allocated_by_a_count_from_the_file(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
-
-
-def test_types_are_ggmls_own() -> None:
-    lib: Any = llama_cpp.llama_cpp._lib
-    lib.ggml_type_size.restype = ctypes.c_size_t
-    lib.ggml_blck_size.restype = ctypes.c_int64
-    lib.ggml_type_name.restype = ctypes.c_char_p
-    known = {}
-    for kind in range(43):  # GGML_TYPE_COUNT
-        if block := lib.ggml_blck_size(kind):
-            known[kind] = (lib.ggml_type_name(kind).decode().upper(), block, lib.ggml_type_size(kind))
-    assert known == dict(GGML_TYPES)
 
 
 def test_header_of_a_real_model_is_gguf_pys(smollm2: Path) -> None:
