@@ -8,7 +8,6 @@ on any other unusual setting. So a share of the documents is set that way here, 
 from __future__ import annotations
 
 import argparse
-import lzma
 import multiprocessing
 import re
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from edgekv.models.open import open_model
+from edgekv.text.files import documents
 from edgekv.text.shards import break_token
 from edgekv.tokenizer.tokenizer import Tokenizer
 
@@ -69,14 +69,13 @@ def main() -> None:
     options = parser.parse_args()
     metadata = open_model(options.model).metadata
     tokenizer, end = Tokenizer.from_metadata(metadata), break_token(metadata)
-    with lzma.open(options.text, "rt") as file:
-        documents = [d for d in file.read().split("\n\n\n") if d.strip()]
-    chosen = np.random.default_rng(SEED).random(len(documents)) < options.spaced
-    documents = [spaced(d) if yes else d for d, yes in zip(documents, chosen, strict=True)]
+    texts = list(documents(options.text))
+    chosen = np.random.default_rng(SEED).random(len(texts)) < options.spaced
+    texts = [spaced(d) if yes else d for d, yes in zip(texts, chosen, strict=True)]
     with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
-        tokens = np.concatenate(pool.map(encode, documents, chunksize=64))
+        tokens = np.concatenate(pool.map(encode, texts, chunksize=64))
     np.save(options.output, tokens)
-    print(f"{len(documents)} documents, {chosen.sum()} set apart, {len(tokens)} tokens")
+    print(f"{len(texts)} documents, {chosen.sum()} set apart, {len(tokens)} tokens")
 
 
 if __name__ == "__main__":

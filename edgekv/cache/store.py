@@ -1,51 +1,65 @@
-"""The KV cache of the reference model: plain float32 arrays, one pair a layer."""
+"""The KV cache of the reference model: plain float32 arrays, one pair per layer."""
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgekv.source import Array
 from edgekv.spec import MLA, ModelSpec
 
 
 class KVCache:
-    """Keys and values of up to n_ctx tokens, preallocated.
+    """Keys and values of up to n_ctx tokens, preallocated; of one sequence, or of B that advance together.
 
     For GQA a layer keeps k and v, each (G, n_ctx, K). For MLA it keeps one array of rows
     (1, n_ctx, R + P), the latent and the rope key, and v is a view of the first R values.
+    With `n_sequences` each array has a leading axis of that length, B. Rows of new tokens are always (N, ...): the
+    T tokens of the first sequence, then those of the second, and so on.
     """
 
-    def __init__(self, spec: ModelSpec, n_ctx: int) -> None:
+    def __init__(self, spec: ModelSpec, n_ctx: int, n_sequences: int | None = None) -> None:
         self.n_ctx = n_ctx
         self.n_past = 0
+        self.batch = () if n_sequences is None else (n_sequences,)
         self._k: list[Array] = []
         self._v: list[Array] = []
         for layer in spec.layers:
             attention = layer.attention
             if isinstance(attention, MLA):
-                rows = np.zeros((1, n_ctx, attention.cache_values), np.float32)
+                rows = np.zeros((*self.batch, 1, n_ctx, attention.cache_values), np.float32)
                 self._k.append(rows)
                 self._v.append(rows[..., : attention.kv_lora_rank])
             else:
-                shape = (attention.n_kv_heads, n_ctx, attention.head_dim)
+                shape = (*self.batch, attention.n_kv_heads, n_ctx, attention.head_dim)
                 self._k.append(np.zeros(shape, np.float32))
                 self._v.append(np.zeros(shape, np.float32))
 
-    def append(self, layer: int, k: Array, v: Array | None) -> tuple[Array, Array]:
-        """Store k (T, G, width) and v (T, G, V) behind the n_past tokens; None for MLA, whose v is in k.
+    def positions(self, n_rows: int) -> NDArray[np.int64]:
+        """The positions of N rows of new tokens, (N,)."""
+        n_sequences = self.batch[0] if self.batch else 1
+        return np.tile(np.arange(self.n_past, self.n_past + n_rows // n_sequences), n_sequences)
 
-        Returns all cached k (G, S, width) and v (G, S, V), the new ones included. The tokens count
+    def by_sequence(self, rows: Array) -> Array:
+        """Rows (N, ...) as (T, ...), or (B, T, ...) of B sequences."""
+        return rows.reshape(*self.batch, -1, *rows.shape[1:])
+
+    def append(self, layer: int, k: Array, v: Array | None) -> tuple[Array, Array]:
+        """Store k (N, G, width) and v (N, G, V) behind the n_past tokens; None for MLA, whose v is in k.
+
+        Returns all cached k ([B,] G, S, width) and v ([B,] G, S, V), the new ones included. The tokens count
         only after `advance`.
         """
-        start, stop = self.n_past, self.n_past + k.shape[0]
+        keys = self.by_sequence(k).swapaxes(-3, -2)
+        start, stop = self.n_past, self.n_past + keys.shape[-2]
         assert stop <= self.n_ctx, (stop, self.n_ctx)
-        self._k[layer][:, start:stop] = k.swapaxes(0, 1)
+        self._k[layer][..., start:stop, :] = keys
         if v is not None:
-            self._v[layer][:, start:stop] = v.swapaxes(0, 1)
-        return self._k[layer][:, :stop], self._v[layer][:, :stop]
+            self._v[layer][..., start:stop, :] = self.by_sequence(v).swapaxes(-3, -2)
+        return self._k[layer][..., :stop, :], self._v[layer][..., :stop, :]
 
     def advance(self, n_tokens: int) -> None:
-        """Count `n_tokens` that every layer has appended."""
+        """Count `n_tokens` that every layer has appended to each sequence."""
         self.n_past += n_tokens
 
     def trim(self, n_past: int) -> None:

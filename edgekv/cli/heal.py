@@ -13,7 +13,6 @@ from edgekv.cli.common.progress import ProgressLine, clock, stages
 
 if TYPE_CHECKING:
     from edgekv.heal.job import Event
-    from edgekv.heal.training import TrainingStep
 
 # Names of the events in --json, whatever the classes are called.
 EVENT_NAMES = {
@@ -98,7 +97,7 @@ def command(
         cache_type=cache_type,
     )
 
-    def emit(event: Event | TrainingStep) -> None:
+    def emit(event: Event) -> None:
         click.echo(json.dumps({"event": EVENT_NAMES[type(event).__name__], **encode(event)}))
 
     request = HealRequest(output=output, recipe=recipe, **wanted)
@@ -123,7 +122,7 @@ class Shown:
     def __init__(self) -> None:
         self._training = ProgressLine("step")
 
-    def __call__(self, event: Event | TrainingStep) -> None:
+    def __call__(self, event: Event) -> None:
         from edgekv.workflows.heal import Evaluation, LayerLoss, Stage
 
         if isinstance(event, Stage):

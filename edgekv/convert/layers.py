@@ -18,14 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.convert.methods import LayerMaps
-from edgekv.convert.one_window import (
-    QueryRows,
-    probe,
-    query_rows,
-)
+from edgekv.convert.one_window import QueryRows, View, probe, query_rows
 from edgekv.convert.output_fit import fit_outputs
 from edgekv.convert.query_fit import fit_queries
-from edgekv.convert.statistics import Job, Recipe, Seen, advance, mix, observe, without_biases
+from edgekv.convert.statistics import FitRecipe, Job, Seen, advance, mix, observe, without_biases
 from edgekv.convert.target import obstacle
 from edgekv.convert.transmla import transmla
 from edgekv.convert.workers import workers
@@ -66,8 +62,8 @@ FITTED = (
 
 
 METHODS = {
-    "edgekv": Recipe(),
-    "transmla": Recipe(method=transmla, query_iterations=0, refit_output=False, sequential=False),
+    "edgekv": FitRecipe(),
+    "transmla": FitRecipe(method=transmla, query_iterations=0, refit_output=False, sequential=False),
 }
 
 
@@ -76,7 +72,7 @@ def convert(
     target: MLA,
     windows: NDArray[np.int64],
     spill: Path,
-    recipe: Recipe,
+    recipe: FitRecipe,
     layer_done: Callable[[LayerLoss], None],
 ) -> LazySource:
     """Convert every layer of a GQA source to `target`, calibrated on token windows (n, T).
@@ -92,11 +88,11 @@ def convert(
     assert recipe.refit_output or target.value_dim == gqa.head_dim
     states = source.load("token_embd.weight")[windows]
     with workers() as crew:
-        job = Job(source.spec, gqa, target, recipe, states, crew)
+        job = Job(source.spec, gqa, target, recipe, len(states), crew)
         for i in range(source.spec.n_layers):
             weights = load_block(source, i)
             require_finite(weights, i)
-            fitted, loss = _convert_layer(weights, job, i)
+            fitted, loss, states = _convert_layer(weights, job, states, i)
             for name, array in fitted.items():
                 _save(spill / f"blk.{i}.{name}.npy", array)
             layer_done(loss)
@@ -163,16 +159,18 @@ def converted_source(source: TensorSource, target: MLA, load: Callable[[str], Ar
     return out
 
 
-def _convert_layer(w: BlockWeights, job: Job, layer: int) -> tuple[dict[str, Array], LayerLoss]:
-    """Fit one layer and advance the hidden states through it."""
+def _convert_layer(
+    w: BlockWeights, job: Job, states: Array, layer: int
+) -> tuple[dict[str, Array], LayerLoss, Array]:
+    """Fit one layer: its tensors, what it lost, and the states behind it, in `states` overwritten."""
     bias_error = 0.0
     if job.gqa.bias:
-        w, bias_error = without_biases(w, job)
-    seen = observe(w, job)
+        w, bias_error = without_biases(w, job, states)
+    seen, views = observe(w, job, states)
     maps = job.recipe.method(w, seen.stats, job.gqa, job.target)
-    q = _fit_reading(w, job, maps, seen)
-    seen.views.clear()
-    latents, fitted, held_out = mix(w, job, maps, q, seen)
+    q = _fit_reading(w, job, states, maps, seen, views)
+    del views  # the query fit was all they were for, and the mixed latents need their memory
+    latents, fitted, held_out = mix(w, job, states, maps, q, seen)
     v_b, w_o = maps.value, w["attn_output.weight"]
     if job.recipe.refit_output:
         heads = w_o.reshape(len(w_o), job.gqa.n_heads, job.gqa.head_dim)
@@ -182,24 +180,26 @@ def _convert_layer(w: BlockWeights, job: Job, layer: int) -> tuple[dict[str, Arr
     decode = _decoder(v_b, w_o)
     judged = held_out if held_out.n_tokens else fitted
     error = judged.error(decode.astype(np.float64), seen.energy) / seen.energy
-    tensors = _tensors(w, q, maps, v_b, w_o, job)
+    tensors = _tensors(w, q, maps, v_b, w_o, job, states)
     if layer < job.spec.n_layers - 1:
         if job.recipe.sequential:
-            advance(w, job, latents, decode)
+            states = advance(w, job, states, latents, decode)
         else:
-            advance(w, job, seen.mixed, np.ascontiguousarray(w["attn_output.weight"].T))
+            states = advance(w, job, states, seen.mixed, np.ascontiguousarray(w["attn_output.weight"].T))
     loss = LayerLoss(layer, maps.rope_kept, maps.latent_kept, error, maps.latent_kept_at, bias_error)
-    return tensors, loss
+    return tensors, loss, states
 
 
-def _fit_reading(w: BlockWeights, job: Job, maps: LayerMaps, seen: Seen) -> QueryRows:
+def _fit_reading(
+    w: BlockWeights, job: Job, states: Array, maps: LayerMaps, seen: Seen, views: dict[int, View]
+) -> QueryRows:
     """Each head's query rows, refitted on the probed windows."""
     w_q = w["attn_q.weight"].reshape(job.gqa.n_heads, job.gqa.head_dim, -1)
     reading = maps.reading
     if job.recipe.query_iterations:
         probes = {
-            i: probe(job.inputs(w, i), seen.queries[i], maps, view, job.target)
-            for i, view in seen.views.items()
+            i: probe(job.inputs(w, states[i]), seen.queries[i], maps, view, job.target)
+            for i, view in views.items()
         }
         fitted = [probes[i] for i in sorted(probes) if i < job.n_fitted]
         held_out = [probes[i] for i in sorted(probes) if i >= job.n_fitted]
@@ -216,10 +216,10 @@ def _decoder(v_b: Array, w_o: Array) -> Array:
 
 
 def _tensors(
-    w: BlockWeights, q: QueryRows, maps: LayerMaps, v_b: Array, w_o: Array, job: Job
+    w: BlockWeights, q: QueryRows, maps: LayerMaps, v_b: Array, w_o: Array, job: Job, states: Array
 ) -> dict[str, Array]:
     """The layer in the deepseek2 layout: scores scaled for the engine, the latent folded for its norm."""
-    inputs = np.stack([job.inputs(w, i) for i in spread(job.n_windows)])
+    inputs = job.inputs(w, states[spread(job.n_windows)])
     layer = in_cache_basis(
         {
             "q": (q.rows * np.float32(np.sqrt(job.target.head_dim))).reshape(-1, job.spec.dim),

@@ -1,4 +1,8 @@
-"""One layer's passes over all calibration windows, on all cores: what it sees, what it gives, and on to the next."""
+"""Statistics of one layer over all calibration windows, on all cores, and the step on to the next layer.
+
+Hidden states are (n, T, D) for n windows and exist once: whoever owns them passes them in, `advance` overwrites them
+and gives them back.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ MAX_PROBES = 16  # windows whose attention matrices are looked at
 
 
 @dataclass(frozen=True)
-class Recipe:
+class FitRecipe:
     """How a layer is fitted: the method that finds its maps, and what is refitted behind them.
 
     sequential: layers are fitted on the inputs that the converted layers before them give, not the original's.
@@ -43,13 +47,9 @@ class Job:
     spec: ModelSpec
     gqa: GQA
     target: MLA
-    recipe: Recipe
-    states: Array  # (n, T, D) hidden states of all windows, advanced layer by layer
+    recipe: FitRecipe
+    n_windows: int
     workers: Workers
-
-    @property
-    def n_windows(self) -> int:
-        return len(self.states)
 
     @property
     def n_fitted(self) -> int:
@@ -68,9 +68,9 @@ class Job:
         n_fitted = min(MAX_PROBES - n_held, self.n_fitted)
         return {*range(n_fitted), *range(self.n_fitted, self.n_fitted + n_held)}
 
-    def inputs(self, w: BlockWeights, window: int) -> Array:
-        """The layer's normed inputs, (T, D)."""
-        return rms_norm(self.states[window], w["attn_norm.weight"], self.spec.norm_eps)
+    def inputs(self, w: BlockWeights, x: Array) -> Array:
+        """What the layer's attention gets of hidden states x (..., D): normed."""
+        return rms_norm(x, w["attn_norm.weight"], self.spec.norm_eps)
 
 
 @dataclass(frozen=True)
@@ -81,23 +81,22 @@ class Seen:
     """
 
     stats: LayerStats
-    views: dict[int, View]
     queries: Array
     mixed: Array
     energy: float
 
 
-def without_biases(w: BlockWeights, job: Job) -> tuple[BlockWeights, float]:
+def without_biases(w: BlockWeights, job: Job, states: Array) -> tuple[BlockWeights, float]:
     """The layer with its biases folded into its weights, and the relative error of that."""
     d = job.spec.dim
 
     def share(windows: range) -> Moments:
         gram, total = np.zeros((d, d), np.float32), np.zeros((d, 1), np.float32)
         for i in windows:
-            inputs = job.inputs(w, i)
+            inputs = job.inputs(w, states[i])
             gram += inputs.T @ inputs
             total[:, 0] += inputs.sum(axis=0)
-        n_tokens = len(windows) * job.states.shape[1]
+        n_tokens = len(windows) * states.shape[1]
         return Moments(gram.astype(np.float64), total.astype(np.float64), n_tokens)
 
     seen, held_out = _both_parts(job, share, Moments(np.zeros((d, d)), np.zeros((d, 1)), 0))
@@ -111,10 +110,10 @@ def _both_parts(job: Job, share: Callable[[range], Moments], nothing: Moments) -
     return seen, held_out
 
 
-def observe(w: BlockWeights, job: Job) -> Seen:
-    """The original layer on its inputs, and their statistics."""
+def observe(w: BlockWeights, job: Job, states: Array) -> tuple[Seen, dict[int, View]]:
+    """The original layer on its inputs, their statistics, and its attention on the probed windows, by their index."""
     d, probed, gqa = job.spec.dim, job.probed, job.gqa
-    n, length, _ = job.states.shape
+    n, length, _ = states.shape
     queries = np.empty((n, length, gqa.n_heads, gqa.head_dim), np.float32)
     mixed = np.empty((n, length, gqa.n_heads * gqa.head_dim), np.float32)
 
@@ -122,7 +121,7 @@ def observe(w: BlockWeights, job: Job) -> Seen:
         covariance, attended, views = np.zeros((d, d)), np.zeros((d, d)), {}
         gram = np.zeros((mixed.shape[-1],) * 2)
         for i in windows:
-            inputs = job.inputs(w, i)
+            inputs = job.inputs(w, states[i])
             queries[i], mixed[i] = gqa_mixed(inputs, w, gqa)
             covariance += inputs.T @ inputs
             if i in job.judged:
@@ -144,11 +143,11 @@ def observe(w: BlockWeights, job: Job) -> Seen:
     scale = float(np.sqrt(energy / (len(job.judged) * length) / gqa.n_heads))
     views = {i: view for part in found for i, view in part[3].items()}
     stats = LayerStats(covariance / (n * length), attended / len(probed), scale)
-    return Seen(stats, views, queries, mixed, energy)
+    return Seen(stats, queries, mixed, energy), views
 
 
 def mix(
-    w: BlockWeights, job: Job, maps: LayerMaps, q: QueryRows, seen: Seen
+    w: BlockWeights, job: Job, states: Array, maps: LayerMaps, q: QueryRows, seen: Seen
 ) -> tuple[Array, Moments, Moments]:
     """Mixed latents (n, T, H * R) of the converted layer, and their moments with the original's outputs.
 
@@ -162,7 +161,7 @@ def mix(
     def share(windows: range) -> Moments:
         gram, cross = np.zeros((width, width), np.float32), np.zeros((width, mixed_width), np.float32)
         for i in windows:
-            latents[i] = mixed_latents(job.inputs(w, i), seen.queries[i], q.reading, maps, job.target)
+            latents[i] = mixed_latents(job.inputs(w, states[i]), seen.queries[i], q.reading, maps, job.target)
             gram += latents[i].T @ latents[i]
             cross += latents[i].T @ seen.mixed[i]
         return Moments(gram.astype(np.float64), (cross @ w_o.T).astype(np.float64), len(windows) * length)
@@ -171,11 +170,12 @@ def mix(
     return latents, *_both_parts(job, share, nothing)
 
 
-def advance(w: BlockWeights, job: Job, mixed: Array, decode: Array) -> None:
-    """Take the hidden states through the layer, whose attention gives mixed (n, T, F) @ decode (F, D)."""
+def advance(w: BlockWeights, job: Job, states: Array, mixed: Array, decode: Array) -> Array:
+    """The states behind the layer, whose attention gives mixed (n, T, F) @ decode (F, D): in `states`, overwritten."""
 
     def share(windows: range) -> None:
         for i in windows:
-            job.states[i] = feed_forward(job.states[i] + mixed[i] @ decode, w, job.spec.norm_eps)
+            states[i] = feed_forward(states[i] + mixed[i] @ decode, w, job.spec.norm_eps)
 
     job.workers.each(share, job.n_windows)
+    return states

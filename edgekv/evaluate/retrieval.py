@@ -22,7 +22,7 @@ from edgekv.evaluate.model_under_test import ModelUnderTest
 from edgekv.evaluate.tasks import ChoiceTokens, continuation_tokens, score_continuation
 from edgekv.evaluate.windows import perplexity
 from edgekv.evaluate.workers import Run
-from edgekv.text.scored import read_text
+from edgekv.text.files import read_hashed_text
 from edgekv.tokenizer.tokenizer import Tokenizer
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # share of the prose that stands before the line
@@ -88,7 +88,7 @@ def make_haystack(path: Path, tokenizer: Tokenizer, context: int, trials: int) -
     Raises:
         InputError: the text is shorter than the context, or the context too short for the line.
     """
-    text, sha256 = read_text(path)
+    text, sha256 = read_hashed_text(path)
     tokens = tokenizer.encode(text)
     if len(tokens) < context:
         raise InputError(

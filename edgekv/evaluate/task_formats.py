@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekv.errors import InputError
-from edgekv.text.scored import read_text
+from edgekv.text.files import read_hashed_text
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def read_task(name: str, path: Path, limit: int | None) -> Task:
     """
     if name not in TASKS:
         raise InputError(f"unknown task {name!r}; there are {', '.join(TASKS)}")
-    text, sha256 = read_text(path)
+    text, sha256 = read_hashed_text(path)
     questions = []
     for number, line in enumerate(text.splitlines()[:limit], start=1):
         try:

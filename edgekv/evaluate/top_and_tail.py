@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekv.reference.ops import kl_rows
 from edgekv.source import Array
 
 TOP = 128
@@ -128,7 +129,7 @@ def kl_divergence(p: CompactRows, log_q: NDArray[np.float64]) -> NDArray[np.floa
     """
     log_p = p.log_p.astype(np.float64)
     top = slice(None, p.top)
-    exact = (np.exp(log_p[:, top]) * (log_p[:, top] - log_q[:, top])).sum(axis=-1)
+    exact = kl_rows(log_p[:, top], log_q[:, top])
     tail = p.tail.astype(np.float64)
     q_tail = 1 - np.exp(log_q[:, top]).sum(axis=-1)
     # tail * log(tail / q_tail); where there is no tail, anything finite will do

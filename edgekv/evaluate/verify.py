@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgekv.backends.base import Backend
-from edgekv.reference.ops import log_softmax
+from edgekv.progress import ignore
+from edgekv.reference.ops import kl_rows, log_softmax
+from edgekv.reference.sample import write_on
 
 CHUNK = 64  # tokens whose logits are held at once, of each side
 
@@ -31,12 +33,10 @@ class Comparison:
 def sample_tokens(model: Backend, n_tokens: int, seed: int) -> list[int]:
     """Tokens that a model samples from itself, so that a check needs no text; its cache is left empty."""
     rng = np.random.default_rng(seed)
-    tokens = [int(rng.integers(model.n_vocab))]
-    while len(tokens) < n_tokens:
-        logits = model.decode(tokens[-1])
-        tokens.append(int((logits - np.log(rng.exponential(size=logits.shape))).argmax()))
+    prompt = np.array([[rng.integers(model.n_vocab)]])
+    (tokens,) = write_on(lambda last, _: model.decode(int(last[0]))[None], prompt, n_tokens, rng, ignore)
     model.trim(0)
-    return tokens
+    return [int(token) for token in tokens]
 
 
 def compare(
@@ -55,7 +55,7 @@ def compare(
         error = max(error, float(np.abs(logits_a - logits_b).max()))
         agree += int((logits_a.argmax(-1) == logits_b.argmax(-1)).sum())
         log_a, log_b = log_softmax(logits_a), log_softmax(logits_b)
-        kl += (np.exp(log_a) * (log_a - log_b)).sum(-1, dtype=np.float64).tolist()
+        kl += kl_rows(log_a, log_b).tolist()
         following = np.asarray(tokens[start + 1 : start + CHUNK + 1], np.int64)
         rows = np.arange(len(following))
         nll_a -= float(log_a[rows, following].sum(dtype=np.float64))

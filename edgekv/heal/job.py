@@ -1,11 +1,10 @@
-"""Healing, from a model file and texts to a file of healed weights. PyTorch is imported when a job runs."""
+"""Job of healing: from a model file and texts to a file of healed weights. PyTorch is imported when a job runs."""
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,10 +13,18 @@ from numpy.typing import NDArray
 
 from edgekv import __version__
 from edgekv.convert.layers import LayerLoss, convert
-from edgekv.convert.statistics import Recipe
+from edgekv.convert.statistics import FitRecipe
 from edgekv.errors import InputError, OutputError
-from edgekv.heal.recipe import DataRecord, Evaluation, HealedRecord, HealRecipe
-from edgekv.heal.weights import FORMAT, Storage, base_sha256, check_base, read_healed, student_tensors
+from edgekv.heal.recipe import DataRecord, Evaluation, HealedRecord, HealRecipe, TrainingStep
+from edgekv.heal.weights import (
+    FORMAT,
+    Storage,
+    base_sha256,
+    check_base,
+    read_healed,
+    student_shapes,
+    student_tensors,
+)
 from edgekv.progress import Progress, ignore
 from edgekv.rewrite.balance import balanced
 from edgekv.source import Array, TensorSource
@@ -29,11 +36,10 @@ from edgekv.tokenizer.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import torch
 
-    from edgekv.heal.training import Healer, TrainingStep
-
 CALIBRATION_TOKENS = 16384  # for a start: phase 1 fits the same layers on the same kind of text, much further
 HELD_OUT = 32  # sequences kept for evaluation when no text is given for it
-MAX_STEPS = 10**9
+MAX_STEPS = 10**9  # stands for as many steps as fit the minutes
+SHAPE = ("n_heads", "kv_lora_rank", "rope_dim", "nope_dim", "value_dim", "rope_theta")
 
 
 @dataclass(frozen=True)
@@ -48,15 +54,15 @@ class HealJob:
     attention: MLA
     recipe: HealRecipe
     shards: tuple[Shard, ...]
-    evaluation: Shard | None
-    windows: int  # evaluation windows at most
     out: Path
-    storage: Storage
-    minutes: float | None
-    start: Path | None
-    resume: bool
-    force: bool
-    device: str
+    evaluation: Shard | None = None  # text to score on; None: the last HELD_OUT sequences of the last shard
+    windows: int = 64  # evaluation windows at most
+    storage: Storage = "q8_0"
+    minutes: float | None = None
+    start: Path | None = None  # healed weights to begin with, in place of a fresh conversion
+    resume: bool = False
+    force: bool = False
+    device: str = "auto"  # or "cuda", "cpu"
 
     @property
     def state_path(self) -> Path:
@@ -71,8 +77,8 @@ class Stage:
     text: str
 
 
-Event = Stage | LayerLoss | Evaluation  # and edgekv.heal.training.TrainingStep
-Report = Callable[["Event | TrainingStep"], None]
+Event = Stage | LayerLoss | Evaluation | TrainingStep
+Report = Callable[[Event], None]
 
 
 def heal(job: HealJob, report: Report) -> HealedRecord:
@@ -84,20 +90,21 @@ def heal(job: HealJob, report: Report) -> HealedRecord:
         EdgeKVError: the training diverged.
     """
     device = pick_device(job.device)
-    _check_cache_type(job)
-    _check_lengths(job.recipe)
+    _check(job)
     record, tensors = _begin(job, device, report)
     stream, windows = _text(job)
     report(Stage("loading teacher and student"))
-    healer = _healer(job, record, tensors, stream, windows, device, report)
+    from edgekv.heal.training import Healer
+
+    healer = Healer(job.source, tensors, record, stream, windows, device, report)
     if job.resume and job.state_path.exists():
         healer.restore(job.state_path)
-        _check_same(job, record, healer.record)
+        _check_same(record, healer.record)
     elif record.recipe.steps == MAX_STEPS:
         assert job.minutes is not None
         report(Stage("measuring a step"))
         steps = _steps_in(job.minutes * 60, job.recipe, *healer.measure())
-        healer.record = dataclasses.replace(record, recipe=dataclasses.replace(job.recipe, steps=steps))
+        healer.record = replace(record, recipe=replace(job.recipe, steps=steps))
     deadline = job.minutes * 60 if job.minutes is not None and job.recipe.steps != MAX_STEPS else None
     finished = healer.run(job.state_path, deadline)
     healer.write(job.out, job.storage if finished else "bf16", force=True)
@@ -106,16 +113,14 @@ def heal(job: HealJob, report: Report) -> HealedRecord:
     return healer.record
 
 
-def _check_cache_type(job: HealJob) -> None:
-    rank, rope_dim = job.attention.kv_lora_rank, job.attention.rope.dim
-    if job.recipe.cache_type != "f16" and (rank % 32 or rope_dim % 32):
+def _check(job: HealJob) -> None:
+    """Raise InputError unless the recipe fits the attention."""
+    rank, rope_dim, recipe = job.attention.kv_lora_rank, job.attention.rope.dim, job.recipe
+    if recipe.cache_type != "f16" and (rank % 32 or rope_dim % 32):
         raise InputError(
-            f"--cache-type {job.recipe.cache_type} stores blocks of 32 values: rank {rank} and rope key {rope_dim} "
+            f"--cache-type {recipe.cache_type} stores blocks of 32 values: rank {rank} and rope key {rope_dim} "
             "both have to be multiples of 32"
         )
-
-
-def _check_lengths(recipe: HealRecipe) -> None:
     if recipe.short_len is not None and recipe.seq_len % recipe.short_len:
         raise InputError(
             f"--short-len {recipe.short_len} does not divide --seq-len {recipe.seq_len}; take a half, a quarter, ..."
@@ -145,25 +150,31 @@ def _begin(job: HealJob, device: torch.device, report: Report) -> tuple[HealedRe
     """The record and the student's tensors to go on from: an earlier file's, or a fresh conversion's."""
     record = _fresh_record(job, device)
     if job.resume:
-        if job.state_path.exists():  # its tensors replace these
-            report(Stage(f"going on from {job.state_path}"))
-            return record, _blank(job)
-        if not job.out.exists():
-            raise InputError(f"nothing to resume: neither {job.state_path} nor {job.out} exists")
-        before, tensors = read_healed(job.out)
-        _check_same(job, record, before)
-        report(Stage(f"going on from {job.out}, step {before.steps_done}; the optimizer starts afresh"))
-        return before, tensors
+        return _resumed(job, record, report)
     for path in (job.out, job.state_path):
         if path.exists() and not job.force:
             raise OutputError(f"{path} exists; pass --resume to go on from it or --force to start anew")
-    if job.start is not None:
-        before, tensors = read_healed(job.start)
-        check_base(job.start, before, job.source)
-        if before.attention != job.attention:
-            raise InputError(f"{job.start} holds {before.attention}, the job asks for {job.attention}")
-        return dataclasses.replace(record, earlier=before if before.steps_done else None), tensors
-    return record, _convert(job, report)
+    if job.start is None:
+        return record, _convert(job, report)
+    before, tensors = read_healed(job.start)
+    check_base(job.start, before, job.source)
+    if changes := _changes(_shape(before), _shape(record)):
+        raise InputError(f"{job.start} has attention of another shape ({changes}); ask for the same sizes")
+    return replace(record, earlier=before if before.steps_done else None), tensors
+
+
+def _resumed(job: HealJob, record: HealedRecord, report: Report) -> tuple[HealedRecord, dict[str, Array]]:
+    """Record and tensors of a training that was stopped or killed."""
+    if job.state_path.exists():  # its tensors replace these
+        report(Stage(f"going on from {job.state_path}"))
+        shapes = student_shapes(job.attention, job.source.spec.n_layers, job.source.spec.dim)
+        return record, {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    if not job.out.exists():
+        raise InputError(f"nothing to resume: neither {job.state_path} nor {job.out} exists")
+    before, tensors = read_healed(job.out)
+    _check_same(record, before)
+    report(Stage(f"going on from {job.out}, step {before.steps_done}; the optimizer starts afresh"))
+    return before, tensors
 
 
 def _convert(job: HealJob, report: Report) -> dict[str, Array]:
@@ -174,21 +185,8 @@ def _convert(job: HealJob, report: Report) -> dict[str, Array]:
     each = -(-CALIBRATION_TOKENS // length // len(rows))
     windows = np.concatenate([row[:each] for row in rows]).astype(np.int64)
     with tempfile.TemporaryDirectory(prefix="edgekv-heal-") as folder:
-        converted = convert(job.source, job.attention, windows, Path(folder), Recipe(), report)
+        converted = convert(job.source, job.attention, windows, Path(folder), FitRecipe(), report)
         return balanced(student_tensors(converted), job.attention)
-
-
-def _blank(job: HealJob) -> dict[str, Array]:
-    """Tensors of the student's shapes, to be overwritten."""
-    a, n, dim = job.attention, job.source.spec.n_layers, job.source.spec.dim
-    shapes = {
-        "q": (n, a.n_heads * a.head_dim, dim),
-        "kv_a": (n, a.cache_values, dim),
-        "k_b": (n, a.n_heads, a.kv_lora_rank, a.nope_dim),
-        "v_b": (n, a.n_heads, a.value_dim, a.kv_lora_rank),
-        "output": (n, dim, a.n_heads * a.value_dim),
-    }
-    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
 
 
 def _text(job: HealJob) -> tuple[TokenStream, NDArray[np.int64]]:
@@ -222,7 +220,7 @@ def _fresh_record(job: HealJob, device: torch.device) -> HealedRecord:
         rope_theta=a.rope.theta,
         recipe=job.recipe,
         steps_done=0,
-        data=data_records(job.shards),
+        data=tuple(DataRecord(shard.name, shard.sha256, len(shard.tokens)) for shard in job.shards),
         evaluation_text=job.evaluation.name if job.evaluation else f"the last {HELD_OUT} training sequences",
         evaluations=(),
         curve=(),
@@ -230,42 +228,36 @@ def _fresh_record(job: HealJob, device: torch.device) -> HealedRecord:
     )
 
 
-def data_records(shards: Sequence[Shard]) -> tuple[DataRecord, ...]:
-    """What the outcome says of its training text."""
-    return tuple(DataRecord(shard.name, shard.sha256, len(shard.tokens)) for shard in shards)
+def _shape(record: HealedRecord) -> dict[str, object]:
+    return {name: getattr(record, name) for name in SHAPE}
 
 
-def _check_same(job: HealJob, wanted: HealedRecord, found: HealedRecord) -> None:
+def _check_same(wanted: HealedRecord, found: HealedRecord) -> None:
     """Raise InputError unless a stopped training is the one that the job describes."""
     recipe = wanted.recipe
     if recipe.steps == MAX_STEPS:
-        recipe = dataclasses.replace(recipe, steps=found.recipe.steps)
-    pairs = {
-        "the original model": (wanted.base_sha256, found.base_sha256),
-        "the shape of the attention": (wanted.attention, found.attention),
-        "the training text": (wanted.data, found.data),
-        "the recipe": (recipe, found.recipe),
-    }
-    for what, (new, old) in pairs.items():
-        if new != old:
+        recipe = replace(recipe, steps=found.recipe.steps)
+    texts = (
+        {f"text {i}": f"{data.name} ({data.sha256[:16]}…)" for i, data in enumerate(record.data, start=1)}
+        for record in (found, wanted)
+    )
+    for what, changes in {
+        "the original model": _changes({"SHA-256": found.base_sha256}, {"SHA-256": wanted.base_sha256}),
+        "the shape of the attention": _changes(_shape(found), _shape(wanted)),
+        "the training text": _changes(*texts),
+        "the recipe": _changes(asdict(found.recipe), asdict(recipe)),
+    }.items():
+        if changes:
             raise InputError(
-                f"--resume: {what} is not that of the stopped training ({old}, now {new}); "
+                f"--resume: {what} is not that of the stopped training ({changes}); "
                 "give the same options, or --force to start anew"
             )
 
 
-def _healer(
-    job: HealJob,
-    record: HealedRecord,
-    tensors: dict[str, Array],
-    stream: TokenStream,
-    windows: NDArray[np.int64],
-    device: torch.device,
-    report: Report,
-) -> Healer:
-    from edgekv.heal.training import Healer
-
-    return Healer(job.source, tensors, record, stream, windows, device, report)
+def _changes(old: Mapping[str, object], new: Mapping[str, object]) -> str:
+    """What differs, for people: "steps 200, now 300"."""
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} {old.get(name)}, now {new.get(name)}" for name in names)
 
 
 def _steps_in(seconds: float, recipe: HealRecipe, first_s: float, second_s: float) -> int:

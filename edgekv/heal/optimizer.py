@@ -1,4 +1,4 @@
-"""Optimizers over tensors stacked by layer, and the learning-rate schedule."""
+"""Optimizer over tensors stacked by layer (Muon, AdamW for norms), and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -12,21 +12,19 @@ from edgekv.heal.recipe import HealRecipe
 from edgekv.heal.torch_blocks import without_gradient
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of arXiv 2502.16982, section 2.1
+WARMUP_STEPS = 50
+GRADIENT_NORM = 1.0  # gradients are clipped to it, all together
 
 
 def learning_rate(recipe: HealRecipe, step: int, first: int, last: int, optimizer_since: int = 0) -> float:
-    """Rate of a step in the phase [first, last): linear warm-up, then cosine or constant-and-decay (WSD).
+    """Rate of a step in the phase [first, last): linear warm-up, then a cosine down to 0.
 
     An optimizer that started in the middle, at `optimizer_since`, warms up there too.
     """
     done, length = step - first, last - first
-    warm_steps = max(1, min(recipe.warmup, length // 10))
+    warm_steps = max(1, min(WARMUP_STEPS, length // 10))
     warm = min(1.0, (min(done, step - optimizer_since) + 1) / warm_steps)
-    if recipe.schedule == "cosine":
-        shape = 0.5 * (1 + math.cos(math.pi * done / length))
-    else:
-        shape = min(1.0, (length - done) / max(1.0, recipe.decay_share * length))
-    return recipe.lr * warm * (recipe.lr_floor + (1 - recipe.lr_floor) * shape)
+    return recipe.lr * warm * 0.5 * (1 + math.cos(math.pi * done / length))
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -64,30 +62,23 @@ class Muon:
 
 
 class Optimizer:
-    """AdamW for everything, or Muon for the attention matrices and AdamW for the rest."""
+    """Muon for matrices, AdamW for norms: the parameters that have fewer than three axes, layers included."""
 
-    def __init__(self, params: Mapping[str, Tensor], recipe: HealRecipe) -> None:
+    def __init__(self, params: Mapping[str, Tensor]) -> None:
         self.params = dict(params)
-        self.clip = recipe.grad_clip
-        by_muon = [n for n in params if recipe.optimizer == "muon" and params[n].ndim >= 3]
-        by_adam = [n for n in params if n not in by_muon]
-        self._muon = Muon([params[n] for n in by_muon])
-        self._muon_names = by_muon
-        self._adam_names = by_adam
-        on_gpu = any(p.is_cuda for p in params.values())
+        self._muon_names = [name for name, param in params.items() if param.ndim >= 3]
+        self._adam_names = [name for name in params if name not in self._muon_names]
+        self._muon = Muon([params[name] for name in self._muon_names])
+        norms = [params[name] for name in self._adam_names]
         self._adam = torch.optim.AdamW(
-            [params[n] for n in by_adam] or [torch.zeros(1)],
-            lr=recipe.lr,
-            betas=(0.9, 0.95),
-            weight_decay=0.0,
-            fused=on_gpu and bool(by_adam),
+            norms, betas=(0.9, 0.95), weight_decay=0.0, fused=any(norm.is_cuda for norm in norms)
         )
 
     def step(self, lr: float) -> Tensor:
         """Clip, update, clear the gradients; the gradient's norm before clipping."""
         grads = [p.grad for p in self.params.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
-        torch.nn.utils.clip_grads_with_norm_(list(self.params.values()), self.clip, norm)
+        torch.nn.utils.clip_grads_with_norm_(list(self.params.values()), GRADIENT_NORM, norm)
         for group in self._adam.param_groups:
             group["lr"] = lr
         self._adam.step()

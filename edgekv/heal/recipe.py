@@ -1,13 +1,15 @@
-"""How a model is healed and what came of it, as frozen numbers; standard library only."""
+"""Recipe and record of a healing: how a model was trained and what came of it. Standard library only."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
+from edgekv.errors import InputError
 from edgekv.spec import MLA, RopeSpec
 
-Train = Literal["attn", "attn+norms", "all"]
 CacheType = Literal["f16", "q8_0", "q5_0", "q4_0"]
 
 
@@ -19,23 +21,16 @@ class HealRecipe:
     phase 2 minimises KL(teacher || student) on the logits. Each phase has its own learning-rate cycle.
 
     A student that only sees short sequences fails at distances it never met; one that only sees long ones
-    forgets the start of a context, which is a small share of their tokens. `short_len` takes turns.
+    forgets the start of a context, which is a small share of their tokens. With `short_len` the steps take turns.
     """
 
     steps: int
     seed: int = 0
     batch_tokens: int = 32768
     seq_len: int = 1024
-    short_len: int | None = None  # every other step cuts its sequences into pieces of so many tokens
+    short_len: int | None = None  # on every second step, train on pieces of this many tokens
     lr: float = 2e-3
     match_share: float = 0.05
-    warmup: int = 50
-    schedule: Literal["wsd", "cosine"] = "cosine"
-    decay_share: float = 0.3  # of a phase, for "wsd"
-    lr_floor: float = 0.0
-    grad_clip: float = 1.0
-    optimizer: Literal["adamw", "muon"] = "muon"
-    train: Train = "attn+norms"
     cache_type: CacheType = "f16"  # all but f16 are simulated: its rounding is far below the noise
 
     @property
@@ -56,9 +51,22 @@ class Evaluation:
     step: int
     ppl: float
     teacher_ppl: float
-    kl: float  # nats a token, KL(teacher || student)
+    kl: float  # nats per token, KL(teacher || student)
     argmax_agreement: float
     tokens_scored: int
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """Where a training is; sent every few seconds."""
+
+    step: int
+    steps: int
+    phase: int
+    loss: float
+    lr: float
+    tokens_per_s: float
+    eta_s: float
 
 
 @dataclass(frozen=True)
@@ -112,3 +120,31 @@ class HealedRecord:
         """The student's attention."""
         rope = RopeSpec(self.rope_theta, self.rope_dim)
         return MLA(self.n_heads, self.kv_lora_rank, self.nope_dim, self.value_dim, rope)
+
+
+# Choices that records of older files hold, and what every training does instead of choosing.
+RETIRED: Mapping[str, Any] = {
+    "warmup": 50,
+    "schedule": "cosine",
+    "decay_share": 0.3,
+    "lr_floor": 0.0,
+    "grad_clip": 1.0,
+    "optimizer": "muon",
+    "train": "attn+norms",
+}
+
+
+def drop_retired(record: dict[str, Any], path: Path) -> None:
+    """Take the RETIRED choices out of a record's JSON, read from `path`, and out of the earlier trainings in it.
+
+    Raises:
+        InputError: one of them is not what every training now does.
+    """
+    recipe = record["recipe"] = dict(record["recipe"])
+    for name, value in RETIRED.items():
+        if (found := recipe.pop(name, value)) != value:
+            raise InputError(
+                f"{path} was healed with {name} {found!r}, this EdgeKV heals with {value!r} alone; heal again"
+            )
+    if record.get("earlier"):
+        drop_retired(record["earlier"], path)

@@ -18,7 +18,7 @@ from torch import Tensor
 from edgekv.documents import SchemaError, decode, encode
 from edgekv.errors import InputError
 from edgekv.files import atomic_path
-from edgekv.heal.recipe import HealedRecord
+from edgekv.heal.recipe import HealedRecord, drop_retired
 
 STATE_KEY = "edgekv.heal.state"
 
@@ -65,6 +65,7 @@ def load_state(path: Path) -> State:
         with safe_open(path, framework="pt") as file:
             document = json.loads((file.metadata() or {})[STATE_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        drop_retired(document["record"], path)
         record = decode(HealedRecord, document["record"])
         numbers = int(document["micro_sequences"]), int(document["optimizer_since"])
         loss_sum = tensors.pop("loss_sum")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edgekv.heal.kl import head_kl
-from edgekv.heal.recipe import CacheType, Train
+from edgekv.heal.recipe import CacheType
 from edgekv.heal.torch_blocks import (
     Function,
     GQAWeights,
@@ -28,12 +28,9 @@ from edgekv.source import Array, TensorSource
 from edgekv.spec import GQA, MLA
 
 NORMS = ("attn_norm", "ffn_norm", "output_norm")
-FFN = ("gate_up", "down")
-TRAINED: Mapping[Train, tuple[str, ...]] = {
-    "attn": ATTENTION,
-    "attn+norms": ATTENTION + NORMS,
-    "all": ATTENTION + NORMS + FFN,
-}
+TRAINED = (
+    ATTENTION + NORMS
+)  # feed-forwards are the teacher's: trained, they would make the file several times larger
 KERNELS = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -84,9 +81,8 @@ class Pair:
     Args:
         source: the teacher.
         spec: the student's attention.
-        student: its tensors by the names in ATTENTION (and NORMS, FFN if they were trained before),
-            stacked over layers; what is missing is the teacher's own.
-        train: which of them are trained.
+        student: its tensors by the names in ATTENTION (and NORMS if they were trained before), stacked over
+            layers; a norm that is missing starts as the teacher's own.
         cache_type: quantized cache to simulate; "f16" simulates none.
         device: where; on CUDA blocks are compiled and run in bfloat16, on a CPU everything is float32. The
             bfloat16 teacher is KL 7e-4 from the float32 one (SmolLM2-135M, argmax equal on 98.8 %).
@@ -97,7 +93,6 @@ class Pair:
         source: TensorSource,
         spec: MLA,
         student: Mapping[str, Array],
-        train: Train,
         cache_type: CacheType,
         device: torch.device,
         seq_len: int,
@@ -114,7 +109,7 @@ class Pair:
         name = "token_embd.weight" if self._tied else "output.weight"
         self.head = self._put(source.load(name), torch.float16 if on_gpu else torch.float32)
         self.output_norm = self._put(source.load("output_norm.weight")[None], torch.float32)
-        self._load_student(student, TRAINED[train])
+        self._load_student(student)
         self.rope_teacher = rope_tables(seq_len, attention.rope.theta, attention.rope.dim, device)
         self.rope_student = rope_tables(seq_len, spec.rope.theta, spec.rope.dim, device)
         compiled = _compile if on_gpu else _as_is
@@ -127,28 +122,26 @@ class Pair:
     def _put(self, array: Array, dtype: torch.dtype) -> Tensor:
         return torch.tensor(array, dtype=dtype, device=self.device)
 
-    def _load_student(self, student: Mapping[str, Array], trained: tuple[str, ...]) -> None:
-        """Fill `params`, and for each block the views of them or of what it shares with the teacher."""
+    def _load_student(self, student: Mapping[str, Array]) -> None:
+        """Fill `params`, and for each block the views of them and of what it shares with the teacher."""
         self.params: dict[str, Tensor] = {}
-        views: dict[str, list[Tensor]] = {}
-        for name in ATTENTION + NORMS + FFN:
-            own = list(self.output_norm) if name == "output_norm" else []
-            if name in GQAWeights._fields and name not in ATTENTION:
-                own = [getattr(weights, name) for weights in self._teacher]
-            if name not in trained and name not in student:
-                views[name] = own
-                continue
-            dtype = torch.float32 if name in trained or name in NORMS else self.dtype
-            whole = (
-                self._put(student[name], dtype) if name in student else torch.stack(own).to(dtype, copy=True)
-            )
+        views: dict[str, list[Tensor]] = {
+            name: [getattr(weights, name) for weights in self._teacher]
+            for name in MLAWeights._fields
+            if name not in ATTENTION
+        }
+        views["output_norm"] = list(self.output_norm)
+        for name in TRAINED:
+            if name in student:
+                whole = self._put(student[name], torch.float32)
+            else:
+                whole = torch.stack(views[name]).to(torch.float32, copy=True)
+            whole.grad = torch.zeros_like(whole)
+            self.params[name] = whole
             views[name] = list(whole.detach().unbind(0))
-            if name in trained:
-                whole.grad = torch.zeros_like(whole)
-                self.params[name] = whole
-                for view, grad in zip(views[name], whole.grad.unbind(0), strict=True):
-                    view.requires_grad_()
-                    view.grad = grad
+            for view, grad in zip(views[name], whole.grad.unbind(0), strict=True):
+                view.requires_grad_()
+                view.grad = grad
         self._student = [
             MLAWeights(*(views[name][i] for name in MLAWeights._fields)) for i in range(self.n_layers)
         ]

@@ -7,7 +7,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -20,7 +19,7 @@ from edgekv.errors import EdgeKVError
 from edgekv.heal.judge import Judge
 from edgekv.heal.kl import CHUNK_LOGITS
 from edgekv.heal.optimizer import Optimizer, learning_rate
-from edgekv.heal.recipe import CurvePoint, Evaluation, HealedRecord, HealRecipe
+from edgekv.heal.recipe import CurvePoint, Evaluation, HealedRecord, HealRecipe, TrainingStep
 from edgekv.heal.state import State, load_state, save_state
 from edgekv.heal.teacher_student import Pair, attention_kernels
 from edgekv.heal.weights import MEAN_SQUARE, Storage, as_stored, write_healed
@@ -29,17 +28,23 @@ from edgekv.spec import MLA, ModelSpec
 from edgekv.text.shards import TokenStream
 
 HEADROOM = 0.85  # share of the free memory that is planned with; the rest is fragments and workspaces
+CURVE_POINTS = 200
+EVALUATIONS = 10
+CHECKPOINT_S = 120.0
+REPORT_S = 2.0
+TIMED_STEPS = 4
+
+Report = Callable[[TrainingStep | Evaluation], None]
 
 
-def saved_bytes_per_token(spec: ModelSpec, attention: MLA, recipe: HealRecipe) -> int:
+def saved_bytes_per_token(spec: ModelSpec, attention: MLA) -> int:
     """Bytes of activations that one token keeps for the backward pass, in 16 bits.
 
     A layer keeps four vectors of width D, q, k, v and the mix of each head, and gate and up of the
-    feed-forward (their product too if its weights are trained); one more layer's worth is in flight.
+    feed-forward; one more layer's worth is in flight.
     """
     heads = attention.n_heads * 2 * (attention.head_dim + attention.value_dim)
-    ffn = spec.layers[0].ffn_dim * (3 if recipe.train == "all" else 2)
-    return 2 * (4 * spec.dim + heads + ffn) * (spec.n_layers + 1)
+    return 2 * (4 * spec.dim + heads + 2 * spec.layers[0].ffn_dim) * (spec.n_layers + 1)
 
 
 def micro_sequences(
@@ -54,33 +59,10 @@ def micro_sequences(
         return recipe.batch_sequences
     free, _ = torch.cuda.mem_get_info(device)
     logits = 3 * 2 * CHUNK_LOGITS  # student, teacher and one in the making
-    per_sequence = saved_bytes_per_token(spec, attention, recipe) * recipe.seq_len
+    per_sequence = saved_bytes_per_token(spec, attention) * recipe.seq_len
     fitting = int((HEADROOM * free - logits - 8 * trained) // per_sequence)
     parts = -(-recipe.batch_sequences // max(1, fitting))
     return -(-recipe.batch_sequences // parts)
-
-
-CURVE_POINTS = 200
-EVALUATIONS = 10
-CHECKPOINT_S = 120.0
-REPORT_S = 2.0
-TIMED_STEPS = 4
-
-
-@dataclass(frozen=True)
-class TrainingStep:
-    """Where a training is; sent every few seconds."""
-
-    step: int
-    steps: int
-    phase: int
-    loss: float
-    lr: float
-    tokens_per_s: float
-    eta_s: float
-
-
-Report = Callable[[TrainingStep | Evaluation], None]
 
 
 class Healer:
@@ -109,10 +91,8 @@ class Healer:
         recipe = record.recipe
         self.record, self.stream, self.device, self.report = record, stream, device, report
         self.start = start
-        self.pair = Pair(
-            source, record.attention, start, recipe.train, recipe.cache_type, device, recipe.seq_len
-        )
-        self.optimizer = Optimizer(self.pair.params, recipe)
+        self.pair = Pair(source, record.attention, start, recipe.cache_type, device, recipe.seq_len)
+        self.optimizer = Optimizer(self.pair.params)
         self.judge = Judge(source, windows, device)
         trained = sum(param.numel() for param in self.pair.params.values())
         self.micro = micro_sequences(source.spec, record.attention, recipe, trained, device)

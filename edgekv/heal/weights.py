@@ -3,7 +3,7 @@
 The file is a safetensors: each tensor is stored as the bytes of a GGML type (Q6_K, Q8_0, BF16 or F32) stacked over
 layers, and one metadata entry, "edgekv.heal", holds a HealedRecord and each tensor's type and shape as JSON.
 Latent encoders are stored without the norm trick's scale. They undo the covariance of their input, so their columns
-differ widely; from format 2 on, a quantized one has a scale for each column in a tensor of its own.
+differ widely; from format 2 on, a quantized one has a scale per column in a tensor of its own.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from edgekv.convert.layers import converted_source
 from edgekv.documents import SchemaError, decode, encode
 from edgekv.errors import InputError, UnsupportedError
 from edgekv.files import atomic_path, file_sha256
-from edgekv.heal.recipe import HealedRecord
+from edgekv.heal.recipe import HealedRecord, drop_retired
 from edgekv.models.gguf.source import GGUFSource
 from edgekv.quant import q6_k
+from edgekv.rewrite.cache_basis import ATTENTION
 from edgekv.rewrite.norm_trick import fold_norm, unfold_norm
 from edgekv.source import Array, LazySource, TensorSource
 from edgekv.spec import MLA, ModelSpec
@@ -38,16 +39,14 @@ RECORD_KEY = "edgekv.heal"
 Storage = Literal["q6_k", "q8_0", "bf16"]
 Tensors = Mapping[str, Array]
 
-# Name of a stacked tensor: the GGUF tensors of one block that it joins along their first axis.
-PLAIN_PARTS: Mapping[str, tuple[str, ...]] = {
-    "attn_norm": ("attn_norm.weight",),
-    "q": ("attn_q.weight",),
-    "k_b": ("attn_k_b.weight",),
-    "v_b": ("attn_v_b.weight",),
-    "output": ("attn_output.weight",),
-    "ffn_norm": ("ffn_norm.weight",),
-    "gate_up": ("ffn_gate.weight", "ffn_up.weight"),
-    "down": ("ffn_down.weight",),
+# Stacked tensors that are a block's own: the name of the block's tensor in GGUF.
+BLOCK_NAMES: Mapping[str, str] = {
+    "attn_norm": "attn_norm.weight",
+    "q": "attn_q.weight",
+    "k_b": "attn_k_b.weight",
+    "v_b": "attn_v_b.weight",
+    "output": "attn_output.weight",
+    "ffn_norm": "ffn_norm.weight",
 }
 MEAN_SQUARE = "latent_mean_square"  # (layers,): what the norm trick scales by
 ENCODER, COLUMN_SCALE = "kv_a", "kv_a_column_scale"  # the scale: (layers, D)
@@ -68,7 +67,7 @@ def student_tensors(converted: TensorSource) -> dict[str, Array]:
         rank = attention.kv_lora_rank
         kv_a.append(np.concatenate([unfold_norm(rows[:rank], norm, spec.norm_eps), rows[rank:]]))
     tensors = {
-        name: np.stack([converted.load(f"blk.{i}.{PLAIN_PARTS[name][0]}") for i in range(spec.n_layers)])
+        name: np.stack([converted.load(f"blk.{i}.{BLOCK_NAMES[name]}") for i in range(spec.n_layers)])
         for name in ("q", "k_b", "v_b", "output")
     }
     return tensors | {"kv_a": np.stack(kv_a)}
@@ -77,8 +76,8 @@ def student_tensors(converted: TensorSource) -> dict[str, Array]:
 def healed_source(source: TensorSource, attention: MLA, tensors: Tensors) -> TensorSource:
     """The original with healed tensors in place of its own; what was not trained is borrowed.
 
-    `tensors` has the names of `student_tensors`, MEAN_SQUARE, and "attn_norm", "ffn_norm", "output_norm",
-    "gate_up", "down" where those were trained.
+    `tensors` has the names of `student_tensors`, MEAN_SQUARE, and "attn_norm", "ffn_norm", "output_norm" where those
+    were trained.
     """
     replaced = _gguf_tensors(tensors, attention.kv_lora_rank, source.spec)
     converted = converted_source(source, attention, lambda name: replaced[name])
@@ -101,10 +100,7 @@ def _gguf_tensors(tensors: Tensors, rank: int, spec: ModelSpec) -> dict[str, Arr
         latent, norm = fold_norm(kv_a[:rank], float(tensors[MEAN_SQUARE][i]), spec.norm_eps)
         named[f"blk.{i}.attn_kv_a_mqa.weight"] = np.concatenate([latent, kv_a[rank:]])
         named[f"blk.{i}.attn_kv_a_norm.weight"] = norm
-        for name, parts in PLAIN_PARTS.items():
-            if name in tensors:
-                arrays = np.split(tensors[name][i], len(parts))
-                named |= {f"blk.{i}.{part}": array for part, array in zip(parts, arrays, strict=True)}
+        named |= {f"blk.{i}.{own}": tensors[name][i] for name, own in BLOCK_NAMES.items() if name in tensors}
     return named
 
 
@@ -182,6 +178,7 @@ def read_healed(path: Path) -> tuple[HealedRecord, dict[str, Array]]:
             document = json.loads((file.metadata() or {})[RECORD_KEY])
             if (found := document["record"]["format"]) not in READABLE:
                 raise InputError(f"{path} has format {found}, this EdgeKV reads {FORMAT}; upgrade EdgeKV")
+            drop_retired(document["record"], path)
             record = decode(HealedRecord, document["record"])
             tensors = {
                 name: _restore(
@@ -207,26 +204,27 @@ def _restore(data: NDArray[np.uint8], kind: QuantType, shape: tuple[int, ...]) -
     return np.asarray(gguf.quants.dequantize(data, kind), np.float32).reshape(shape)
 
 
+def student_shapes(attention: MLA, n_layers: int, dim: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of `student_tensors`."""
+    h, r, n, v = attention.n_heads, attention.kv_lora_rank, attention.nope_dim, attention.value_dim
+    return {
+        "q": (n_layers, h * attention.head_dim, dim),
+        "kv_a": (n_layers, attention.cache_values, dim),
+        "k_b": (n_layers, h, r, n),
+        "v_b": (n_layers, h, v, r),
+        "output": (n_layers, dim, h * v),
+    }
+
+
 def _check_shapes(path: Path, record: HealedRecord, tensors: Tensors) -> None:
-    h, r, p = record.n_heads, record.kv_lora_rank, record.rope_dim
-    n, v = record.nope_dim, record.value_dim
-    for name in ("q", "kv_a", "k_b", "v_b", "output", MEAN_SQUARE):
+    for name in (*ATTENTION, MEAN_SQUARE):
         if name not in tensors:
             raise InputError(f"{path}: tensor {name} is missing; write the file again with `edgekv heal`")
     n_layers, _, dim = tensors["q"].shape
-    wanted = {
-        "q": (h * (n + p), dim),
-        "kv_a": (r + p, dim),
-        "k_b": (h, r, n),
-        "v_b": (h, v, r),
-        "output": (dim, h * v),
-        MEAN_SQUARE: (),
-    }
+    wanted = {**student_shapes(record.attention, n_layers, dim), MEAN_SQUARE: (n_layers,)}
     for name, shape in wanted.items():
-        if tensors[name].shape != (n_layers, *shape):
-            raise InputError(
-                f"{path}: tensor {name} has shape {tensors[name].shape}, not {(n_layers, *shape)}"
-            )
+        if tensors[name].shape != shape:
+            raise InputError(f"{path}: tensor {name} has shape {tensors[name].shape}, not {shape}")
     for name, array in tensors.items():
         if not np.isfinite(array).all():
             raise InputError(f"{path}: tensor {name} holds NaN or infinity; heal again with a lower --lr")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgekv.cache.store import KVCache
 from edgekv.reference.attention import MLAForm, gqa_attention, mla_attention
@@ -27,7 +28,7 @@ def load_block(source: TensorSource, layer: int) -> BlockWeights:
 def block_forward(
     x: Array, w: BlockWeights, spec: ModelSpec, layer: int, cache: KVCache, form: MLAForm = "absorbed"
 ) -> Array:
-    """One pre-norm transformer block on hidden states x (T, D)."""
+    """One pre-norm transformer block on hidden states x (N, D)."""
     here, scale, eps = spec.layers[layer], np.float32(spec.residual_scale), spec.norm_eps
     normed = rms_norm(x, w["attn_norm.weight"], eps)
     if isinstance(here.attention, MLA):
@@ -67,16 +68,18 @@ class ReferenceModel:
         self._norm = source.load("output_norm.weight")
         self._head = self._embed if self.spec.tied_embeddings else source.load("output.weight")
 
-    def new_cache(self, n_ctx: int) -> KVCache:
-        return KVCache(self.spec, n_ctx)
+    def new_cache(self, n_ctx: int, n_sequences: int | None = None) -> KVCache:
+        """A cache of n_ctx tokens, of one sequence or of several that advance together."""
+        return KVCache(self.spec, n_ctx, n_sequences)
 
-    def hidden(self, tokens: Sequence[int], cache: KVCache) -> Array:
-        """Append tokens to the cache; their normed final hidden states, (T, D)."""
-        x = self._embed[np.asarray(tokens, dtype=np.int64)] * np.float32(self.spec.embedding_scale)
+    def hidden(self, tokens: Sequence[int] | NDArray[np.int64], cache: KVCache) -> Array:
+        """Append tokens ([B,] T) to the cache; their normed final hidden states, ([B,] T, D)."""
+        ids = np.asarray(tokens, dtype=np.int64)
+        x = self._embed[ids.reshape(-1)] * np.float32(self.spec.embedding_scale)
         for i, weights in enumerate(self._blocks):
             x = block_forward(x, weights, self.spec, i, cache, self.form)
-        cache.advance(len(tokens))
-        return rms_norm(x, self._norm, self.spec.norm_eps)
+        cache.advance(ids.shape[-1])
+        return rms_norm(x, self._norm, self.spec.norm_eps).reshape(*ids.shape, -1)
 
     def logits(self, hidden: Array) -> Array:
         """Hidden states (..., D) to logits (..., vocab)."""

@@ -1,7 +1,7 @@
 """NumPy building blocks of a transformer, in float32.
 
 Letters for shapes are those of edgekv/spec.py: T tokens, S cached tokens, D width, H query heads,
-G KV heads, K head dim, R latent rank, P rope dims, N no-rope dims, V value dims a head.
+G KV heads, K head dim, R latent rank, P rope dims, N no-rope dims, V value dims per head.
 """
 
 from __future__ import annotations
@@ -117,3 +117,8 @@ def log_softmax(logits: Array) -> Array:
     """Log-probabilities over the last axis."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)), dtype=np.float32)
+
+
+def kl_rows(log_p: NDArray[np.floating], log_q: NDArray[np.floating]) -> NDArray[np.float64]:
+    """KL(p || q) of each row in nats, from log-probabilities (..., vocab)."""
+    return np.asarray((np.exp(log_p) * (log_p - log_q)).sum(axis=-1, dtype=np.float64))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from edgekv.backends.base import Backend
 from edgekv.errors import InputError
 from edgekv.source import Array
+from edgekv.text.files import read_hashed_text
 from edgekv.tokenizer.tokenizer import Tokenizer
 
 ROWS = 128  # logits held at once: 25 MB with a vocabulary of 49,152
@@ -51,21 +51,6 @@ class Text:
         return {"text": self.sha256, "length": self.length, "first": self.first}
 
 
-def read_text(path: Path) -> tuple[str, str]:
-    """A UTF-8 text file, and the SHA-256 of its bytes.
-
-    Raises:
-        InputError: it cannot be read or is not UTF-8.
-    """
-    try:
-        data = path.read_bytes()
-        return data.decode(), hashlib.sha256(data).hexdigest()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; check the path") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error}); convert it, e.g. with iconv") from error
-
-
 def cut_windows(
     path: Path, tokenizer: Tokenizer, length: int, limit: int | None, option: str = "--window"
 ) -> Text:
@@ -76,7 +61,7 @@ def cut_windows(
     """
     if length < 4:
         raise InputError(f"a window of {length} tokens has no half to score; take 4 or more")
-    text, sha256 = read_text(path)
+    text, sha256 = read_hashed_text(path)
     tokens = np.asarray(tokenizer.encode(text), np.int64)
     count = len(tokens) // length
     if not count:

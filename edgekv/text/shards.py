@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +17,11 @@ from edgekv.files import atomic_path, file_sha256
 from edgekv.progress import Progress
 from edgekv.source import TensorSource
 from edgekv.spec import Metadata
+from edgekv.text.files import documents
 
 Tokens = NDArray[np.uint16] | NDArray[np.uint32]
 Encode = Callable[[str], list[int]]
 
-DOCUMENT_BREAK = "\n\n\n"
-READ_CHARS = 1 << 20
 BREAK_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
 
@@ -34,36 +32,6 @@ class Shard:
     name: str
     sha256: str
     tokens: Tokens
-
-
-def documents(path: Path) -> Iterator[str]:
-    """The documents of a .txt or .txt.xz file (UTF-8, three newlines between documents), one at a time.
-
-    Raises:
-        InputError: the file cannot be read, is not UTF-8 or is damaged.
-    """
-    try:
-        with _open_text(path) as file:
-            rest = ""
-            while piece := file.read(READ_CHARS):
-                *whole, rest = (rest + piece).split(DOCUMENT_BREAK)
-                yield from (text for text in whole if text.strip())
-            if rest.strip():
-                yield rest
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 text (byte {error.start}); convert it, e.g. with iconv"
-        ) from error
-    except (lzma.LZMAError, EOFError) as error:
-        raise InputError(f"{path} is damaged: {error}; fetch it again") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _open_text(path: Path) -> IO[str]:
-    if path.suffix == ".xz":
-        return lzma.open(path, "rt", encoding="utf-8", newline="\n")
-    return open(path, encoding="utf-8", newline="\n")
 
 
 def break_token(metadata: Metadata) -> int:
@@ -92,24 +60,29 @@ def tokenize(texts: Iterator[str], encode: Encode, between: int, progress: Progr
         progress(done, 0)
 
 
-def load_shard(path: Path, source: TensorSource, encode: Encode, progress: Progress) -> Shard:
+def load_shard(
+    path: Path, source: TensorSource, encode: Encode, progress: Progress, option: str = "--text"
+) -> Shard:
     """The tokens of a text, or of a token file (.npy or .npy.xz: one row of uint16 or uint32).
 
     A text is tokenized once: the tokens stay in the cache folder, under a name made of the text's and the
     vocabulary's hashes.
 
+    Args:
+        option: what the user typed the path behind; errors name it.
+
     Raises:
         InputError: the file cannot be read, or holds tokens that the model does not have.
     """
     if not path.is_file():
-        raise InputError(f"{path} does not exist; --text takes .txt, .txt.xz, .npy or .npy.xz files")
+        raise InputError(f"{path} does not exist; {option} takes .txt, .txt.xz, .npy or .npy.xz files")
     digest = file_sha256(path)
     if path.name.endswith((".npy", ".npy.xz")):
         return Shard(path.name, digest, _read_tokens(path, source.spec.vocab))
     cached = cache_folder() / f"{digest[:24]}-{_vocabulary_key(source)}.npy"
     if not cached.exists():
         cached.parent.mkdir(parents=True, exist_ok=True)
-        ids = tokenize(documents(path), encode, break_token(source.metadata), progress)
+        ids = tokenize(documents(path, option), encode, break_token(source.metadata), progress)
         write_tokens(cached, ids, source.spec.vocab)
     return Shard(path.name, digest, _read_tokens(cached, source.spec.vocab))
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from edgekv.errors import InputError
 from edgekv.progress import Progress
 from edgekv.source import TensorSource
+from edgekv.text.files import read_text
 from edgekv.text.self_written import sample_windows
 from edgekv.tokenizer.tokenizer import Tokenizer
 
@@ -42,14 +43,9 @@ def windows_from_files(
 
 
 def _sample_text(path: Path, windows: int, rng: np.random.Generator) -> str:
-    """Enough of a text for so many windows, as pieces from all over it, so that long files cost no more."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"--text {path} cannot be read as UTF-8 text: {error}; give a plain text file"
-        ) from error
-    piece = 8 * WINDOW  # characters; no tokenizer here averages more than eight a token on text
+    """Enough of a text for that many windows, as pieces from all over it, so that long files cost no more."""
+    text = read_text(path, "--text")
+    piece = 8 * WINDOW  # characters; no tokenizer here averages more than eight per token on text
     if len(text) <= piece * windows:
         return text
     starts = rng.permutation(len(text) // piece)[:windows] * piece

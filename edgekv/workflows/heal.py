@@ -105,10 +105,12 @@ def _job(request: HealRequest, progress: Stages) -> HealJob:
     attention = resolve_target(gqa, *sizes, healed=True)
     tokenizer = Tokenizer.from_metadata(source.metadata)
 
-    def shard(path: Path) -> Shard:
-        return load_shard(path, source, tokenizer.encode, progress(f"tokenizing {path.name}, characters"))
+    def shard(path: Path, option: str) -> Shard:
+        return load_shard(
+            path, source, tokenizer.encode, progress(f"tokenizing {path.name}, characters"), option
+        )
 
-    shards = [shard(path) for path in request.text]
+    shards = [shard(path, "--text") for path in request.text]
     if request.self_tokens:
         shards.append(_written(source, tokenizer, request.self_tokens, request, progress))
     return HealJob(
@@ -116,7 +118,7 @@ def _job(request: HealRequest, progress: Stages) -> HealJob:
         attention=attention,
         recipe=request.recipe,
         shards=tuple(shards),
-        evaluation=shard(request.eval_text) if request.eval_text else None,
+        evaluation=shard(request.eval_text, "--eval-text") if request.eval_text else None,
         windows=request.eval_windows,
         out=request.output,
         storage=request.store,

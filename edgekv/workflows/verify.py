@@ -13,7 +13,7 @@ from edgekv.evaluate.model_under_test import read_tokenizer
 from edgekv.evaluate.verify import Comparison, compare, sample_tokens
 from edgekv.models.open import open_model
 from edgekv.progress import Stages, silent
-from edgekv.text.scored import read_text
+from edgekv.text.files import read_text
 from edgekv.workflows.request import Request
 
 TOKENS = 256
@@ -87,7 +87,7 @@ def _open(path: Path, backend: Kind | None, n_ctx: int, cache_type: str) -> Back
 
 
 def _read(text: Path, model: Path, n_tokens: int) -> list[int]:
-    ids = read_tokenizer(model).encode(read_text(text)[0])[:n_tokens]
+    ids = read_tokenizer(model).encode(read_text(text, "--text"))[:n_tokens]
     if len(ids) < 2:
         raise InputError(f"--text {text} holds {len(ids)} tokens, at least 2 are needed; give a longer text")
     return ids

@@ -12,7 +12,7 @@ import pytest
 from edgekv.backends.llama_cpp.backend import LlamaCppBackend
 from edgekv.backends.reference import ReferenceBackend
 from edgekv.convert.layers import METHODS, LayerLoss, convert, convertible_attention
-from edgekv.convert.statistics import Recipe
+from edgekv.convert.statistics import FitRecipe
 from edgekv.convert.target import target_spec
 from edgekv.errors import ModelFileError, UnsupportedError
 from edgekv.evaluate.verify import compare
@@ -35,7 +35,7 @@ def converted(
     source: TensorSource,
     sizes: tuple[int, int, int],
     folder: Path,
-    recipe: Recipe,
+    recipe: FitRecipe,
     windows: np.ndarray = WINDOWS,
 ) -> tuple[TensorSource, list[LayerLoss]]:
     """sizes: rank, rope dim, nope dim."""
@@ -53,7 +53,7 @@ def test_one_kv_head_at_full_rank_is_reproduced(
 ) -> None:
     """The rope key holds all of the key, the latent all of the value: nothing is lost but the norm trick's share."""
     source = make_llama(n_kv_heads=1, tied=tied)
-    plain = Recipe(query_iterations=0, refit_output=False)
+    plain = FitRecipe(query_iterations=0, refit_output=False)
     for name, recipe in {"plain": plain, "refitted": METHODS["edgekv"]}.items():
         folder = tmp_path / name
         folder.mkdir()
@@ -82,7 +82,7 @@ def test_every_refit_lowers_the_output_error(make_llama: Callable[..., LazySourc
     for i, (queries, outputs) in enumerate([(0, False), (4, False), (4, True)]):
         folder = tmp_path / str(i)
         folder.mkdir()
-        recipe = Recipe(query_iterations=queries, refit_output=outputs, sequential=False)
+        recipe = FitRecipe(query_iterations=queries, refit_output=outputs, sequential=False)
         _, losses = converted(make_llama(), (32, 16, 16), folder, recipe, MANY)
         found.append([loss.output_error for loss in losses])
     plain, queries_refitted, all_refitted = np.array(found)

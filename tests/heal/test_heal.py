@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from edgekv.cli.heal import command
 from edgekv.errors import EdgeKVError, InputError, OutputError
+from edgekv.heal.recipe import RETIRED
 from edgekv.heal.teacher_student import Pair
 from edgekv.heal.weights import (
     as_stored,
@@ -32,7 +34,7 @@ ARGS = [
     *("--kv-lora-rank", "32", "--rope-dim", "32", "--nope-dim", "16", "--device", "cpu"),
     *("--batch-tokens", "512", "--seq-len", "64", "--lr", "3e-3", "--eval-windows", "8"),
 ]
-
+MODELS = Path(__file__).parents[2] / "models"
 
 KILLED_AT_THE_FOURTH_SAVE = """
 import os, signal, torch
@@ -135,7 +137,7 @@ def test_a_second_training_keeps_the_record_of_the_first(tiny_gguf, text_file, u
     assert record.tokens_seen == 5 * 512
 
 
-@pytest.mark.parametrize("options", [[], ["--cache-type", "q4_0"]])
+@pytest.mark.parametrize("options", [["--short-len", "32"], ["--cache-type", "q4_0"]])
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
     tiny_gguf, text_file, unhealed, tmp_path, options
 ):
@@ -284,6 +286,32 @@ def test_a_file_gives_back_the_tensors_as_rounded(unhealed, tmp_path, storage, b
         np.testing.assert_array_equal(read[name], rounded[name], err_msg=name)
         scale = columns if name == "kv_a" else 1
         assert np.linalg.norm((read[name] - array) / scale) <= bound * np.linalg.norm(array / scale), name
+
+
+def with_recipe(path: Path, out: Path, **recipe: object) -> Path:
+    """A copy of a file of healed weights whose record's recipe holds more."""
+    with safe_open(path, framework="np") as file:
+        document = json.loads(file.metadata()["edgekv.heal"])
+    document["record"]["recipe"] |= recipe
+    save_file(load_file(path), out, {"edgekv.heal": json.dumps(document)})
+    return out
+
+
+def test_choices_that_older_records_hold_are_read_where_they_are_what_is_done(unhealed, tmp_path):
+    copy = with_recipe(unhealed, tmp_path / "old.safetensors", **RETIRED)
+    assert read_healed(copy)[0] == read_healed(unhealed)[0]
+    for name in RETIRED:
+        with pytest.raises(InputError, match=f"was healed with {name} 'x'"):
+            read_healed(with_recipe(unhealed, tmp_path / "other.safetensors", **{name: "x"}))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "models").glob("*.safetensors")), ids=lambda path: path.stem
+)
+def test_the_files_that_come_with_edgekv_are_read(path):
+    record, tensors = read_healed(path)
+    assert record.recipe.steps == record.steps_done
+    assert tensors["q"].shape[0] == 30
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "other", "nan", "unscored"])

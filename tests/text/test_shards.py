@@ -45,7 +45,7 @@ def test_a_break_across_two_reads_is_seen(tmp_path, monkeypatch):
     path = tmp_path / "t.txt"
     path.write_text("ab\n\n\ncd\n\n\nef")
     for size in range(1, 8):
-        monkeypatch.setattr("edgekv.text.shards.READ_CHARS", size)
+        monkeypatch.setattr("edgekv.text.files.READ_CHARS", size)
         assert list(documents(path)) == ["ab", "cd", "ef"], size
 
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from edgekv.backends.llama_cpp.library import LOG, llama, repacking_is_safe
 from edgekv.errors import BackendError
 from edgekv.progress import Progress
+from edgekv.reference.sample import write_on
 from edgekv.source import Array
 
 LOGITS_EVERY = 8  # tokens: only where logits are asked for does the output matrix run
@@ -170,25 +171,19 @@ def sample_text(
 
     As edgekv.text.self_written (LLM-QAT, arXiv 2305.17888, section 2.1), for whatever llama.cpp runs.
     """
-    api, rng = llama(), np.random.default_rng(seed)
-    n, given = prompts.shape
+    api, (n, _) = llama(), prompts.shape
     assert n <= MAX_SEQUENCES, n
-    windows = np.zeros((n, length), np.int64)
-    windows[:, :given] = prompts
-    sequences = np.arange(n)
+    sequences, every = np.arange(n), np.ones(n, bool)
     with _context(path, length * n, n, n_threads, None) as context:
         n_vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(api.llama_get_model(context)))
-        for position in range(length - 1):
-            _decode(context, windows[:, position], np.full(n, position), sequences, np.ones(n, bool))
-            if position + 1 >= given:
-                pointer = ctypes.addressof(api.llama_get_logits_ith(context, 0).contents)
-                floats = (ctypes.c_float * (n * n_vocab)).from_address(pointer)
-                logits = np.frombuffer(memoryview(floats), np.float32).reshape(n, n_vocab)
-                # Gumbel-max: argmax of logits plus Gumbel noise is a draw from the softmax
-                noise = -np.log(rng.exponential(size=logits.shape))
-                windows[:, position + 1] = (logits + noise).argmax(axis=-1)
-            progress(position + 1, length - 1)
-    return windows
+
+        def step(tokens: NDArray[np.int64], position: int) -> Array:
+            _decode(context, tokens, np.full(n, position), sequences, every)
+            pointer = ctypes.addressof(api.llama_get_logits_ith(context, 0).contents)
+            floats = (ctypes.c_float * (n * n_vocab)).from_address(pointer)
+            return np.frombuffer(memoryview(floats), np.float32).reshape(n, n_vocab)
+
+        return write_on(step, prompts, length, np.random.default_rng(seed), progress)
 
 
 @contextmanager
