@@ -37,6 +37,7 @@ HOMES = {
     "llama_cpp": ("edgekv/backends/",),
     "onnxruntime": ("edgekv/backends/",),
     "onnx": ("export/onnx/",),
+    "onnx_ir": ("export/onnx/",),
     "matplotlib": ("edgekv/evaluate/",),
     "torch": ("edgekv/heal/",),
     "transformers": (),

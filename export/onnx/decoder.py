@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from edgekv.export.onnx.attention import AttentionNodes, GroupedAttention, skip_norm
-from edgekv.export.onnx.graph import GraphWriter
+from edgekv.export.onnx.graph import GraphWriter, Value
 from edgekv.export.onnx.latent import Int8LatentAttention, LatentAttention
 from edgekv.export.onnx.weights import Bits, Embedding, LatentCache, Weights, linear
 from edgekv.progress import Progress
@@ -31,7 +31,6 @@ def add_decoder(
     mask = g.input("attention_mask", np.int64, (1, "total_length"))
     position_ids = g.input("position_ids", np.int64, (1, "sequence_length"))
     kept = g.optional_input("num_logits_to_keep", np.array([ALL_LOGITS], np.int64))
-    g.output("logits", np.float32, (1, "logits_length", spec.vocab))
     attention = _attention(g, spec, cache, mask, position_ids)
     # The token table and the head feel 4 bits most and are used by every token: 8, as llama.cpp's presets do.
     table_bits: Bits = 32 if bits == 32 else 8
@@ -39,7 +38,7 @@ def add_decoder(
     x = table.look_up(ids)
     if spec.embedding_scale != 1.0:
         x = g.op("Mul", x, g.scalar(spec.embedding_scale))
-    delta = ""
+    delta = None
     balance = RowBalance(source) if cache == "int8" else None
     for layer in range(spec.n_layers):
         w = load_block(source, layer)
@@ -52,13 +51,14 @@ def add_decoder(
     norm = g.weight("output_norm", source.load("output_norm.weight") * np.float32(spec.logit_scale))
     hidden, _ = skip_norm(g, x, delta, norm, spec.norm_eps)
     if spec.tied_embeddings:
-        table.head(hidden, out="logits")
+        logits = table.head(hidden)
     else:
-        linear(g, hidden, "head", source.load("output.weight"), table_bits, out="logits")
+        logits = linear(g, hidden, "head", source.load("output.weight"), table_bits)
+    g.output(logits, "logits", np.float32, (1, "logits_length", spec.vocab), first=True)
 
 
 def _attention(
-    g: GraphWriter, spec: ModelSpec, cache: LatentCache, mask: str, position_ids: str
+    g: GraphWriter, spec: ModelSpec, cache: LatentCache, mask: Value, position_ids: Value
 ) -> AttentionNodes:
     attention = spec.layers[0].attention
     assert len(set(spec.layers)) == 1, "checked before"
@@ -74,11 +74,11 @@ def _block(
     w: BlockWeights,
     layer: int,
     attention: AttentionNodes,
-    x: str,
-    delta: str,
+    x: Value,
+    delta: Value | None,
     bits: Bits,
-) -> tuple[str, str]:
-    """A pre-norm block. The residual stream is x + delta, "" for none: each norm does the addition.
+) -> tuple[Value, Value]:
+    """A pre-norm block. The residual stream is x + delta, None at first: each norm does the addition.
 
     The residual scale goes into the two matrices that write to the stream.
     """
@@ -93,13 +93,13 @@ def _block(
     return x, _feed_forward(g, normed, w, spec.layers[layer].ffn, f"layers.{layer}.ffn", bits)
 
 
-def _norm(g: GraphWriter, x: str, delta: str, weight: str, eps: float) -> tuple[str, str]:
-    if delta:
+def _norm(g: GraphWriter, x: Value, delta: Value | None, weight: Value, eps: float) -> tuple[Value, Value]:
+    if delta is not None:
         return skip_norm(g, x, delta, weight, eps)
     return g.op("RMSNormalization", x, weight, epsilon=eps), x
 
 
-def _feed_forward(g: GraphWriter, x: str, w: BlockWeights, kind: FFNKind, name: str, bits: Bits) -> str:
+def _feed_forward(g: GraphWriter, x: Value, w: BlockWeights, kind: FFNKind, name: str, bits: Bits) -> Value:
     up = linear(g, x, f"{name}.up", w["ffn_up.weight"], bits)
     if kind == "relu_squared":
         positive = g.op("Relu", up)
@@ -110,7 +110,7 @@ def _feed_forward(g: GraphWriter, x: str, w: BlockWeights, kind: FFNKind, name: 
     return linear(g, inner, f"{name}.down", w["ffn_down.weight"], bits)
 
 
-def _activation(g: GraphWriter, x: str, kind: FFNKind) -> str:
+def _activation(g: GraphWriter, x: Value, kind: FFNKind) -> Value:
     if kind == "geglu":
         return g.op("Gelu", x, approximate="tanh")
     return g.op("Mul", x, g.op("Sigmoid", x))  # onnxruntime fuses the two

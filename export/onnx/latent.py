@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from edgekv.export.onnx.attention import CACHE_LENGTH, rotate, rotation
-from edgekv.export.onnx.graph import FLOAT, INT8, MICROSOFT, UINT8, GraphWriter
+from edgekv.export.onnx.graph import GraphWriter, Value
 from edgekv.export.onnx.weights import Bits, linear
 from edgekv.reference.model import BlockWeights
 from edgekv.spec import MLA
@@ -22,7 +22,7 @@ TINY = 1e-30  # keeps the scale of an all-zero row from being zero
 class LatentAttention:
     """edgekv.export.onnx.attention.AttentionNodes for MLA with a float32 cache."""
 
-    def __init__(self, g: GraphWriter, spec: MLA, eps: float, mask: str, position_ids: str) -> None:
+    def __init__(self, g: GraphWriter, spec: MLA, eps: float, mask: Value, position_ids: Value) -> None:
         self._g, self._spec, self._eps = g, spec, eps
         self._tables = rotation(g, position_ids, spec.rope)
         positions = g.op("Reshape", position_ids, g.ints(-1))
@@ -32,7 +32,7 @@ class LatentAttention:
             "Concat", g.ints(spec.n_heads), g.op("Shape", self._mask), axis=0
         )  # (H, T, S)
 
-    def add(self, x: str, w: BlockWeights, layer: int, bits: Bits) -> str:
+    def add(self, x: Value, w: BlockWeights, layer: int, bits: Bits) -> Value:
         g, spec, name = self._g, self._spec, f"layers.{layer}.attn"
         queries = self._queries(x, w, name, bits)  # (1, H, T, W)
         row = self._row(x, w, name, bits)  # (1, 1, T, W)
@@ -47,7 +47,7 @@ class LatentAttention:
         merged = g.op("Reshape", g.op("Transpose", values, perm=[1, 0, 2]), g.ints(1, -1, w_o.shape[1]))
         return linear(g, merged, f"{name}.output", w_o, bits)
 
-    def _visible(self, mask: str, positions: str) -> str:
+    def _visible(self, mask: Value, positions: Value) -> Value:
         """(T, S): 0 where a token may look, -inf at later slots and where attention_mask has a 0."""
         g = self._g
         n_slots = g.op("Squeeze", g.op("Shape", mask, start=1, end=2), g.ints(0))
@@ -57,7 +57,7 @@ class LatentAttention:
         seen = g.op("And", earlier, g.op("Greater", mask, zero))
         return g.op("Where", seen, g.scalar(0.0), g.scalar(-np.inf))
 
-    def _queries(self, x: str, w: BlockWeights, name: str, bits: Bits) -> str:
+    def _queries(self, x: Value, w: BlockWeights, name: str, bits: Bits) -> Value:
         """Absorbed queries (1, H, T, W), scaled."""
         g, spec = self._g, self._spec
         if "attn_q.weight" in w:
@@ -75,7 +75,7 @@ class LatentAttention:
         rope = rotate(g, rope, self._tables, spec.n_heads, spec.rope)
         return g.op("Concat", g.op("MatMul", nope, k_b), rope, axis=-1)
 
-    def _row(self, x: str, w: BlockWeights, name: str, bits: Bits) -> str:
+    def _row(self, x: Value, w: BlockWeights, name: str, bits: Bits) -> Value:
         """What is cached of each token, (1, 1, T, W): the normed latent and the rotated rope key.
 
         Its weights keep 8 bits at least: every head and all later tokens see their error.
@@ -88,7 +88,7 @@ class LatentAttention:
         latent = g.op("RMSNormalization", latent, norm, epsilon=self._eps)
         return g.op("Concat", latent, rotate(g, key, self._tables, 1, spec.rope), axis=-1)
 
-    def _attend(self, queries: str, row: str, layer: int) -> str:
+    def _attend(self, queries: Value, row: Value, layer: int) -> Value:
         """Cache the new rows, then attend: (1, H, T, W) and (1, 1, T, W) -> (H, T, W)."""
         g, width = self._g, self._spec.cache_values
         flat = g.op("Reshape", queries, g.ints(-1, width))  # (H*T, W)
@@ -96,21 +96,20 @@ class LatentAttention:
         rows = g.op("Reshape", rows, g.ints(-1, width))  # (S, W)
         return self._attend_to(flat, rows)
 
-    def _attend_to(self, queries: str, rows: str) -> str:
+    def _attend_to(self, queries: Value, rows: Value) -> Value:
         """Queries (H*T, W) by rows (S, W), both float32: (H, T, W)."""
         g = self._g
         # The mask is added here and not by Gemm, which would want a copy of it for every head.
         scores = g.op("Reshape", g.op("Gemm", queries, rows, transB=1), self._score_shape)
         return g.op("MatMul", g.op("Softmax", g.op("Add", scores, self._mask), axis=-1), rows)
 
-    def _store(self, name: str, new: str, dtype: type[np.generic], width: int) -> str:
+    def _store(self, name: str, new: Value, dtype: type[np.generic], width: int) -> Value:
         """Write new (1, 1, T, width) into a cache tensor; all its slots (1, 1, S, width)."""
         g = self._g
         shape = (1, 1, CACHE_LENGTH, width)
-        past, present = f"past_key_values.{name}", f"present.{name}"
-        g.input(past, dtype, shape)
-        g.output(present, dtype, shape)
-        return g.op("TensorScatter", past, new, self._write_index, out=present, axis=2)
+        past = g.input(f"past_key_values.{name}", dtype, shape)
+        rows = g.op("TensorScatter", past, new, self._write_index, axis=2)
+        return g.output(rows, f"present.{name}", dtype, shape)
 
 
 class Int8LatentAttention(LatentAttention):
@@ -123,7 +122,7 @@ class Int8LatentAttention(LatentAttention):
     one digit would drop the thousands of small ones beside a strong attention sink.
     """
 
-    def __init__(self, g: GraphWriter, spec: MLA, eps: float, mask: str, position_ids: str) -> None:
+    def __init__(self, g: GraphWriter, spec: MLA, eps: float, mask: Value, position_ids: Value) -> None:
         super().__init__(g, spec, eps, mask, position_ids)
         self._zero_point = g.constant(np.array(128, np.uint8))
         self._one = g.scalar(1.0)
@@ -132,7 +131,7 @@ class Int8LatentAttention(LatentAttention):
         n_tokens = g.op("Size", position_ids)
         self._is_one_token = g.op("Equal", n_tokens, g.constant(np.array(1, np.int64)))
 
-    def _attend(self, queries: str, row: str, layer: int) -> str:
+    def _attend(self, queries: Value, row: Value, layer: int) -> Value:
         g, width = self._g, self._spec.cache_values
         scale = self._scale(row, 127)  # (1, 1, T, 1)
         codes = g.op("QuantizeLinear", g.op("Div", row, scale), self._one, self._zero_point)
@@ -146,7 +145,7 @@ class Int8LatentAttention(LatentAttention):
         )
         return g.op("Reshape", mixed, g.ints(self._spec.n_heads, -1, width))
 
-    def _attend_in_floats(self, queries: str, rows: str, scales: str) -> str:
+    def _attend_in_floats(self, queries: Value, rows: Value, scales: Value) -> Value:
         """Attend to rows of codes (1, 1, S, W) with scales (1, S) that are expanded first: (H, T, W)."""
         g, width = self._g, self._spec.cache_values
         codes = g.op("Reshape", rows, g.ints(-1, width))
@@ -155,52 +154,50 @@ class Int8LatentAttention(LatentAttention):
         )
         return self._attend_to(g.op("Reshape", queries, g.ints(-1, width)), exact)
 
-    def _attend_in_integers(self, queries: str, rows: str, scales: str) -> str:
+    def _attend_in_integers(self, queries: Value, rows: Value, scales: Value) -> Value:
         """The same for one token, by products of integers: (1, H*W)."""
         g = self._g
         scores = g.op("Add", g.op("Mul", self._scores(queries, rows), scales), self._mask)
         return self._mix(g.op("Softmax", scores, axis=-1), rows, scales)
 
-    def _scale(self, x: str, levels: int) -> str:
+    def _scale(self, x: Value, levels: int) -> Value:
         """max |x| / levels over the last axis, which stays with length 1."""
         g = self._g
         peak = g.op("ReduceMax", g.op("Abs", x), g.ints(-1))
         return g.op("Max", g.op("Mul", peak, g.scalar(1 / levels)), g.scalar(TINY))
 
-    def _scores(self, queries: str, rows: str) -> str:
+    def _scores(self, queries: Value, rows: Value) -> Value:
         """Queries (1, H, 1, W) by rows of codes (1, 1, S, W), before the rows' scales: (H, S)."""
         g, width = self._g, self._spec.cache_values
         scale = self._scale(queries, 63)  # (1, H, 1, 1)
         exact = g.op("Div", queries, scale)
         high = g.op("Round", exact)
         low = g.op("Round", g.op("Mul", g.op("Sub", exact, high), g.scalar(64)))
-        digits = g.op("Cast", g.op("Concat", high, low, axis=1), to=INT8)  # (1, 2*H, 1, W)
+        digits = g.cast(g.op("Concat", high, low, axis=1), np.int8)  # (1, 2*H, 1, W)
         digits = g.op("Reshape", g.op("Transpose", digits, perm=[3, 0, 1, 2]), g.ints(width, -1))
         units = g.op("Reshape", g.op("Concat", scale, scale, axis=1), g.ints(-1))  # (2*H,)
         products = g.op(
             "MatMulIntegerToFloat",
             *(rows, digits, self._one, units, self._zero_point),
-            domain=MICROSOFT,
         )
         by_digit = g.op("Transpose", products, perm=[0, 1, 3, 2])  # (1, 1, 2*H, S)
         return g.op("Reshape", self._sum_digits(by_digit, 1 / 64), g.ints(self._spec.n_heads, -1))
 
-    def _mix(self, weights: str, rows: str, scales: str) -> str:
+    def _mix(self, weights: Value, rows: Value, scales: Value) -> Value:
         """Attention weights (H, S) by rows of codes (1, 1, S, W) and their scales (1, S): (1, H*W)."""
         g = self._g
         unit = g.op("Mul", g.op("ReduceMax", scales, keepdims=0), g.scalar(1 / 255))
         exact = g.op("Mul", weights, g.op("Div", scales, unit))  # 0 to 255
-        high = g.op("Cast", exact, to=UINT8)  # truncates
-        rest = g.op("Sub", exact, g.op("Cast", high, to=FLOAT))
+        high = g.cast(exact, np.uint8)  # truncates
+        rest = g.op("Sub", exact, g.cast(high, np.float32))
         low = g.op("QuantizeLinear", rest, g.scalar(1 / 255), g.constant(np.array(0, np.uint8)))
         products = g.op(
             "MatMulIntegerToFloat",
-            *(g.op("Concat", high, low, axis=0), rows, unit, self._one, "", self._zero_point),
-            domain=MICROSOFT,
+            *(g.op("Concat", high, low, axis=0), rows, unit, self._one, None, self._zero_point),
         )  # (1, 1, 2*H, W)
         return self._sum_digits(products, 1 / 255)
 
-    def _sum_digits(self, x: str, low_unit: float) -> str:
+    def _sum_digits(self, x: Value, low_unit: float) -> Value:
         """The first half of x plus the second times its unit, flat: (1, n/2). One pass, no copies."""
         g = self._g
         digit_units = g.constant(np.array([[1.0, low_unit]], np.float32))

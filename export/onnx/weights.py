@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekv.export.onnx.graph import MICROSOFT, GraphWriter
 from edgekv.quant.rounding import block_scales
 from edgekv.source import Array
+
+if TYPE_CHECKING:
+    from edgekv.export.onnx.graph import GraphWriter, Value
 
 Weights = Literal["f32", "int8", "int4"]
 LatentCache = Literal["f32", "int8"]
@@ -45,13 +47,13 @@ def quantize_blocks(matrix: Array, bits: int) -> Blocks:
     return Blocks(bits, codes, scales[..., 0])
 
 
-def linear(g: GraphWriter, x: str, name: str, matrix: Array, bits: Bits, out: str = "") -> str:
+def linear(g: GraphWriter, x: Value, name: str, matrix: Array, bits: Bits) -> Value:
     """x (..., K) times a weight (N, K) transposed."""
     if bits == 32:
-        return g.op("MatMul", x, g.weight(name, matrix.T), out=out)
+        return g.op("MatMul", x, g.weight(name, matrix.T))
     blocks = quantize_blocks(matrix, bits)
     packed, scales = g.weight(f"{name}.packed", blocks.packed), g.weight(f"{name}.scales", blocks.scales)
-    return _matmul_nbits(g, x, packed, scales, matrix.shape, bits, out)
+    return _matmul_nbits(g, x, packed, scales, matrix.shape, bits)
 
 
 class Embedding:
@@ -61,52 +63,47 @@ class Embedding:
         self._g, self._name, self._bits = g, name, bits
         self._shape = table.shape  # (vocab, D)
         if bits == 32:
-            g.weight(name, table)
+            self._rows = g.weight(name, table)
             return
         blocks = quantize_blocks(table, bits)
         self._blocks_shape = blocks.packed.shape
         # Blocks are padded: the table's rows are as wide as the blocks, not as the model.
         assert table.shape[1] % BLOCK == 0, "the width of the model is checked before"
-        g.weight(f"{name}.rows", blocks.packed.reshape(len(table), -1))
-        g.weight(f"{name}.scales", blocks.scales)
+        self._rows = g.weight(f"{name}.rows", blocks.packed.reshape(len(table), -1))
+        self._scales = g.weight(f"{name}.scales", blocks.scales)
 
-    def look_up(self, ids: str) -> str:
+    def look_up(self, ids: Value) -> Value:
         """Rows of tokens (1, T) -> (1, T, D)."""
         if self._bits == 32:
-            return self._g.op("Gather", self._name, ids, axis=0)
+            return self._g.op("Gather", self._rows, ids, axis=0)
         return self._g.op(
             "GatherBlockQuantized",
-            f"{self._name}.rows",
-            ids,
-            f"{self._name}.scales",
-            domain=MICROSOFT,
+            *(self._rows, ids, self._scales),
             bits=self._bits,
             block_size=BLOCK,
             gather_axis=0,
             quantize_axis=1,
         )
 
-    def head(self, x: str, out: str) -> str:
+    def head(self, x: Value) -> Value:
         """Logits of hidden states (1, T, D): x times the table transposed."""
         g = self._g
         if self._bits == 32:
             flat = g.op("Reshape", x, g.ints(-1, self._shape[1]))
-            logits = g.op("Gemm", flat, self._name, transB=1)
-            return g.op("Reshape", logits, g.ints(1, -1, self._shape[0]), out=out)
-        packed = g.same_weight(f"{self._name}.packed", f"{self._name}.rows", self._blocks_shape)
-        return _matmul_nbits(g, x, packed, f"{self._name}.scales", self._shape, self._bits, out)
+            logits = g.op("Gemm", flat, self._rows, transB=1)
+            return g.op("Reshape", logits, g.ints(1, -1, self._shape[0]))
+        packed = g.same_weight(f"{self._name}.packed", self._rows, self._blocks_shape)
+        return _matmul_nbits(g, x, packed, self._scales, self._shape, self._bits)
 
 
 def _matmul_nbits(
-    g: GraphWriter, x: str, packed: str, scales: str, shape: tuple[int, ...], bits: int, out: str
-) -> str:
+    g: GraphWriter, x: Value, packed: Value, scales: Value, shape: tuple[int, ...], bits: int
+) -> Value:
     return g.op(
         "MatMulNBits",
         x,
         packed,
         scales,
-        out=out,
-        domain=MICROSOFT,
         N=shape[0],
         K=shape[1],
         bits=bits,

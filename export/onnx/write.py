@@ -10,8 +10,6 @@ from edgekv import __version__
 from edgekv.errors import UnsupportedError
 from edgekv.export.gguf.write import write_vocabulary
 from edgekv.export.onnx.companions import write_companions
-from edgekv.export.onnx.decoder import add_decoder
-from edgekv.export.onnx.graph import OPSET, GraphWriter
 from edgekv.export.onnx.weights import BLOCK, LatentCache, Weights
 from edgekv.files import atomic_folder, file_sha256, forget_cached
 from edgekv.models.onnx.manifest import (
@@ -61,17 +59,20 @@ def write_onnx(
     Weights are taken, written and forgotten one by one, so that memory holds little more than the largest.
 
     Raises:
-        InputError: the onnx package is not installed.
+        InputError: onnx or onnx-ir is not installed.
         UnsupportedError: the graph cannot express the model.
         OutputError: the folder cannot be written, or exists and `force` is not set.
     """
+    from edgekv.export.onnx.decoder import add_decoder
+    from edgekv.export.onnx.graph import OPSET, GraphWriter
+
     _check(source, options)
     with atomic_folder(folder, force, MANIFEST) as partial:
         with (partial / DATA).open("wb") as data:
             graph = GraphWriter(data, DATA)
             add_decoder(graph, source, options.weights, options.cache, progress)
         notes = {"edgekv.version": __version__, "edgekv.model": source.spec.name}
-        graph.save(partial / GRAPH, "decoder", notes)
+        graph.save(partial / GRAPH, notes)
         write_vocabulary(source, partial / VOCABULARY)
         write_companions(source, partial)
         manifest = Manifest(
