@@ -1,17 +1,16 @@
-"""Frozen dataclasses to JSON and back, strictly, and the JSON Schema that says the same.
+"""JSON documents as frozen types: read strictly and written plainly, by msgspec.
 
-One set of dataclasses is the single truth: `decode` refuses what the dataclass does not have, and
-`json_schema` publishes it for everybody else. Handled: dataclasses, str, int, float, bool, Literal,
-`X | None`, `tuple[X, ...]` and `Mapping[str, X]`.
+A document is a `Document` or a frozen dataclass. Unknown keys are refused; NaN and infinity are neither read nor
+written. The JSON Schema of a `Document` is `msgspec.json.schema(type)`.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
+
+import msgspec
 
 T = TypeVar("T")
 
@@ -20,141 +19,71 @@ class SchemaError(ValueError):
     """A JSON value does not fit; `where` is its path, such as `runs[0].points[2].depth`."""
 
     def __init__(self, where: str, problem: str) -> None:
-        super().__init__(f"{where or 'the document'}: {problem}")
+        super().__init__(f"{where}: {problem}" if where else problem)
         self.where = where
 
 
-def encode(value: Any) -> Any:
-    """A value as plain JSON types; dataclasses become objects in field order."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: encode(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): encode(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [encode(item) for item in value]
-    return value
+class Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A JSON object with exactly these fields; a subclass repeats `frozen=True` for type checkers."""
 
 
-def decode(cls: type[T], value: Any, where: str = "") -> T:
-    """Build a dataclass from parsed JSON.
+def parse(text: str | bytes) -> Any:
+    """JSON text (UTF-8) as plain Python values.
+
+    Raises:
+        SchemaError: it is not JSON, which knows no NaN and no number past float64.
+        RecursionError: it is nested too deeply.
+    """
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError as error:
+        raise SchemaError("", str(error).removeprefix("JSON is malformed: ")) from error
+
+
+def decode(kind: type[T], value: Any) -> T:
+    """A document, or a container of documents, from plain values.
 
     Raises:
         SchemaError: a key is missing, unknown, or holds the wrong kind of value.
     """
-    if not isinstance(value, dict):
-        raise SchemaError(where, f"expected an object, found {_kind(value)}")
-    hints = get_type_hints(cls)
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]  # T is a dataclass by contract
-    if unknown := sorted(set(value) - set(known)):
-        raise SchemaError(_join(where, unknown[0]), "unknown key")
-    built = {}
-    for name, field in known.items():
-        if name in value:
-            built[name] = _decode(hints[name], value[name], _join(where, name))
-        elif field.default is MISSING and field.default_factory is MISSING:
-            raise SchemaError(_join(where, name), "missing")
-    return cls(**built)
+    try:
+        built = msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        problem, _, where = str(error).partition(" - at `$")
+        raise SchemaError(where.strip(".`"), problem[:1].lower() + problem[1:]) from error
+    _check(value, encode(built), "")
+    return built
 
 
-def _decode(hint: Any, value: Any, where: str) -> Any:
-    origin = get_origin(hint)
-    if origin is UnionType:
-        if value is None and NoneType in get_args(hint):
-            return None
-        return _decode(next(arg for arg in get_args(hint) if arg is not NoneType), value, where)
-    if origin is Literal:
-        if value not in get_args(hint):
-            raise SchemaError(where, f"{value!r} is not one of {', '.join(map(str, get_args(hint)))}")
-        return value
-    if origin is tuple:
-        return tuple(_decode_list(get_args(hint)[0], value, where))
-    if origin is Mapping:
-        if not isinstance(value, dict):
-            raise SchemaError(where, f"expected an object, found {_kind(value)}")
-        return {key: _decode(get_args(hint)[1], item, _join(where, key)) for key, item in value.items()}
-    if is_dataclass(hint):
-        assert isinstance(hint, type)
-        return decode(hint, value, where)
-    return _decode_scalar(hint, value, where)
-
-
-def _decode_list(item_hint: Any, value: Any, where: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise SchemaError(where, f"expected a list, found {_kind(value)}")
-    return [_decode(item_hint, item, f"{where}[{i}]") for i, item in enumerate(value)]
-
-
-def _decode_scalar(hint: Any, value: Any, where: str) -> Any:
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise SchemaError(where, f"expected {_kind_of(hint)}, found {_kind(value)}")
-    if hint is float and not math.isfinite(value):
+def _check(value: Any, built: Any, where: str) -> None:
+    """Raise SchemaError for a key that `built` has not taken up, as msgspec lets a dataclass do, and for NaN."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key not in built:
+                raise SchemaError(where, f"object contains unknown field `{key}`")
+            _check(item, built[key], f"{where}.{key}" if where else key)
+    elif isinstance(value, list):
+        for i, (item, taken) in enumerate(zip(value, built, strict=True)):
+            _check(item, taken, f"{where}[{i}]")
+    elif isinstance(value, float) and not math.isfinite(value):
         raise SchemaError(where, f"{value} is not a finite number")
-    return value
 
 
-def json_schema(cls: type[Any], schema_id: str, title: str) -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of what `decode(cls, ...)` accepts."""
-    defs: dict[str, Any] = {}
-    _define(cls, defs)
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "$id": schema_id,
-        "title": title,
-        "$ref": f"#/$defs/{cls.__name__}",
-        "$defs": dict(sorted(defs.items())),
-    }
+def encode(value: Any) -> Any:
+    """A document or dataclass as plain values; objects have their keys in field order."""
+    return msgspec.to_builtins(value, enc_hook=_plain)
 
 
-def _define(cls: type[Any], defs: dict[str, Any]) -> None:
-    if cls.__name__ in defs:
-        return
-    defs[cls.__name__] = {}  # reserves the name
-    hints = get_type_hints(cls)
-    properties = {f.name: _describe(hints[f.name], f.metadata.get("doc", ""), defs) for f in fields(cls)}
-    required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
-    defs[cls.__name__] = {
-        "type": "object",
-        "description": (cls.__doc__ or "").strip(),
-        "properties": properties,
-        "required": required,
-        "additionalProperties": False,
-    }
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):  # np.float64 is one
+        return float(value)
+    raise TypeError(f"{type(value)} has no place in JSON")
 
 
-def _describe(hint: Any, doc: str, defs: dict[str, Any]) -> dict[str, Any]:
-    described = _schema(hint, defs)
-    return described | {"description": doc} if doc else described
+def dumps(value: Any, indent: int | None = None, ensure_ascii: bool = True) -> str:
+    """A document or dataclass as JSON text.
 
-
-def _schema(hint: Any, defs: dict[str, Any]) -> dict[str, Any]:
-    origin = get_origin(hint)
-    if origin is UnionType:
-        return {"anyOf": [_schema(arg, defs) for arg in get_args(hint)]}
-    if origin is Literal:
-        return {"enum": list(get_args(hint))}
-    if origin is tuple:
-        return {"type": "array", "items": _schema(get_args(hint)[0], defs)}
-    if origin is Mapping:
-        return {"type": "object", "additionalProperties": _schema(get_args(hint)[1], defs)}
-    if is_dataclass(hint):
-        assert isinstance(hint, type)
-        _define(hint, defs)
-        return {"$ref": f"#/$defs/{hint.__name__}"}
-    names = {str: "string", int: "integer", float: "number", bool: "boolean", NoneType: "null"}
-    return {"type": names[hint]}
-
-
-def _join(where: str, name: str) -> str:
-    return f"{where}.{name}" if where else name
-
-
-def _kind_of(hint: Any) -> str:
-    return {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[hint]
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, dict | list):
-        return "an object" if isinstance(value, dict) else "a list"
-    return repr(value)
+    Raises:
+        ValueError: it holds NaN or infinity.
+    """
+    return json.dumps(encode(value), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)

@@ -1,4 +1,4 @@
-"""Files written so that nothing is ever half-written, and their SHA-256."""
+"""Files written so that nothing is ever half-written, locked against other processes, and their SHA-256."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def scratch_path(path: Path) -> Iterator[Path]:
     os.close(handle)
     partial = Path(name)
     try:
-        with _locked(partial):
+        with locked(partial):
             yield partial
     except OSError as error:
         raise OutputError(
@@ -79,15 +79,16 @@ def scratch_path(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _locked(partial: Path, flags: int = 0) -> Iterator[None]:
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
     """Lock a file or folder until the block ends, or this process does, however that comes.
 
     Raises:
-        OSError: it is gone, or with LOCK_NB somebody has the lock.
+        BlockingIOError: somebody has the lock, and `wait` is off.
+        OSError: it is gone.
     """
-    handle = os.open(partial, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | flags)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
     finally:
         os.close(handle)
@@ -96,7 +97,7 @@ def _locked(partial: Path, flags: int = 0) -> Iterator[None]:
 def _sweep(path: Path) -> None:
     """Remove what killed processes left of `path`: partial files or folders, a minute old, that nobody has locked."""
     for stale in path.absolute().parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        with contextlib.suppress(OSError), _locked(stale, fcntl.LOCK_NB):
+        with contextlib.suppress(OSError), locked(stale, wait=False):
             if time.time() - stale.stat().st_mtime <= STALE_AFTER_S:
                 continue
             if stale.is_dir():
@@ -127,7 +128,7 @@ def atomic_folder(folder: Path, force: bool, marker: str) -> Iterator[Path]:
             f"cannot write in {folder.absolute().parent}: {error.strerror}; choose another folder"
         ) from error
     try:
-        with _locked(partial):
+        with locked(partial):
             yield partial
         os.chmod(partial, 0o755)
         if folder.exists():

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from edgekv.errors import InputError
-from edgekv.files import STALE_AFTER_S, atomic_folder, atomic_path, file_sha256
+from edgekv.files import STALE_AFTER_S, atomic_folder, atomic_path, file_sha256, locked
 
 WRITER = """
 import sys, time
@@ -67,3 +67,12 @@ def test_sha256_follows_the_file(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(InputError, match="cannot read"):
         file_sha256(path)
+
+
+def test_a_lock_is_held_by_one_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    with locked(path), pytest.raises(BlockingIOError), locked(path, wait=False):
+        pass
+    with locked(path, wait=False):
+        pass

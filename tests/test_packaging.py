@@ -38,7 +38,8 @@ HOMES = {
     "onnxruntime": ("edgekv/backends/",),
     "onnx": ("export/onnx/",),
     "onnx_ir": ("export/onnx/",),
-    "matplotlib": ("edgekv/evaluate/",),
+    "matplotlib": ("edgekv/evaluate/", "devices/reporting/"),
+    "pynvml": ("devices/sensors/",),
     "torch": ("edgekv/heal/",),
     "transformers": (),
 }

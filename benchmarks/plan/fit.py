@@ -11,9 +11,11 @@ import csv
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import replace
 
 from edgekv.devices.boards.profile import Board, load_boards
 from edgekv.devices.predict.speed import Coefficients, Workload, decode_s, prefill_s, weight_family

@@ -3,18 +3,16 @@
 python benchmarks/plan/refit.py > table.md
 """
 
-import json
-
 from fit import FREE, ROWS, Error, decode_errors, fit, load_rows, prefill_errors, summary
 
 from edgekv.devices.predict.speed import COEFFICIENTS
-from edgekv.documents import encode
+from edgekv.documents import dumps
 
 
 def main() -> None:
     rows = load_rows(ROWS)
     coefficients = fit(rows)
-    COEFFICIENTS.write_text(json.dumps(encode(coefficients), indent=1) + "\n", encoding="utf-8")
+    COEFFICIENTS.write_text(dumps(coefficients, indent=1) + "\n", encoding="utf-8")
     found = {"decode": decode_errors(rows, coefficients), "prefill": prefill_errors(rows, coefficients)}
     print("| what | rows | fitted on: n | median error | worst | held out: n | median error | worst |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")

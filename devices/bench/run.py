@@ -7,12 +7,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
+from msgspec import structs
+
 from edgekv.devices.bench.bandwidth import working_set_nbytes
 from edgekv.devices.bench.settings import (
     BenchSettings,
     Candidate,
     check,
-    empty_run,
     labels,
     load_note,
 )
@@ -27,12 +28,12 @@ from edgekv.devices.predict.model_info import (
 from edgekv.devices.reporting.report import (
     FORMAT,
     VERSION,
+    BenchRun,
     CacheInfo,
     Machine,
     ModelInfo,
     Point,
     Report,
-    Run,
     Settings,
     Stat,
 )
@@ -57,7 +58,7 @@ class _Lane:
 
     candidate: Candidate
     worker: WorkerProcess
-    run: Run
+    run: BenchRun
     meter: EnergyMeter
     loaded: dict[str, int] = field(default_factory=dict)
     cache_nbytes: int = 0
@@ -121,7 +122,7 @@ class _Bench:
             notes=self._notes,
         )
 
-    def _describe(self) -> list[Run]:
+    def _describe(self) -> list[BenchRun]:
         """Runs without results yet; every model file is read and checked before anything is measured."""
         runs = []
         s = self._settings
@@ -131,7 +132,7 @@ class _Bench:
                 self._notes += (
                     f"{label}: measured up to {s.n_ctx} tokens, trained for {model.context_length}",
                 )
-            runs.append(empty_run(label, candidate.engine, model, cache))
+            runs.append(BenchRun(label, candidate.engine, model, cache))
         return runs
 
     def _all_fit_at_once(self) -> bool:
@@ -149,12 +150,12 @@ class _Bench:
         self._notes += ("the candidates do not fit the memory together: measured one after the other",)
         return False
 
-    def _measure(self, group: list[tuple[Candidate, Run]]) -> Iterator[Run]:
+    def _measure(self, group: list[tuple[Candidate, BenchRun]]) -> Iterator[BenchRun]:
         with ExitStack() as stack:
             lanes = []
             for candidate, run in group:
                 self._tell(f"{run.label}: memory bandwidth")
-                run = replace(self._with_bandwidth(run), before=read_health())
+                run = structs.replace(self._with_bandwidth(run), before=read_health())
                 worker = stack.enter_context(WorkerProcess(run.label))
                 lanes.append(_Lane(candidate, worker, run, EnergyMeter(self._energy)))
             for lane in lanes:
@@ -164,15 +165,15 @@ class _Bench:
                 self._measure_depth(lanes, depth)
             for lane in lanes:
                 self._guard(lane, self._read_memory)
-                yield replace(lane.run, after=read_health())
+                yield structs.replace(lane.run, after=read_health())
 
-    def _with_bandwidth(self, run: Run) -> Run:
+    def _with_bandwidth(self, run: BenchRun) -> BenchRun:
         """Measured in a process of its own, so that the array does not count as the model's memory."""
         s = self._settings
         nbytes = working_set_nbytes(run.model.read_nbytes or 0, self._machine.available_nbytes)
         with WorkerProcess(run.label) as worker:
             gb_s = worker.ask("bandwidth", nbytes=nbytes, threads=s.threads, cpus=s.cpus)
-        return replace(run, bandwidth_gb_s=gb_s, bandwidth_nbytes=nbytes)
+        return structs.replace(run, bandwidth_gb_s=gb_s, bandwidth_nbytes=nbytes)
 
     def _open(self, lane: _Lane) -> None:
         s = self._settings
@@ -198,14 +199,14 @@ class _Bench:
             self._machine = self._machine_with_card()
             lane.card_nbytes = lane.worker.ask("card") - card_before
         lane.cache_nbytes, lane.repacked_nbytes = opened["cache_nbytes"], opened["repacked_nbytes"]
-        lane.run = replace(lane.run, load_s=opened["load_s"], first_ttft_s=first_ttft_s)
+        lane.run = structs.replace(lane.run, load_s=opened["load_s"], first_ttft_s=first_ttft_s)
         if lane.card_nbytes:  # it reads the card's memory: the cores' bandwidth is no ceiling to it
-            lane.run = replace(lane.run, bandwidth_gb_s=None, bandwidth_nbytes=None)
+            lane.run = structs.replace(lane.run, bandwidth_gb_s=None, bandwidth_nbytes=None)
 
     def _machine_with_card(self) -> Machine:
         card = first_card()
         assert card is not None, "the worker saw one"
-        return replace(self._machine, card=card.name, card_nbytes=card.total_nbytes)
+        return structs.replace(self._machine, card=card.name, card_nbytes=card.total_nbytes)
 
     def _measure_depth(self, lanes: list[_Lane], depth: int) -> None:
         for lane in lanes:
@@ -218,7 +219,7 @@ class _Bench:
                 self._guard(lane, self._sample)
         for lane in lanes:
             if lane.run.error is None:
-                lane.run = replace(lane.run, points=(*lane.run.points, self._point(lane, depth)))
+                lane.run = structs.replace(lane.run, points=(*lane.run.points, self._point(lane, depth)))
 
     def _sample(self, lane: _Lane) -> None:
         lane.ttft.append(lane.worker.ask("prefill", n=self._settings.n_prompt))
@@ -249,7 +250,7 @@ class _Bench:
     def _read_memory(self, lane: _Lane) -> None:
         seen = lane.worker.ask("memory")
         memory = split_memory(lane.loaded, seen, lane.cache_nbytes, lane.repacked_nbytes, lane.card_nbytes)
-        lane.run = replace(lane.run, memory=memory, energy_source=lane.meter.name)
+        lane.run = structs.replace(lane.run, memory=memory, energy_source=lane.meter.name)
 
     def _guard(self, lane: _Lane, action: Callable[[_Lane], object]) -> None:
         """Do something with a lane; a dead or refusing engine ends that lane and no other."""
@@ -258,7 +259,7 @@ class _Bench:
         try:
             action(lane)
         except BackendError as error:
-            lane.run = replace(lane.run, error=str(error))
+            lane.run = structs.replace(lane.run, error=str(error))
 
     def _tell(self, text: str) -> None:
         self._step += 1

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgekv.backends.open import Kind
-from edgekv.devices.reporting.report import CacheInfo, ModelInfo, Run
 from edgekv.errors import InputError
 from edgekv.host.threads import allowed_cpus
 
@@ -57,26 +56,6 @@ def labels(candidates: Sequence[Candidate]) -> list[str]:
         name if wanted.count(name) == 1 else f"{name} #{wanted[:i].count(name) + 1}"
         for i, name in enumerate(wanted)
     ]
-
-
-def empty_run(label: str, engine: Kind, model: ModelInfo, cache: CacheInfo) -> Run:
-    """A run without results yet."""
-    return Run(
-        label=label,
-        engine=engine,
-        model=model,
-        cache=cache,
-        load_s=None,
-        first_ttft_s=None,
-        points=(),
-        memory=None,
-        bandwidth_gb_s=None,
-        bandwidth_nbytes=None,
-        energy_source=None,
-        before=None,
-        after=None,
-        error=None,
-    )
 
 
 def check(candidates: Sequence[Candidate], settings: BenchSettings) -> None:

@@ -6,9 +6,11 @@ import difflib
 import itertools
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import replace
 
 from edgekv.backends.llama_cpp.footprint import RUNTIME_NBYTES
 from edgekv.devices.reporting.report import Machine

@@ -10,7 +10,6 @@ attention over a cache is compute and not traffic: bytes alone predict 80 % of t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -18,14 +17,13 @@ from pathlib import Path
 
 from edgekv.devices.boards.profile import Board
 from edgekv.devices.reporting.report import CacheInfo, ModelInfo
-from edgekv.documents import decode as decode_json
+from edgekv.documents import Document, decode, parse
 from edgekv.quant.formats import UNQUANTIZED
 
 COEFFICIENTS = Path(__file__).with_name("speed.json")
 
 
-@dataclass(frozen=True)
-class Coefficients:
+class Coefficients(Document, frozen=True):
     """How one kind of machine turns bandwidth and clock into tokens.
 
     `bandwidth_share` of the board's read bandwidth reaches the kernels; each layer costs `layer_s` however
@@ -90,8 +88,7 @@ def workload(model: ModelInfo, kept: CacheInfo) -> Workload:
 @cache
 def load_coefficients() -> dict[str, Coefficients]:
     """The fitted coefficients by kind of machine."""
-    data = json.loads(COEFFICIENTS.read_text(encoding="utf-8"))
-    return {kind: decode_json(Coefficients, value, kind) for kind, value in data.items()}
+    return decode(dict[str, Coefficients], parse(COEFFICIENTS.read_bytes()))
 
 
 def weight_family(weights: str) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
+
+from msgspec.structs import replace
 
 from edgekv.devices.boards.profile import Board, load_boards
 from edgekv.devices.predict.choices import Option
@@ -14,17 +15,17 @@ from edgekv.devices.predict.plan import MIB, PROMPT, Plan
 from edgekv.devices.reporting.report import (
     FORMAT,
     VERSION,
+    BenchRun,
     CoreGroup,
     Machine,
     Memory,
     ModelInfo,
     Point,
     Report,
-    Run,
     Settings,
     Stat,
 )
-from edgekv.devices.reporting.tables import Table, mebibytes, seconds, whole
+from edgekv.devices.reporting.text_table import Table, mebibytes, seconds, whole
 from edgekv.devices.sensors.machine import software
 from edgekv.quant.formats import KEEP
 
@@ -188,11 +189,8 @@ def _machine(board: Board, ram_nbytes: int) -> Machine:
         isa_flags=board.isa,
         ram_nbytes=ram_nbytes,
         available_nbytes=max(0, ram_nbytes - board.os_mib * MIB),
-        swap_nbytes=None,
         memory_type=board.memory,
-        governor=None,
         kernel="not run",
-        emulator=None,
     )
 
 
@@ -211,15 +209,13 @@ def _model(option: Option, original: ModelInfo) -> ModelInfo:
     )
 
 
-def _run(plan: Plan, model: ModelInfo) -> Run:
+def _run(plan: Plan, model: ModelInfo) -> BenchRun:
     option, parts, work = plan.option, plan.footprint, plan.option.workload()
-    return Run(
+    return BenchRun(
         label=f"{model.name}: {option.label}",
         engine="projection",
         model=_model(option, model),
         cache=describe_cache(option.spec, option.cache_type, plan.context),
-        load_s=None,
-        first_ttft_s=None,
         points=tuple(
             Point(
                 depth=speed.depth,
@@ -228,7 +224,6 @@ def _run(plan: Plan, model: ModelInfo) -> Run:
                 decode_tps=Stat.of([speed.decode_tps]),
                 decode_j_per_token=plan.board.decode_w / speed.decode_tps if plan.board.decode_w else None,
                 decode_nbytes=round(work.read_nbytes + work.cache_nbytes * speed.depth),
-                roofline_share=None,
             )
             for speed in plan.speeds
         ),
@@ -239,10 +234,4 @@ def _run(plan: Plan, model: ModelInfo) -> Run:
             compute_nbytes=parts.compute_nbytes,
             other_nbytes=parts.runtime_nbytes,
         ),
-        bandwidth_gb_s=None,
-        bandwidth_nbytes=None,
-        energy_source=None,
-        before=None,
-        after=None,
-        error=None,
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from edgekv.backends.llama_cpp.footprint import CELLS
 from edgekv.devices.boards.profile import load_boards
-from edgekv.devices.reporting.report import Point, Run
+from edgekv.devices.reporting.report import BenchRun, Point
 from edgekv.devices.reporting.svg import Bar, Dot, Limit, Line, bar_chart, line_chart
 from edgekv.devices.reporting.tables import Entry
 
@@ -119,7 +119,7 @@ def time_chart(entries: Sequence[Entry]) -> str | None:
     )
 
 
-def empty_cache_s(run: Run) -> float | None:
+def empty_cache_s(run: BenchRun) -> float | None:
     """Seconds of a token with an empty cache: measured at depth 0, or the line through all depths there."""
     speeds = [(point.depth, 1 / point.decode_tps.median) for point in run.points if point.decode_tps]
     if not speeds:
@@ -131,7 +131,7 @@ def empty_cache_s(run: Run) -> float | None:
     return max(0.0, statistics.linear_regression(*zip(*speeds, strict=True)).intercept)
 
 
-def time_parts(run: Run, point: Point, base_s: float | None) -> tuple[float, float, float] | None:
+def time_parts(run: BenchRun, point: Point, base_s: float | None) -> tuple[float, float, float] | None:
     """Milliseconds of weights, attention and the rest; None where bandwidth or speed is not known."""
     if not (point.decode_tps and run.bandwidth_gb_s and run.model.read_nbytes and base_s is not None):
         return None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from edgekv.devices.reporting.llama_bench import looks_like_llama_bench, parse_llama_bench
 from edgekv.devices.reporting.report import parse_report, read_json
-from edgekv.devices.reporting.tables import Source, as_markdown, as_text, entries, notes, tables, warnings
-from edgekv.documents import encode
+from edgekv.devices.reporting.tables import Source, entries, notes, tables, warnings
+from edgekv.devices.reporting.text_table import as_markdown, as_text
+from edgekv.documents import dumps
 
 
 def load_sources(paths: Sequence[Path]) -> tuple[Source, ...]:
@@ -50,9 +50,9 @@ def as_json(sources: Sequence[Source]) -> str:
             "name": entry.name,
             "provenance": entry.source.report.provenance,
             "report": entry.source.name,
-            "machine": encode(entry.source.report.machine),
-            "run": encode(entry.run),
+            "machine": entry.source.report.machine,
+            "run": entry.run,
         }
         for entry in entries(sources)
     ]
-    return json.dumps({"runs": runs, "warnings": warnings(sources)}, indent=1)
+    return dumps({"runs": runs, "warnings": warnings(sources)}, indent=1)

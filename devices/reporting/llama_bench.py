@@ -13,12 +13,12 @@ from typing import Any, cast
 from edgekv.devices.reporting.report import (
     FORMAT,
     VERSION,
+    BenchRun,
     CacheInfo,
     Machine,
     ModelInfo,
     Point,
     Report,
-    Run,
     Settings,
     Software,
     Stat,
@@ -68,7 +68,7 @@ def parse_llama_bench(value: Any, path: Path) -> Report:
         created=str(first.get("test_time", "unknown")),
         command="llama-bench",
         machine=_machine(first),
-        software=Software(None, None, f"build {first.get('build_commit', 'unknown')}", (), None),
+        software=Software(llama_cpp=f"build {first.get('build_commit', 'unknown')}"),
         settings=_settings(used),
         runs=tuple(_run(key, group, notes) for key, group in groups.items()),
         notes=tuple(notes),
@@ -101,7 +101,7 @@ def _depth(test: Test) -> int:
     return depth if isinstance(depth, int) else 0
 
 
-def _run(key: tuple[str, ...], tests: Sequence[Test], notes: list[str]) -> Run:
+def _run(key: tuple[str, ...], tests: Sequence[Test], notes: list[str]) -> BenchRun:
     test = tests[0]
     file = Path(key[0]).name
     types = key[1] if key[1] == key[2] else f"{key[1]}/{key[2]}"
@@ -111,34 +111,18 @@ def _run(key: tuple[str, ...], tests: Sequence[Test], notes: list[str]) -> Run:
     words = str(test.get("model_type", "")).split()
     model = ModelInfo(
         file=file,
-        sha256=None,
         name=str(test.get("model_type", file)),
         arch=words[0] if words else "unknown",
-        attention=None,
-        n_layers=None,
         n_params=_whole(test.get("model_n_params")),
         quantization=" ".join(words[2:]) or "unknown",
         weights_nbytes=_whole(test.get("model_size")),
-        read_nbytes=None,
-        flops=None,
-        flops_per_cached_token=None,
-        context_length=None,
     )
-    return Run(
+    return BenchRun(
         label=label,
         engine="llama-bench",
         model=model,
-        cache=CacheInfo(types or "f16", None, None, None),
-        load_s=None,
-        first_ttft_s=None,
+        cache=CacheInfo(types or "f16"),
         points=tuple(_point(depth, tests, label, notes) for depth in sorted({_depth(t) for t in tests})),
-        memory=None,
-        bandwidth_gb_s=None,
-        bandwidth_nbytes=None,
-        energy_source=None,
-        before=None,
-        after=None,
-        error=None,
     )
 
 
@@ -154,12 +138,8 @@ def _point(depth: int, tests: Sequence[Test], label: str, notes: list[str]) -> P
             notes.append(f"{label}: {name}{f', {name}'.join(sizes)} at depth {depth}: the longest is shown")
     return Point(
         depth=depth,
-        ttft_s=None,
         prefill_tps=_stat(prefills[-1]) if prefills else None,
         decode_tps=_stat(decodes[-1]) if decodes else None,
-        decode_j_per_token=None,
-        decode_nbytes=None,
-        roofline_share=None,
     )
 
 
@@ -176,17 +156,10 @@ def _machine(test: Test) -> Machine:
     cpu = str(test.get("cpu_info") or "unknown CPU")
     return Machine(
         board=f"{gpu} on {cpu}" if gpu else cpu,
-        soc=None,
         arch="unknown",
         cores=(),
         isa_flags=(),
-        ram_nbytes=None,
-        available_nbytes=None,
-        swap_nbytes=None,
-        memory_type=None,
-        governor=None,
         kernel="unknown",
-        emulator=None,
     )
 
 

@@ -1,163 +1,138 @@
 """All runs of a comparison as one SVG, for a README: how fast each machine decodes, and in how much memory.
 
-A line for each run, under its machine: decode speed with an empty cache and at its deepest depth on a logarithmic axis,
+A line per run, under its machine: decode speed with an empty cache and at its deepest depth on a logarithmic axis,
 since a Pi and a GPU lie a factor of a hundred apart, and peak memory. An emulated run has no speed: its times are the
 emulator's.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from html import escape
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from edgekv.devices.reporting.page import STYLE
 from edgekv.devices.reporting.tables import Entry, Source, entries
-from edgekv.errors import InputError
+from edgekv.errors import BackendError, InputError
 
-WIDTH, TOP, TITLE, LINE, BOTTOM = 900, 44, 24, 20, 62
-LABEL, SPEED, MEMORY = 24, (300, 590), (660, 830)  # where each column begins, and ends
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 MIB = 2**20
-KEY = (
-    ("measured", "measured"),
-    ("emulated", "emulated: memory counts, times do not"),
-    ("projected", "projected"),
-)
+PLAIN, LATENT = "#d55e00", "#009e73"
+# By provenance: its words, and how lines and bars of it look.
+LOOKS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "measured": ("measured", {"linestyle": "-"}, {}),
+    "emulated": ("emulated: memory counts, times do not", {}, {"alpha": 0.6, "hatch": "////"}),
+    "projected": ("projected", {"linestyle": ":"}, {"alpha": 0.4, "linestyle": ":", "edgecolor": "0"}),
+}
 
 
-def picture(sources: Sequence[Source]) -> str:
-    """The SVG as text; runs of one machine stand together, in the order of the reports.
+def write_svg(draw: Callable[[], Figure], path: Path) -> None:
+    """Write a figure as SVG, the same bytes for the same figure.
+
+    Raises:
+        BackendError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise BackendError("the picture needs matplotlib: pip install 'edgekv[plot]'") from error
+    with matplotlib.rc_context({"svg.hashsalt": "edgekv", "svg.fonttype": "none"}):
+        draw().savefig(path, format="svg", metadata={"Date": None})
+
+
+def comparison_figure(sources: Sequence[Source]) -> Figure:
+    """Speeds on the left, memory on the right; machines that were measured first, else in the reports' order.
 
     Raises:
         InputError: no run has anything to draw.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    lines = list(_lines(sources))
+    if not lines:
+        raise InputError("none of these reports has a speed or a memory to draw")
+    figure = Figure(figsize=(10, 1.1 + 0.22 * len(lines)), layout="constrained")
+    speed, memory = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    for y, (name, row) in enumerate(lines):
+        left, weight = (-195, "normal") if row else (-210, "bold")
+        _text(speed, name, 0, y, left, size=10, weight=weight, xycoords=("axes fraction", "data"))
+        if row:
+            _draw_speed(speed, y, row)
+            _draw_memory(memory, y, row)
+    speed.set(xscale="log", xmargin=0.2, ylim=(len(lines) - 0.4, -0.6), yticks=[])
+    memory.set(xmargin=0.2)
+    speed.set_title("decode, tokens/s: at depth (hollow), in an empty cache", fontsize=10)
+    memory.set_title("peak memory with the card's, MiB", fontsize=10)
+    for axes in (speed, memory):
+        axes.xaxis.set_major_formatter("{x:,g}")
+        axes.grid(axis="x", alpha=0.3)
+        axes.spines[:].set_visible(False)
+    handles = [Patch(color=PLAIN, label="original"), Patch(color=LATENT, label="with a latent (MLA)")]
+    handles += [Patch(facecolor="0.3", label=words, **bar) for words, _, bar in LOOKS.values()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    return figure
+
+
+def _lines(sources: Sequence[Source]) -> Iterator[tuple[str, Entry | None]]:
+    """A machine's name, then its runs, the original before those with a latent; then the next machine's."""
     machines: dict[str, list[Entry]] = {}
     for row in entries(sources):
         if _speeds(row) or row.run.memory:
             machines.setdefault(_machine(row), []).append(row)
-    for group in machines.values():
-        group.sort(key=lambda row: row.run.model.attention == "MLA")  # the original first
-    rows = [row for group in machines.values() for row in group]
-    if not rows:
-        raise InputError("none of these reports has a speed or a memory to draw")
-    bottom = TOP + TITLE * len(machines) + LINE * len(rows)
-    tens = _tens([speed for row in rows for _, speed in _speeds(row)])
-    to_x = _log_scale(tens)
-    longest = max(_mib(row) for row in rows)
-    parts = [
-        f'<rect width="{WIDTH}" height="{bottom + BOTTOM}" fill="var(--bg)"/>',
-        _text(SPEED[0], 18, "decode, tokens/s: at depth (hollow), in an empty cache"),
-        _text(MEMORY[0], 18, "peak memory with the card's, MiB"),
-        *(_tick(to_x(value), f"{value:,g}", bottom) for value in tens),
-    ]
-    y = TOP
-    for machine, group in machines.items():
-        parts.append(f'<text x="8" y="{y + 16}" font-weight="600">{escape(machine)}</text>')
-        y += TITLE
-        for row in group:
-            parts.append(_row(row, y + LINE / 2, to_x, longest))
-            y += LINE
-    parts.append(_key(bottom + 44))
-    style = STYLE.read_text(encoding="utf-8")
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + BOTTOM}" role="img" '
-        f'font-family="sans-serif" aria-label="Decode speed and peak memory by machine"><style>{style}</style>'
-        + "".join(parts)
-        + "</svg>\n"
-    )
+    kinds = list(LOOKS)
+    for machine, rows in sorted(machines.items(), key=lambda item: kinds.index(_kind(item[1][0]))):
+        yield machine, None
+        for row in sorted(rows, key=lambda row: row.run.model.attention == "MLA"):
+            engine = "" if row.run.engine in ("llama.cpp", "projection") else f"{row.run.engine}, "
+            yield f"{Path(row.run.model.file).stem}, {engine}{row.run.cache.type}", row
+
+
+def _kind(row: Entry) -> str:
+    return row.source.report.provenance
 
 
 def _machine(row: Entry) -> str:
-    machine, kind = row.source.report.machine, row.source.report.provenance
+    machine, kind = row.source.report.machine, _kind(row)
     name = machine.card or machine.board
     return name if name.startswith(kind) else f"{name}, {kind}"
 
 
-def _name(row: Entry) -> str:
-    run = row.run
-    engine = "" if run.engine in ("llama.cpp", "projection") else f"{run.engine}, "
-    return f"{Path(run.model.file).stem}, {engine}{run.cache.type}"
-
-
 def _speeds(row: Entry) -> list[tuple[int, float]]:
-    """(depth, tokens/s) of the shallowest and the deepest point; none for an emulated run."""
-    if row.source.report.provenance == "emulated":
+    """(depth, tokens/s) of the deepest and the shallowest point; none for an emulated run."""
+    if _kind(row) == "emulated":
         return []
     known = sorted((point.depth, point.decode_tps.median) for point in row.run.points if point.decode_tps)
     return [known[-1], known[0]] if len(known) > 1 else known
 
 
-def _mib(row: Entry) -> float:
-    """Peak of the process and what it took of a card."""
-    memory = row.run.memory
-    return (memory.peak_rss_nbytes + (memory.card_nbytes or 0)) / MIB if memory else 0.0
-
-
-def _tens(speeds: Sequence[float]) -> list[float]:
-    """1, 3, 10, 30, ... from below the slowest to above the fastest."""
-    low, high = (min(speeds), max(speeds)) if speeds else (1.0, 10.0)
-    steps = [factor * 10.0**power for power in range(-3, 7) for factor in (1, 3)]
-    first = max(i for i, step in enumerate(steps) if step <= max(low, steps[0]))
-    last = min(i for i, step in enumerate(steps) if step >= min(high, steps[-1]))
-    return steps[first : max(last, first + 1) + 1]
-
-
-def _log_scale(tens: Sequence[float]) -> Callable[[float], float]:
-    low, high = math.log(tens[0]), math.log(tens[-1])
-    return lambda value: SPEED[0] + (SPEED[1] - SPEED[0]) * (math.log(value) - low) / (high - low)
-
-
-def _row(row: Entry, y: float, to_x: Callable[[float], float], longest: float) -> str:
-    # One colour for models with a latent, one for those without.
-    colour = "c2" if row.run.model.attention == "MLA" else "c1"
-    style = f"{row.source.report.provenance} {colour}"
-    parts = [_text(LABEL, y + 5, _name(row))]
+def _draw_speed(axes: Axes, y: int, row: Entry) -> None:
+    colour, (_, line, _) = _colour(row), LOOKS[_kind(row)]
     speeds = _speeds(row)
-    if len(speeds) == 2:
-        (depth, deep), (_, shallow) = speeds
-        parts.append(
-            f'<line class="line {style}" x1="{to_x(deep):.1f}" x2="{to_x(shallow):.1f}" y1="{y}" y2="{y}"/>'
-        )
-        parts.append(
-            f'<circle class="dot {style}" style="fill:var(--bg)" cx="{to_x(deep):.1f}" cy="{y}" r="4"/>'
-            + _text(to_x(deep) - 8, y + 5, f"{deep:.3g} at {depth:,}", "end")
-        )
-    if speeds:
-        x = to_x(speeds[-1][1])
-        parts.append(f'<circle class="dot {style}" style="fill:currentColor" cx="{x:.1f}" cy="{y}" r="4"/>')
-        parts.append(_text(x + 8, y + 5, f"{speeds[-1][1]:.3g}"))
-    if row.run.memory:
-        width = (MEMORY[1] - MEMORY[0]) * _mib(row) / longest
-        parts.append(
-            f'<rect class="{style}" fill="currentColor" x="{MEMORY[0]}" y="{y - 7}" width="{width:.1f}" '
-            'height="14"/>'
-        )
-        parts.append(_text(MEMORY[0] + width + 6, y + 5, f"{_mib(row):,.0f}"))
-    return "".join(parts)
+    axes.plot([tps for _, tps in speeds], [y] * len(speeds), color=colour, **line)
+    for depth, tps in speeds[:-1]:
+        axes.plot(tps, y, "o", color=colour, markerfacecolor="white")
+        _text(axes, f"{tps:.3g} at {depth:,}", tps, y, -7, ha="right")
+    for _, tps in speeds[-1:]:
+        axes.plot(tps, y, "o", color=colour)
+        _text(axes, f"{tps:.3g}", tps, y, 7)
 
 
-def _tick(x: float, name: str, bottom: float) -> str:
-    line = f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 14}" y2="{bottom + 4}"/>'
-    return line + _text(x, bottom + 18, name, "middle")
+def _draw_memory(axes: Axes, y: int, row: Entry) -> None:
+    if memory := row.run.memory:
+        mib = (memory.peak_rss_nbytes + (memory.card_nbytes or 0)) / MIB
+        _, _, bar = LOOKS[_kind(row)]
+        axes.barh(y, mib, color=_colour(row), **bar)
+        _text(axes, f"{mib:,.0f}", mib, y, 5)
 
 
-def _key(y: float) -> str:
-    parts, x = [], LABEL
-    for colour, name in (("c1", "original"), ("c2", "with a latent (MLA)")):
-        parts.append(
-            f'<rect class="{colour}" fill="currentColor" x="{x}" y="{y - 11}" width="12" height="12"/>'
-        )
-        parts.append(_text(x + 18, y, name))
-        x += 40 + 7 * len(name)
-    for kind, name in KEY:
-        parts.append(
-            f'<rect class="{kind} c7" fill="currentColor" x="{x}" y="{y - 11}" width="22" height="12"/>'
-        )
-        parts.append(_text(x + 28, y, name))
-        x += 50 + 7 * len(name)
-    return "".join(parts)
+def _colour(row: Entry) -> str:
+    return LATENT if row.run.model.attention == "MLA" else PLAIN
 
 
-def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+def _text(axes: Axes, text: str, x: float, y: float, shift: float, size: float = 9, **how: Any) -> None:
+    """A text `shift` points right of a place, in the middle of its line."""
+    how |= {"va": "center", "fontsize": size, "parse_math": False}
+    axes.annotate(text, (x, y), (shift, 0), textcoords="offset points", **how)

@@ -1,14 +1,14 @@
-"""Reports side by side as tables: for the terminal and for Markdown."""
+"""Reports side by side as tables, and what a reader must know of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edgekv.devices.reporting.report import Report, Run, Stat
+from edgekv.devices.reporting.report import BenchRun, Report, Stat
+from edgekv.devices.reporting.text_table import UNKNOWN, Table, mebibytes, seconds, whole, without_empty
 
 NOISY_SPREAD = 0.10  # (high - low) / median from which a figure is called noisy
-UNKNOWN = "–"
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,8 @@ class Entry:
     """One run with the report that holds it, under a name unique in the comparison."""
 
     name: str
-    run: Run
+    run: BenchRun
     source: Source
-
-
-@dataclass(frozen=True)
-class Table:
-    """A title, column heads and rows of text; the first column is text, the others numbers."""
-
-    title: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
 
 
 def entries(sources: Sequence[Source]) -> tuple[Entry, ...]:
@@ -90,7 +81,7 @@ def speed_table(rows: Sequence[Entry]) -> Table:
                         row.source.report.provenance,
                     )
                 )
-    return _without_empty(Table("Speed", head, tuple(lines)))
+    return without_empty(Table("Speed", head, tuple(lines)))
 
 
 def memory_table(rows: Sequence[Entry]) -> Table:
@@ -124,7 +115,7 @@ def memory_table(rows: Sequence[Entry]) -> Table:
                 seconds(row.run.load_s),
             )
         )
-    return _without_empty(Table("Memory", head, tuple(lines)))
+    return without_empty(Table("Memory", head, tuple(lines)))
 
 
 def provenance_table(rows: Sequence[Entry]) -> Table:
@@ -149,7 +140,7 @@ def provenance_table(rows: Sequence[Entry]) -> Table:
     return Table("Provenance", head, tuple(lines))
 
 
-def engine_name(run: Run, report: Report) -> str:
+def engine_name(run: BenchRun, report: Report) -> str:
     """The engine and, where it is known, its version."""
     versions = {"llama.cpp": report.software.llama_cpp, "onnx": report.software.onnxruntime}
     known = versions.get(run.engine)
@@ -196,36 +187,8 @@ def _run_warnings(row: Entry) -> list[str]:
     return said
 
 
-def _without_empty(table: Table) -> Table:
-    """The table without columns in which nothing is known."""
-    kept = [i for i in range(len(table.head)) if i == 0 or any(row[i] != UNKNOWN for row in table.rows)]
-    rows = tuple(tuple(row[i] for i in kept) for row in table.rows)
-    return Table(table.title, tuple(table.head[i] for i in kept), rows)
-
-
-def as_text(table: Table) -> str:
-    """Aligned columns for a terminal."""
-    widths = [max(len(row[i]) for row in (table.head, *table.rows)) for i in range(len(table.head))]
-    lines = [table.title, _line(table.head, widths), _line(["-" * width for width in widths], widths)]
-    return "\n".join(lines + [_line(row, widths) for row in table.rows])
-
-
-def as_markdown(table: Table) -> str:
-    """A GitHub table."""
-    head = "| " + " | ".join(table.head) + " |"
-    rule = "|" + "|".join([" --- "] + [" ---: "] * (len(table.head) - 1)) + "|"
-    rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table.rows]
-    return "\n".join([f"### {table.title}", "", head, rule, *rows])
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first = cells[0].ljust(widths[0])
-    rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-    return "  ".join([first, *rest]).rstrip()
-
-
 def rate(stat: Stat | None) -> str:
-    """A median in tokens a second."""
+    """A median in tokens per second."""
     if stat is None:
         return UNKNOWN
     return f"{stat.median:.1f}" if stat.median < 1000 else f"{stat.median:,.0f}"
@@ -234,20 +197,3 @@ def rate(stat: Stat | None) -> str:
 def spread(stat: Stat | None) -> str:
     """How far the samples lie apart, or unknown with fewer than two."""
     return f"±{stat.spread / 2:.1%}" if stat and stat.high > stat.low else UNKNOWN
-
-
-def seconds(value: float | None) -> str:
-    """A time as ms or s."""
-    if value is None:
-        return UNKNOWN
-    return f"{value * 1000:.0f} ms" if value < 1 else f"{value:.2f} s"
-
-
-def mebibytes(value: int | None) -> str:
-    """A size in MiB."""
-    return UNKNOWN if value is None else f"{value / 2**20:,.1f} MiB"
-
-
-def whole(value: int | None) -> str:
-    """A whole number with separators."""
-    return UNKNOWN if value is None else f"{value:,}"

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgekv.devices.sensors.nvml import handles, library
+from edgekv.devices.sensors.nvml import missing_package, power_readers
 from edgekv.host.proc import read_number, read_text
 
 SAMPLE_PERIOD_S = 0.05
@@ -36,7 +35,8 @@ def find_sources(root: Path = Path("/")) -> tuple[tuple[EnergySource, ...], tupl
         _add_rapl(domain, found, notes)
     found += _ina_sources(root)
     if root == Path("/"):
-        found += _pmic_sources() + _nvml_sources()
+        found += [*_pmic_sources(), *_nvml_sources()]
+    notes += missing_package(root)
     if not found and not notes:
         notes.append("energy unknown: no RAPL, INA, PMIC or NVML sensor on this machine")
     return tuple(found), tuple(notes)
@@ -177,31 +177,10 @@ def _read_pmic() -> float | None:
     return pmic_watts(done.stdout)
 
 
-def _nvml_sources() -> list[EnergySource]:
-    """Every NVIDIA card's energy counter, or its power where it has none (NVML API, nvml.h)."""
-    nvml = library()
-    if nvml is None:
-        return []
-    sources = []
-    for i, device in enumerate(handles(nvml)):
-        counter = _nvml_reader(nvml.nvmlDeviceGetTotalEnergyConsumption, device, ctypes.c_ulonglong)
-        power = _nvml_reader(nvml.nvmlDeviceGetPowerUsage, device, ctypes.c_uint)
+def _nvml_sources() -> Iterator[EnergySource]:
+    """Every NVIDIA card's energy counter, or its power where it has none."""
+    for i, (counter, power) in enumerate(power_readers()):
         if counter() is not None:
-            sources.append(EnergySource(f"NVML GPU {i}", counter, True))
+            yield EnergySource(f"NVML GPU {i}", counter, True)
         elif power() is not None:
-            sources.append(EnergySource(f"NVML GPU {i}", power, False))
-    return sources
-
-
-def _nvml_reader(
-    function: Callable[..., int],
-    device: ctypes.c_void_p,
-    ctype: type[ctypes.c_ulonglong] | type[ctypes.c_uint],
-) -> Callable[[], float | None]:
-    """A reader of a figure in thousandths (millijoules, milliwatts)."""
-
-    def read() -> float | None:
-        value = ctype()
-        return value.value / 1000 if function(device, ctypes.byref(value)) == 0 else None
-
-    return read
+            yield EnergySource(f"NVML GPU {i}", power, False)

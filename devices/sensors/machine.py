@@ -11,7 +11,7 @@ from pathlib import Path
 from edgekv.devices.reporting.report import CoreGroup, Machine, Software
 from edgekv.devices.sensors.cores import core_groups
 from edgekv.host.isa import cpu_flags
-from edgekv.host.proc import cpuinfo_blocks, read_text
+from edgekv.host.proc import cpuinfo_blocks, meminfo_nbytes, read_text
 
 # CPU features that llama.cpp's kernels choose by, under the names of /proc/cpuinfo.
 ISA_FLAGS = frozenset(
@@ -56,12 +56,7 @@ def probe(root: Path = Path("/")) -> tuple[Machine, tuple[str, ...]]:
 
 def meminfo(root: Path = Path("/")) -> dict[str, int]:
     """/proc/meminfo in bytes; empty where there is none (psutil fills in the basics)."""
-    found: dict[str, int] = {}
-    for line in (read_text(root / "proc/meminfo") or "").splitlines():
-        key, _, rest = line.partition(":")
-        words = rest.split()
-        if words and words[0].isdigit():
-            found[key] = int(words[0]) * (1024 if words[-1] == "kB" else 1)
+    found = meminfo_nbytes(root)
     if not found and root == Path("/"):
         import psutil
 

@@ -1,17 +1,15 @@
-"""What NVIDIA's management library tells of the card that a program uses (nvml.h), through ctypes."""
+"""NVIDIA cards, as the driver's management library (NVML) tells of them, read with nvidia-ml-py."""
 
 from __future__ import annotations
 
-import ctypes
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-
-class _MemoryInfo(ctypes.Structure):
-    """nvmlMemory_t, bytes."""
-
-    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+Reader = Callable[[], float | None]
 
 
 @dataclass(frozen=True)
@@ -23,41 +21,47 @@ class Card:
     used_nbytes: int
 
 
-def library() -> Any | None:
-    """The library, initialized; None where there is no NVIDIA driver."""
+def ask(function: str, *arguments: Any) -> Any:
+    """What a function of NVML answers; None without its package or a driver, or where the card does not tell."""
     try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
+        import pynvml
+    except ImportError:
         return None
-    return nvml if nvml.nvmlInit_v2() == 0 else None
+    try:
+        pynvml.nvmlInit()  # counts its callers: from the second on it costs nothing
+        return getattr(pynvml, function)(*arguments)
+    except pynvml.NVMLError:
+        return None
 
 
-def handles(nvml: Any) -> list[ctypes.c_void_p]:
-    """The cards, in the driver's order."""
-    count = ctypes.c_uint()
-    if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
-        return []
-    found = []
-    for i in range(count.value):
-        device = ctypes.c_void_p()
-        if nvml.nvmlDeviceGetHandleByIndex_v2(i, ctypes.byref(device)) == 0:
-            found.append(device)
-    return found
+def missing_package(root: Path = Path("/")) -> tuple[str, ...]:
+    """A note where a driver is loaded that cannot be asked."""
+    if find_spec("pynvml") or not (root / "proc/driver/nvidia/version").exists():
+        return ()
+    return ("memory and energy of the NVIDIA card unknown: pip install 'edgekv[nvidia]'",)
 
 
 def first_card() -> Card | None:
     """The first card that CUDA programs of this environment see (CUDA_VISIBLE_DEVICES), or None."""
-    nvml = library()
-    if nvml is None:
-        return None
-    cards = handles(nvml)
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
-    index = int(first) if first.isdigit() else 0
-    if index >= len(cards):
-        return None
-    name, memory = ctypes.create_string_buffer(96), _MemoryInfo()
-    if nvml.nvmlDeviceGetName(cards[index], name, len(name)) != 0:
-        return None
-    if nvml.nvmlDeviceGetMemoryInfo(cards[index], ctypes.byref(memory)) != 0:
-        return None
-    return Card(name.value.decode(), memory.total, memory.used)
+    card = ask("nvmlDeviceGetHandleByIndex", int(first) if first.isdigit() else 0)
+    name, memory = ask("nvmlDeviceGetName", card), ask("nvmlDeviceGetMemoryInfo", card)
+    return Card(name, memory.total, memory.used) if name and memory else None
+
+
+def power_readers() -> Iterator[tuple[Reader, Reader]]:
+    """Of each card, in the driver's order: its energy so far in joules, and its power in watts."""
+    for i in range(ask("nvmlDeviceGetCount") or 0):
+        card = ask("nvmlDeviceGetHandleByIndex", i)
+        yield (
+            _thousandths("nvmlDeviceGetTotalEnergyConsumption", card),
+            _thousandths("nvmlDeviceGetPowerUsage", card),
+        )
+
+
+def _thousandths(function: str, card: Any) -> Reader:
+    def read() -> float | None:
+        value = ask(function, card)
+        return None if value is None else value / 1000
+
+    return read

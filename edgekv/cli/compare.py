@@ -14,7 +14,7 @@ from edgekv.cli.common import options
 @click.option("--markdown", "form", flag_value="markdown", help="Print Markdown tables.")
 @click.option("--json", "form", flag_value="json", help="Print all runs and warnings as JSON.")
 @click.option("--html", type=options.PATH, help="Write a page with charts here.")
-@click.option("--svg", type=options.PATH, help="Draw all runs as one picture here.")
+@click.option("--svg", type=options.PATH, help="Draw all runs as one picture here (needs matplotlib).")
 @options.force("Replace what exists.")
 def command(
     reports: tuple[Path, ...], form: str | None, html: Path | None, svg: Path | None, force: bool
@@ -40,10 +40,10 @@ def command(
             partial.write_text(html_page(sources), encoding="utf-8")
         click.echo(f"page: {html}", err=True)
     if svg is not None:
-        from edgekv.devices.reporting.picture import picture
+        from edgekv.devices.reporting.picture import comparison_figure, write_svg
 
         with atomic_path(svg, force) as partial:
-            partial.write_text(picture(sources), encoding="utf-8")
+            write_svg(lambda: comparison_figure(sources), partial)
         click.echo(f"picture: {svg}", err=True)
     if form == "json":
         click.echo(compare.as_json(sources))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ def command(
     The reference runs in float32, and its distributions are kept: later runs on the same text start at once.
     Killed, a run goes on where it was when it is started again.
     """
-    from edgekv.workflows.evaluate import Effort, EvaluateRequest, Measurements, encode, evaluate_model
+    from edgekv.workflows.evaluate import Effort, EvaluateRequest, Measurements, evaluate_model
 
     measures = parse_measures(measure)
     measurements = Measurements(
@@ -100,7 +99,7 @@ def command(
     )
     report = evaluate_model(request, begin, lambda line: click.echo(line, err=as_json))
     if as_json:
-        click.echo(json.dumps(encode(report), indent=1, allow_nan=False))
+        click.echo(report.to_json(), nl=False)
 
 
 def parse_measures(value: str) -> set[str]:

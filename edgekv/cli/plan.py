@@ -89,7 +89,7 @@ def parse_size(text: str) -> int:
 
 def _show_boards(plans: Sequence[Plan], as_json: bool) -> None:
     from edgekv.devices.predict.tables import plan_as_dict, plans_table
-    from edgekv.devices.reporting.tables import as_text
+    from edgekv.devices.reporting.text_table import as_text
 
     if as_json:
         click.echo(json.dumps([plan_as_dict(plan) for plan in plans], indent=1))
@@ -103,7 +103,7 @@ def _show_boards(plans: Sequence[Plan], as_json: bool) -> None:
 
 def _show_one(result: PlanResult, as_json: bool) -> None:
     from edgekv.devices.predict.tables import memory_lines, plan_as_dict, plans_table, speed_table
-    from edgekv.devices.reporting.tables import as_text
+    from edgekv.devices.reporting.text_table import as_text
 
     plan, better = result.plan, result.recommended
     if as_json:

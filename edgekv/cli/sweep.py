@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +36,7 @@ def command(
     edgekv sweep sweep.toml
     edgekv sweep sweep.toml --limit 12 -o quick
     """
-    from edgekv.workflows.sweep import Effort, SweepRequest, encode, read_sweep, sweep_models
+    from edgekv.workflows.sweep import Effort, SweepRequest, read_sweep, sweep_models
 
     spec = read_sweep(file)
     request = SweepRequest(
@@ -52,7 +51,7 @@ def command(
     )
     report = sweep_models(request, begin, lambda line: click.echo(line, err=as_json))
     if as_json:
-        click.echo(json.dumps(encode(report), indent=1, allow_nan=False))
+        click.echo(report.to_json(), nl=False)
 
 
 def conversions(spec: SweepSpec, folder: Path) -> dict[str, ConvertRequest]:

@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from platformdirs import user_cache_path
 
 from edgekv.errors import InputError, OutputError
 from edgekv.evaluate.model_under_test import ModelUnderTest
 from edgekv.evaluate.workers import Run, Unit, run_units
+from edgekv.files import locked
 
 Identity = Mapping[str, str | int | None]
 
 
 def default_folder() -> Path:
-    """Where journals and reference distributions live unless told otherwise (XDG Base Directory)."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "edgekv" / "eval"
+    """Where journals and reference distributions live unless told otherwise."""
+    return user_cache_path("edgekv") / "eval"
 
 
 @contextmanager
@@ -39,32 +40,23 @@ def open_held(folder: Path, kind: str, identity: Identity, fresh: bool) -> Itera
     """
     header = json.dumps(dict(identity), sort_keys=True).encode() + b"\n"
     path = folder / f"{kind}-{hashlib.sha256(header).hexdigest()[:16]}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+b")  # noqa: SIM115 (closed below; a+ makes it if need be)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}; choose another --cache-dir") from error
-    with file:
-        _lock(file, path)
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(path, "a+b"))  # a+ makes it if need be
+            stack.enter_context(locked(path, wait=False))
+        except BlockingIOError as error:
+            raise InputError(
+                f"another process is measuring the same thing ({path}); wait for it, or choose another --cache-dir"
+            ) from error
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error.strerror}; choose another --cache-dir") from error
         file.seek(0)
         if fresh or file.readline() != header:
             file.truncate(0)
             file.write(header)
             file.flush()
         yield file
-
-
-def _lock(file: IO[bytes], path: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows: two runs at once would only do the same work twice
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise InputError(
-            f"another process is measuring the same thing ({path}); wait for it, or choose another --cache-dir"
-        ) from error
 
 
 class Journal:

@@ -1,4 +1,4 @@
-"""The picture of a sweep: KL against cache bytes a token. The only module that imports matplotlib."""
+"""The picture of a sweep: KL against cache bytes per token."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekv.errors import BackendError
+from edgekv.devices.reporting.picture import write_svg
 from edgekv.evaluate.sweep import ORIGINAL, SweepPoint, SweepReport
 
 if TYPE_CHECKING:
@@ -22,12 +22,7 @@ def plot_sweep(report: SweepReport, path: Path) -> None:
     Raises:
         BackendError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise BackendError("the picture needs matplotlib: pip install 'edgekv[plot]'") from error
-    with matplotlib.rc_context({"svg.hashsalt": "edgekv", "svg.fonttype": "none"}):
-        sweep_figure(report).savefig(path, format="svg", metadata={"Date": None})
+    write_svg(lambda: sweep_figure(report), path)
 
 
 def sweep_figure(report: SweepReport) -> Figure:

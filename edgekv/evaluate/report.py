@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from edgekv.documents import dumps
 from edgekv.evaluate.model_under_test import (
     ModelUnderTest,
     cache_nbytes_per_token,
@@ -62,6 +63,10 @@ class EvalReport:
     tasks: tuple[TaskResult, ...]
     positions: PositionsResult | None
     retrieval: RetrievalResult | None
+
+    def to_json(self) -> str:
+        """The whole report."""
+        return dumps(self, indent=1) + "\n"
 
 
 def model_line(model: Measured) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from edgekv import __version__
-from edgekv.documents import SchemaError, decode
+from edgekv.documents import Document, SchemaError, decode, dumps
 from edgekv.errors import InputError
 from edgekv.evaluate.model_under_test import (
     ModelUnderTest,
@@ -33,8 +33,7 @@ from edgekv.text.scored import Text, cut_windows
 ORIGINAL = "original"  # the name of the model's own caches among the points
 
 
-@dataclass(frozen=True)
-class Conversion:
+class Conversion(Document, frozen=True):
     """A converted model, as a file or as options of `edgekv convert`, and the caches to run it with."""
 
     name: str
@@ -43,8 +42,7 @@ class Conversion:
     convert: str | None = None
 
 
-@dataclass(frozen=True)
-class SweepSpec:
+class SweepSpec(Document, frozen=True):
     """One sweep; the field names are the file's keys.
 
     `cache_types` are the model's own caches, the line that a conversion has to beat. With `weights` other than
@@ -74,7 +72,7 @@ def read_sweep(path: Path) -> SweepSpec:
         _check(spec)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; check the path") from error
-    except (SchemaError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError among them
+    except ValueError as error:  # SchemaError, TOMLDecodeError and UnicodeDecodeError
         raise InputError(f"{path}: {error}; docs/eval.md shows a sweep file") from error
     return spec
 
@@ -149,6 +147,10 @@ class SweepReport:
     reference: Measured
     reference_ppl: float
     points: tuple[SweepPoint, ...]
+
+    def to_json(self) -> str:
+        """The whole report."""
+        return dumps(self, indent=1) + "\n"
 
 
 class Sweep:

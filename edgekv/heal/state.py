@@ -6,7 +6,6 @@ Safetensors, not pickle: a state from elsewhere cannot run code.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from edgekv.documents import SchemaError, decode, encode
+from edgekv.documents import decode, dumps, parse
 from edgekv.errors import InputError
 from edgekv.files import atomic_path
 from edgekv.heal.recipe import HealedRecord, drop_retired
@@ -44,9 +43,9 @@ def save_state(path: Path, state: State) -> None:
     tensors = {f"param.{name}": tensor.detach() for name, tensor in state.params.items()}
     tensors |= {f"optimizer.{name}": tensor for name, tensor in state.optimizer.items()}
     tensors["loss_sum"] = state.loss_sum
-    document = json.dumps(
+    document = dumps(
         {
-            "record": encode(state.record),
+            "record": state.record,
             "micro_sequences": state.micro_sequences,
             "optimizer_since": state.optimizer_since,
         }
@@ -63,13 +62,13 @@ def load_state(path: Path) -> State:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            document = json.loads((file.metadata() or {})[STATE_KEY])
+            document = parse((file.metadata() or {})[STATE_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         drop_retired(document["record"], path)
         record = decode(HealedRecord, document["record"])
         numbers = int(document["micro_sequences"]), int(document["optimizer_since"])
         loss_sum = tensors.pop("loss_sum")
-    except (SafetensorError, SchemaError, KeyError, TypeError, ValueError, OSError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise InputError(f"{path} is not a training state ({error}); delete it to start anew") from error
     params = {name.removeprefix("param."): t for name, t in tensors.items() if name.startswith("param.")}
     moments = {

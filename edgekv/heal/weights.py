@@ -8,7 +8,6 @@ differ widely; from format 2 on, a quantized one has a scale per column in a ten
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from edgekv.convert.layers import converted_source
-from edgekv.documents import SchemaError, decode, encode
+from edgekv.documents import decode, dumps, parse
 from edgekv.errors import InputError, UnsupportedError
 from edgekv.files import atomic_path, file_sha256
 from edgekv.heal.recipe import HealedRecord, drop_retired
@@ -115,7 +114,7 @@ def write_healed(path: Path, tensors: Tensors, record: HealedRecord, storage: St
     for name, kind, shape, data in _packed(tensors, storage):
         stored[name] = data
         layout[name] = {"type": kind.name, "shape": list(shape)}
-    document = json.dumps({"record": encode(replace(record, format=FORMAT)), "tensors": layout})
+    document = dumps({"record": replace(record, format=FORMAT), "tensors": layout})
     with atomic_path(path, force) as partial:
         save_file(stored, partial, {RECORD_KEY: document})
 
@@ -175,7 +174,7 @@ def read_healed(path: Path) -> tuple[HealedRecord, dict[str, Array]]:
     """
     try:
         with safe_open(path, framework="np") as file:
-            document = json.loads((file.metadata() or {})[RECORD_KEY])
+            document = parse((file.metadata() or {})[RECORD_KEY])
             if (found := document["record"]["format"]) not in READABLE:
                 raise InputError(f"{path} has format {found}, this EdgeKV reads {FORMAT}; upgrade EdgeKV")
             drop_retired(document["record"], path)
@@ -189,7 +188,7 @@ def read_healed(path: Path) -> tuple[HealedRecord, dict[str, Array]]:
             tensors = _unscaled(tensors)
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
-    except (SafetensorError, SchemaError, KeyError, TypeError, ValueError, OSError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise InputError(
             f"{path} is not a file of healed weights ({error}); `edgekv heal` writes them"
         ) from error

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import lzma
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from platformdirs import user_cache_path
 
 from edgekv.errors import InputError, ModelFileError
 from edgekv.files import atomic_path, file_sha256
@@ -114,8 +114,8 @@ def _read_tokens(path: Path, n_vocab: int) -> Tokens:
 
 
 def cache_folder() -> Path:
-    """Where tokenized texts are kept: $XDG_CACHE_HOME/edgekv/tokens, by default under ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgekv" / "tokens"
+    """Where tokenized texts are kept."""
+    return user_cache_path("edgekv") / "tokens"
 
 
 def _vocabulary_key(source: TensorSource) -> str:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgekv.backends.open import Kind, default_kind
-from edgekv.documents import encode
 from edgekv.evaluate.journal import default_folder
 from edgekv.evaluate.model_under_test import ModelUnderTest, Weights
 from edgekv.evaluate.report import EvalReport
@@ -16,7 +15,7 @@ from edgekv.evaluate.workers import Run
 from edgekv.progress import Stages, ignore, silent
 from edgekv.workflows.request import Request
 
-__all__ = ["Effort", "EvaluateRequest", "Measurements", "encode", "evaluate_model"]
+__all__ = ["Effort", "EvaluateRequest", "Measurements", "evaluate_model"]
 
 
 @dataclass(frozen=True)

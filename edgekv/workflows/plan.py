@@ -12,7 +12,7 @@ from edgekv.devices.predict.model_info import describe_model
 from edgekv.devices.predict.plan import MIB, Plan, make_plan, recommend, this_board
 from edgekv.devices.predict.tables import boards_table, projected_report
 from edgekv.devices.reporting.report import dumps
-from edgekv.devices.reporting.tables import as_text
+from edgekv.devices.reporting.text_table import as_text
 from edgekv.errors import InputError
 from edgekv.files import atomic_path
 from edgekv.models.gguf.source import GGUFSource

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from edgekv import __version__
-from edgekv.documents import encode
 from edgekv.errors import BackendError
 from edgekv.evaluate.plot import plot_sweep
 from edgekv.evaluate.sweep import Sweep, SweepReport, SweepSpec, markdown_table, read_sweep
@@ -20,7 +19,7 @@ from edgekv.workflows.convert import ConvertRequest, convert_model
 from edgekv.workflows.evaluate import Effort
 from edgekv.workflows.request import Request
 
-__all__ = ["Effort", "SweepRequest", "encode", "read_sweep", "sweep_models"]
+__all__ = ["Effort", "SweepRequest", "read_sweep", "sweep_models"]
 
 SUFFIXES = ("json", "md", "svg")
 
@@ -69,10 +68,7 @@ def sweep_models(
 
 def write_sweep(report: SweepReport, base: Path, force: bool, say: Callable[[str], None]) -> None:
     """The report's three files; without matplotlib two, and a line that says how to get the third."""
-    for suffix, text in (
-        ("json", json.dumps(encode(report), indent=1, allow_nan=False) + "\n"),
-        ("md", markdown_table(report)),
-    ):
+    for suffix, text in (("json", report.to_json()), ("md", markdown_table(report))):
         with atomic_path(_named(base, suffix), force) as partial:
             partial.write_text(text, encoding="utf-8")
         say(f"wrote {_named(base, suffix)}")

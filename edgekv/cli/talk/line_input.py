@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import select
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from platformdirs import user_state_path
 
 CONTINUED = ". "
 HISTORY_LENGTH = 1000
@@ -15,9 +16,8 @@ PASTE_GAP_S = 0.02  # a paste's next line is there at once; nobody types that fa
 
 
 def history_path() -> Path:
-    """Where the history is kept (XDG Base Directory Specification: state)."""
-    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    return Path(state) / "edgekv" / "chat_history"
+    """Where the history is kept."""
+    return user_state_path("edgekv") / "chat_history"
 
 
 class MessageReader:

@@ -9,13 +9,11 @@ vocab.gguf         the vocabulary and the chat template, as a GGUF without tenso
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from edgekv.documents import SchemaError, decode, encode
+from edgekv.documents import Document, decode, dumps, parse
 from edgekv.errors import ModelFileError
 from edgekv.models.onnx.external_data import check_external_data
 
@@ -24,16 +22,14 @@ VERSION = 1
 MAX_MANIFEST_NBYTES = 2**20
 
 
-@dataclass(frozen=True)
-class FileRecord:
+class FileRecord(Document, frozen=True):
     """A file of the folder as it was written."""
 
     nbytes: int
     sha256: str
 
 
-@dataclass(frozen=True)
-class ModelRecord:
+class ModelRecord(Document, frozen=True):
     """The exported model in numbers; cache figures are of one token in all layers."""
 
     name: str
@@ -54,8 +50,7 @@ class ModelRecord:
     cache_nbytes: int
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(Document, frozen=True):
     """What is in the folder. `onnxruntime_operators` are those that the ONNX standard does not have."""
 
     format: Literal["edgekv.onnx"]
@@ -67,7 +62,7 @@ class Manifest:
     files: Mapping[str, FileRecord]
 
     def to_json(self) -> str:
-        return json.dumps(encode(self), indent=1, ensure_ascii=False) + "\n"
+        return dumps(self, indent=1, ensure_ascii=False) + "\n"
 
 
 def is_onnx_folder(path: Path) -> bool:
@@ -90,7 +85,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         if path.stat().st_size > MAX_MANIFEST_NBYTES:
             raise ModelFileError(f"{path}: is far too large for a manifest; export the model again")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse(path.read_bytes())
         version = content.get("version") if isinstance(content, dict) else None
         if isinstance(version, int) and version > VERSION:
             raise ModelFileError(f"{path}: is of version {version}, this EdgeKV reads {VERSION}; upgrade it")
@@ -99,7 +94,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise ModelFileError(
             f"{path}: cannot be read: {error.strerror}; name a folder that `edgekv export onnx` wrote"
         ) from None
-    except (SchemaError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ModelFileError(f"{path}: is damaged ({error}); export the model again") from None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from msgspec import structs
 
 from edgekv.backends.llama_cpp.footprint import footprint, repacked_nbytes
 from edgekv.cli.main import cli
@@ -110,7 +111,7 @@ def test_a_typo_gets_a_suggestion(typo: str, hint: str) -> None:
 
 def test_the_longest_match_names_the_board() -> None:
     machine, _ = probe()
-    pi = replace(machine, board="Raspberry Pi 500 Rev 1.0")
+    pi = structs.replace(machine, board="Raspberry Pi 500 Rev 1.0")
     board = match_board(pi)
     assert board is not None
     assert board.key == "pi-5"
@@ -118,7 +119,7 @@ def test_the_longest_match_names_the_board() -> None:
 
 def test_a_known_boards_memory_type_comes_from_its_profile() -> None:
     machine, notes = probe()
-    pi = replace(machine, board="Raspberry Pi 5 Model B Rev 1.0", memory_type=None)
+    pi = structs.replace(machine, board="Raspberry Pi 5 Model B Rev 1.0", memory_type=None)
     filled, said = known_memory(pi, (*notes, "memory type unknown: ..."))
     assert filled.memory_type == "LPDDR4X-4267 32-bit"
     assert not any("unknown: ..." in note for note in said)

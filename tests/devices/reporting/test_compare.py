@@ -1,5 +1,6 @@
 """Reports side by side: tables, llama-bench files, JSON, bad input."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -10,10 +11,9 @@ from click.testing import CliRunner, Result
 
 from edgekv.cli.main import cli
 from edgekv.devices.reporting.compare import load_sources
-from edgekv.devices.reporting.report import load_report
 from edgekv.devices.reporting.svg import ticks
 from edgekv.devices.reporting.tables import entries, speed_table, warnings
-from edgekv.documents import encode
+from edgekv.devices.reporting.text_table import Table, as_text
 from edgekv.errors import InputError
 
 REPORTS = Path(__file__).parent / "reports"
@@ -87,7 +87,7 @@ def test_same_labels_get_their_reports_names(tmp_path: Path) -> None:
 
 def test_json_holds_every_run_whole() -> None:
     data = json.loads(compare(MEASURED, "--json").stdout)
-    assert [run["run"] for run in data["runs"]] == encode(load_report(MEASURED).runs)
+    assert [run["run"] for run in data["runs"]] == json.loads(MEASURED.read_text())["runs"]
     assert {run["provenance"] for run in data["runs"]} == {"measured"}
 
 
@@ -95,6 +95,13 @@ def test_markdown_rows_have_as_many_cells_as_the_head() -> None:
     for block in compare(MEASURED, LLAMA_BENCH, "--markdown").stdout.split("### ")[1:]:
         lines = [line for line in block.splitlines() if line.startswith("|")]
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+
+
+def test_columns_are_aligned_with_and_without_a_title() -> None:
+    table = Table("", ("layer", "error"), (("0", "1.5%"), ("10", "12.5%")))
+    lines = ["layer  error", "-----  -----", "0       1.5%", "10     12.5%"]
+    assert as_text(table).splitlines() == lines
+    assert as_text(dataclasses.replace(table, title="Loss")).splitlines() == ["Loss", *lines]
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ import os
 import re
 import shutil
 import subprocess
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from edgekv.devices.reporting.compare import load_sources
 from edgekv.devices.reporting.page import html_page
@@ -63,48 +63,8 @@ def screenshot(chromium: str, page: Path, tmp_path: Path, *arguments: str) -> ND
     """Pixels of the page, shape (height, width, 3)."""
     out = tmp_path / "shot.png"
     run(chromium, tmp_path, f"--screenshot={out}", *arguments, page.as_uri())
-    return read_png(out.read_bytes())
-
-
-def read_png(data: bytes) -> NDArray[np.uint8]:
-    """An 8-bit RGB or RGBA PNG without interlacing, as Chromium writes it (PNG specification, section 9)."""
-    width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
-    channels = {2: 3, 6: 4}[data[25]]
-    packed, at = b"", 8
-    while at < len(data):
-        size = int.from_bytes(data[at : at + 4], "big")
-        if data[at + 4 : at + 8] == b"IDAT":
-            packed += data[at + 8 : at + 8 + size]
-        at += size + 12
-    rows = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(height, 1 + width * channels)
-    out = np.zeros((height, width, channels), np.uint8)
-    above = np.zeros((width, channels), np.uint8)
-    for y in range(height):
-        line = rows[y, 1:].reshape(width, channels).copy()
-        if rows[y, 0] == 2:
-            line += above
-        elif rows[y, 0]:
-            unfilter(line, above, int(rows[y, 0]))
-        out[y] = above = line
-    return out[:, :, :3]
-
-
-def unfilter(line: NDArray[np.uint8], above: NDArray[np.uint8], kind: int) -> None:
-    """Undo the filters that look to the left: Sub, Average and Paeth."""
-    left = upper_left = np.zeros(line.shape[1], int)
-    for x in range(len(line)):
-        up = above[x].astype(int)
-        if kind == 1:
-            guess = left
-        elif kind == 3:
-            guess = (left + up) // 2
-        else:
-            estimate = left + up - upper_left
-            distances = [abs(estimate - near) for near in (left, up, upper_left)]
-            nearest = np.where(distances[1] <= distances[2], up, upper_left)
-            guess = np.where((distances[0] <= distances[1]) & (distances[0] <= distances[2]), left, nearest)
-        line[x] = (line[x] + guess) % 256
-        left, upper_left = line[x].astype(int), up
+    with Image.open(out) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def share_of(pixels: NDArray[np.uint8], colour: str) -> float:

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from edgekv.devices.reporting.report import load_report
+from edgekv.devices.reporting.report import parse_report, read_json
 
 REPORTS = sorted((Path(__file__).parents[3] / "devices/reports").glob("*.json"))
 
 
 @pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.stem)
 def test_a_published_report(path: Path) -> None:
-    report = load_report(path)
+    report = parse_report(read_json(path), path)
     assert (report.provenance == "projected") == path.stem.endswith("-projected")
     assert (report.provenance == "emulated") == (report.machine.emulator is not None)
     assert all(run.error is None for run in report.runs)
