@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any, TypeVar
+import re
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import msgspec
 
@@ -49,22 +51,46 @@ def decode(kind: type[T], value: Any) -> T:
     try:
         built = msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        problem, _, where = str(error).partition(" - at `$")
-        raise SchemaError(where.strip(".`"), problem[:1].lower() + problem[1:]) from error
-    _check(value, encode(built), "")
+        raise _explained(kind, str(error)) from error
+    _check_taken(value, encode(built), "")
     return built
 
 
-def _check(value: Any, built: Any, where: str) -> None:
+def _explained(kind: Any, message: str) -> SchemaError:
+    """msgspec's message, the place first; what it leaves out of it is added."""
+    problem, _, where = message.partition(" - at `$")
+    where = where.strip(".`")
+    if field := re.fullmatch(r"Object (missing required|contains unknown) field `(.*)`", problem):
+        what = "missing" if field[1] == "missing required" else "unknown key"
+        return SchemaError(f"{where}.{field[2]}".lstrip("."), what)
+    if problem.startswith("Invalid enum value "):
+        choices = ", ".join(map(str, _choices(kind, where)))
+        return SchemaError(where, f"{problem.removeprefix('Invalid enum value ')} is not one of {choices}")
+    return SchemaError(where, problem[:1].lower() + problem[1:])
+
+
+def _choices(kind: Any, where: str) -> tuple[Any, ...]:
+    """What the Literal at a place in a type allows."""
+    for step in re.findall(r"\[|[A-Za-z_]\w*", where):
+        if step == "[":  # of tuple[X, ...] or Mapping[str, X]
+            kind = next(inner for inner in reversed(get_args(kind)) if inner is not ...)
+        else:
+            kind = get_type_hints(kind)[step]
+        if NoneType in get_args(kind):
+            kind = get_args(kind)[0]
+    return get_args(kind)
+
+
+def _check_taken(value: Any, built: Any, where: str) -> None:
     """Raise SchemaError for a key that `built` has not taken up, as msgspec lets a dataclass do, and for NaN."""
     if isinstance(value, dict):
         for key, item in value.items():
             if key not in built:
-                raise SchemaError(where, f"object contains unknown field `{key}`")
-            _check(item, built[key], f"{where}.{key}" if where else key)
+                raise SchemaError(f"{where}.{key}".lstrip("."), "unknown key")
+            _check_taken(item, built[key], f"{where}.{key}".lstrip("."))
     elif isinstance(value, list):
         for i, (item, taken) in enumerate(zip(value, built, strict=True)):
-            _check(item, taken, f"{where}[{i}]")
+            _check_taken(item, taken, f"{where}[{i}]")
     elif isinstance(value, float) and not math.isfinite(value):
         raise SchemaError(where, f"{value} is not a finite number")
 
