@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from edgekv.chat.template import ChatTemplate
 from edgekv.errors import InputError, OutputError, UnsupportedError
 from edgekv.export.deepseek.safetensors_file import LazyTensor, write_safetensors
+from edgekv.export.deepseek.tensors import TORCH_NAMES
 from edgekv.export.deepseek.write import write_deepseek
 from edgekv.export.tokenizer_json import tokenizer_json
 from edgekv.models.open import open_model
@@ -118,7 +119,7 @@ def test_half_precision(
 ) -> None:
     source = converted(True)
     folder = export(source, tmp_path / "out", dtype)
-    assert load(folder).dtype == getattr(torch, dtype)
+    assert load(folder).dtype == getattr(torch, TORCH_NAMES[dtype])
     assert difference(source, folder)[1] < most
 
 
@@ -222,7 +223,7 @@ def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
         found = load_file(tmp_path / dtype)
         assert list(found) == list(arrays)
         for name, array in arrays.items():
-            assert np.array_equal(found[name], array.astype(dtype))
+            assert np.array_equal(found[name], array.astype(TORCH_NAMES[dtype]))
 
 
 def test_refusals(tiny_llama: Path, native_mla: Path, tmp_path: Path) -> None:
