@@ -1,6 +1,6 @@
-"""The demo: a real model gets a small cache, answers as before, and every figure is measured here and now.
+"""The demo: a real model gets a small KV cache and answers a question, and every figure is measured here and now.
 
-Runs the `edgekv` commands that a user would run, and puts what they say into one report.
+Runs the `edgekv` commands that a user would run, and puts their figures into one table.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ HEALED = HERE.parent / "models" / "smollm2-135m-instruct-256-q4_0.safetensors"
 PROMPT = "What is the largest planet of the solar system? Answer in one sentence."
 DEPTHS = (0, 2048)
 CACHES = ("f16", "q4_0")
+CONTEXT = 8192  # tokens: what the model was trained for
 console = Console(stderr=True)
 
 
@@ -31,22 +32,22 @@ def main() -> None:
     folder = parser.parse_args().out
     folder.mkdir(parents=True, exist_ok=True)
     original, converted = smollm2(), folder / "smollm2-135m-latent.gguf"
-    step("convert to MLA, from healed weights, and compare llama.cpp with the NumPy reference")
+    step("convert: the attention is rewritten so that the cache gets small (about a minute and a half)")
     made = edgekv("convert", original, "-o", converted, "--healed", HEALED, "--verify", "--force")
-    step("what each cache loses on a text: llama.cpp against the original in float32")
+    step("measure what is lost on a text, against the original in float32")
     text = ("--text", HERE / "demo.txt", "--text-tokens", 1024, "--tolerance", 1e9)
     losses = [
         edgekv("verify", original, model, "--cache-type", cache, *text)
         for model in (original, converted)
         for cache in CACHES
     ]
-    step("one question to both")
+    step("ask both models one question")
     question = ("-p", PROMPT, "--temp", 0, "--max-tokens", 60)
     answers = [
         edgekv("chat", model, *question, "--cache-type", cache)
         for model, cache in ((original, "f16"), (converted, "q4_0"))
     ]
-    step("speed and memory, all four in turns (about three minutes)")
+    step("measure speed and memory, all four in turns (about three minutes)")
     options = ("--cache-type", ",".join(CACHES), "-d", ",".join(map(str, DEPTHS)), "-r", 3)
     show(made, losses, answers, edgekv("bench", original, converted, *options))
 
@@ -82,25 +83,35 @@ def show(
     out = Console()
     runs = bench["runs"]  # the original's caches, then the converted model's, as `losses` has them
     names = [f"{name}, {cache}" for name in ("original", "converted") for cache in CACHES]
-    table = Table("model, cache", *names, title="SmolLM2-135M-Instruct in llama.cpp, this machine, just now")
+    table = Table(
+        "model, cache type", *names, title="SmolLM2-135M-Instruct in llama.cpp, this machine, just now"
+    )
     sizes = [run["cache"]["nbytes_per_token"] for run in runs]
-    table.add_row("bytes a token", *(f"{size:,.0f} ({size / sizes[0] - 1:+.0%})" for size in sizes))
-    table.add_row("KL to the original, nats", *(f"{loss['kl']:.4f}" for loss in losses))
-    table.add_row(f"perplexity ({losses[0]['ppl_a']:.2f})", *(f"{loss['ppl_b']:.2f}" for loss in losses))
-    table.add_row("same next token", *(f"{loss['argmax_agreement']:.1%}" for loss in losses))
+    table.add_row(
+        f"cache for {CONTEXT:,} tokens, MB",
+        *(f"{size * CONTEXT / 1e6:.0f} ({size / sizes[0] - 1:+.0%})" for size in sizes),
+    )
+    table.add_row("same likeliest next token", *(f"{loss['argmax_agreement']:.1%}" for loss in losses))
+    table.add_row("KL to the original, nats per token", *(f"{loss['kl']:.4f}" for loss in losses))
+    table.add_row(
+        f"perplexity (in float32: {losses[0]['ppl_a']:.2f})", *(f"{loss['ppl_b']:.2f}" for loss in losses)
+    )
     for i, depth in enumerate(DEPTHS):
         rates = [run["points"][i]["decode_tps"] for run in runs]
         cells = (f"{rate['median']:.0f} ({rate['low']:.0f}-{rate['high']:.0f})" for rate in rates)
-        table.add_row(f"decode, tokens/s at {depth}", *cells)
-    table.add_row("peak RSS, MB", *(f"{run['memory']['peak_rss_nbytes'] / 1e6:.0f}" for run in runs))
+        table.add_row(f"tokens/s with {depth:,} in the cache", *cells)
+    table.add_row(
+        "peak memory of the engine, MB", *(f"{run['memory']['peak_rss_nbytes'] / 1e6:.0f}" for run in runs)
+    )
     out.print(table)
     for name, answer in zip((names[0], names[-1]), answers, strict=True):
         out.print(f"[bold]{name}:[/] {answer['text'].strip()}", highlight=False)
     healed = made["notes"]["edgekv.healed_tokens"] / 1e6
     out.print(
-        f"The converted model was healed for the q4_0 cache: distilled from the original on {healed:.0f}M tokens "
-        "of Wikipedia, Project Gutenberg and chats of its own (models/README.md). llama.cpp against the NumPy "
-        f"reference on it: KL {made['verify']['kl']:.1e}.\n"
+        "KL says how far the predictions are from the original's: 0 is the same. The converted model was healed for "
+        f"the q4_0 cache, that is, distilled from the original on {healed:.0f}M tokens of Wikipedia, Project Gutenberg "
+        "and its own chats (models/README.md). Its file is sound: llama.cpp agrees with the NumPy reference within a "
+        f"KL of {made['verify']['kl']:.1e}, the rounding of its 4-bit arithmetic.\n"
         f"Talk to it: {Path(sys.executable).parent / 'edgekv'} chat {made['output']} --cache-type q4_0",
         highlight=False,
     )

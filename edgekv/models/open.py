@@ -14,6 +14,9 @@ from edgekv.source import TensorSource
 def open_model(path: Path) -> TensorSource:
     """Open a model: a GGUF file, or a Hugging Face folder of config.json, safetensors and tokenizer.json.
 
+        source = edgekv.open_model(model)
+        print(source.spec.kv_bytes_per_token("q4_0"), source.load("blk.0.attn_q.weight").shape)
+
     Raises:
         ModelFileError: a file is missing or malformed.
         UnsupportedError: its architecture is not handled.

@@ -5,7 +5,7 @@ engine means something else than Oniguruma, which Hugging Face's `tokenizers` us
   - its categories are Unicode 15.1's and Oniguruma's are 16.0's: younger code points belong to none;
   - `(?=[\\p{L}])([^a-z])` there is `[\\p{L}&&[^a-z]]` here;
   - a range of characters never covers whitespace there: all of it is seen as a vertical tab.
-Proved in tests/test_tokenizer.py for every code point and every name in PRE_TYPES.
+Proved in tests/tokenizer/test_bpe.py for every code point and every name in PRE_TYPES.
 """
 
 from __future__ import annotations

@@ -44,7 +44,10 @@ class BenchRequest(Request):
 def bench_models(request: BenchRequest, progress: Progress = ignore) -> Report:
     """Measure prefill and decode speed in tokens/s and memory in bytes; every model with every cache type in turns.
 
-        report = edgekv.bench_models(edgekv.BenchRequest((small, model), cache_types=("f16", "q4_0")))
+        from edgekv.workflows.bench import BenchSettings
+
+        settings = BenchSettings(depths=(0, 64), n_prompt=16, n_gen=8, repeats=1)
+        report = edgekv.bench_models(edgekv.BenchRequest((small, model), ("q4_0",), settings))
         print(report.runs[0].points[0].decode_tps.median)
 
     Raises:

@@ -103,7 +103,8 @@ class ConvertResult:
 def convert_model(request: ConvertRequest, progress: Stages = silent) -> ConvertResult:
     """Convert a GQA or MHA model into a `deepseek2` GGUF, whose cache holds one latent and one rope key per token.
 
-        result = edgekv.convert_model(edgekv.ConvertRequest(model, output, target=0.5))
+        request = edgekv.ConvertRequest(model, output, target=0.5, text=(text,))
+        result = edgekv.convert_model(request)
         before, after = result.cache_nbytes
 
     Raises:

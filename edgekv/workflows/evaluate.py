@@ -67,7 +67,11 @@ class EvaluateRequest(Request):
 def evaluate_model(
     request: EvaluateRequest, progress: Stages = silent, say: Callable[[str], None] = lambda line: None
 ) -> EvalReport:
-    """Measure perplexity, KL, task accuracy, loss by position and retrieval of a model and its cache.
+    """Measure perplexity, KL (nats per token), task accuracy, loss by position and retrieval of a model and its cache.
+
+        wanted = edgekv.Measurements(text, window=128, limit=2)
+        request = edgekv.EvaluateRequest(small, wanted, against=model, cache_type="q4_0", weights="f32")
+        print(edgekv.evaluate_model(request).windows.kl)
 
     Args:
         say: is given lines for people as soon as they are known.

@@ -150,7 +150,7 @@ ExportResult = ExportGGUFResult | Manifest | ExportSafetensorsResult
 def export_model(request: ExportRequest, progress: Stages = silent) -> ExportResult:
     """Write a model in the format that the request's type names.
 
-        edgekv.export_model(edgekv.ExportOnnxRequest(model, folder, weights="int4", cache_type="int8"))
+        edgekv.export_model(edgekv.ExportOnnxRequest(small, folder, weights="int4", cache_type="int8"))
 
     Raises:
         as `export_gguf`, `export_onnx` and `export_safetensors` do.

@@ -78,7 +78,13 @@ class HealRequest(Request):
 
 
 def heal_model(request: HealRequest, report: Report, progress: Stages = silent) -> HealedRecord:
-    """Train the attention and norms of a converted model until it predicts what the original does.
+    """Train the attention and norms of a converted model to predict what the original does.
+
+        from edgekv.workflows.heal import HealRecipe
+
+        recipe = HealRecipe(steps=1, batch_tokens=512, seq_len=128, cache_type="q4_0")
+        request = edgekv.HealRequest(model, output, target=0.5, text=(text,), recipe=recipe)
+        print(edgekv.heal_model(request, print).evaluations[-1].kl)
 
     Args:
         report: is told of stages, converted layers, training steps and evaluations as they come.

@@ -59,6 +59,8 @@ class QuantizeResult:
 def quantize_model(request: QuantizeRequest, progress: Stages = silent) -> QuantizeResult:
     """Quantize a model's weights with llama.cpp in a child process, and measure what each tensor lost.
 
+        before, after = edgekv.quantize_model(edgekv.QuantizeRequest(model, output, "q8_0")).nbytes
+
     Raises:
         InputError: an option is impossible, a text cannot be read, the output is the model itself.
         ModelFileError, UnsupportedError: the model is malformed, or of a kind that is not handled.

@@ -51,6 +51,12 @@ def sweep_models(
 ) -> SweepReport:
     """Measure every conversion with every cache type against the original, and write three files.
 
+        from edgekv.workflows.sweep import SweepSpec
+
+        spec = SweepSpec(str(model), str(text), cache_types=("q8_0",), window=128)
+        request = edgekv.SweepRequest(spec, folder=text.parent, output=output, conversions={}, limit=1)
+        print(edgekv.sweep_models(request).points[0].kl)
+
     Raises:
         InputError: a model cannot be read, has other tokens, or cannot have one of its cache types.
         OutputError: an output exists without `force`, or cannot be written.

@@ -44,6 +44,8 @@ class VerifyRequest(Request):
 def verify_models(request: VerifyRequest, progress: Stages = silent) -> Comparison:
     """Run both on the same tokens and compare what they predict at every position.
 
+        print(edgekv.verify_models(edgekv.VerifyRequest(small, text_tokens=32)).kl)
+
     Raises:
         InputError: fewer than 2 tokens, vocabularies that differ, or a model or text that cannot be read.
         BackendError: an engine is not installed or failed.
