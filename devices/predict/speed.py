@@ -94,7 +94,7 @@ def load_coefficients() -> dict[str, Coefficients]:
 def weight_family(weights: str) -> str:
     """The kernels that a weight type runs on: f16, q8, q4 (blocks of 32), k (K-quants) or low (2, 3 bit)."""
     first = weights.split("+")[0].upper().removeprefix("UD-")
-    if first in ("F32", "F16", "BF16"):
+    if first.lower() in UNQUANTIZED:
         return "f16"
     if first.startswith(("Q2", "Q3", "IQ1", "IQ2", "IQ3", "TQ")):
         return "low"

@@ -18,7 +18,7 @@ from edgekv.files import file_sha256
 from edgekv.models.gguf.header import read_header
 from edgekv.models.onnx.manifest import MANIFEST, is_onnx_folder, language_file, read_manifest
 from edgekv.progress import ignore
-from edgekv.quant.formats import KEEP
+from edgekv.quant.formats import FORMATS, KEEP
 from edgekv.tokenizer.tokenizer import Tokenizer
 
 Weights = Literal["keep", "bf16", "f16", "f32"]
@@ -164,8 +164,7 @@ def weights_nbytes(subject: ModelUnderTest) -> int:
     if is_onnx_folder(subject.path):
         return read_manifest(subject.path).model.weights_nbytes
     tensors = read_header(subject.path).tensors
-    if subject.backend == "reference" or subject.weights == "f32":
-        return sum(4 * math.prod(tensor.dims) for tensor in tensors)
-    if subject.weights in ("f16", "bf16"):
-        return sum(2 * math.prod(tensor.dims) for tensor in tensors)
-    return sum(tensor.nbytes for tensor in tensors)
+    kept = "f32" if subject.backend == "reference" else subject.weights
+    if kept == KEEP:
+        return sum(tensor.nbytes for tensor in tensors)
+    return sum(FORMATS[kept].nbytes(math.prod(tensor.dims)) for tensor in tensors)

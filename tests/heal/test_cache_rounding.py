@@ -1,11 +1,19 @@
 """The simulated cache rounding against gguf-py's quantizers."""
 
+from typing import get_args
+
 import gguf
 import numpy as np
 import pytest
 import torch
 
 from edgekv.heal.cache_rounding import ROUND_TRIPS, straight_through
+from edgekv.heal.recipe import CacheType
+
+
+def test_all_cache_types_of_a_recipe_are_simulated():
+    assert get_args(CacheType) == ("f16", *ROUND_TRIPS)
+
 
 TYPES = {name: gguf.GGMLQuantizationType[name.upper()] for name in ROUND_TRIPS}
 
