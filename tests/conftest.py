@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,14 +37,15 @@ def random_llama(
     tied: bool = True,
     filler: int = 0,
     seed: int = 0,
+    **attention_traits: Any,
 ) -> LazySource:
     """A llama of three layers with random weights and a byte-level vocabulary: 64 wide, 96 in the feed-forward.
 
-    `filler` unused tokens make it larger.
+    `filler` unused tokens make it larger; `attention_traits` are fields of GQA, such as qk_norm.
     """
     tokens = [*LETTERS[:-3], *(f"<filler{i}>" for i in range(filler)), *LETTERS[-3:]]
     dim, ffn_dim, n_layers = 64, 96, 3
-    attention = GQA(n_heads, n_kv_heads, head_dim, RopeSpec(10000.0, head_dim))
+    attention = GQA(n_heads, n_kv_heads, head_dim, RopeSpec(10000.0, head_dim), **attention_traits)
     layers = (LayerSpec(attention, ffn_dim),) * n_layers
     rng = np.random.default_rng(seed)
 

@@ -1,4 +1,4 @@
-"""GQA in, MLA out, layer by layer.
+"""Conversion of a model from GQA to MLA, layer by layer.
 
 Sequential calibration: the hidden states that run from layer to layer are the converted model's, so each layer is
 fitted on the inputs that it will really get, to give what the original layer would make of them. Targets from the
@@ -121,7 +121,7 @@ def convertible_attention(spec: ModelSpec, fold_biases: bool = False) -> GQA:
     assert isinstance(attention, GQA)
     if attention.rope.dim != attention.head_dim:
         raise UnsupportedError(
-            f"{spec.name} rotates {attention.rope.dim} of {attention.head_dim} dims a head; convert needs all"
+            f"{spec.name} rotates {attention.rope.dim} of {attention.head_dim} dims per head; convert needs all"
         )
     if attention.rope.layout != "interleaved":
         raise UnsupportedError(
@@ -168,7 +168,7 @@ def _convert_layer(
         w, bias_error = without_biases(w, job, states)
     seen, views = observe(w, job, states)
     maps = job.recipe.method(w, seen.stats, job.gqa, job.target)
-    q = _fit_reading(w, job, states, maps, seen, views)
+    q = _fit_query_maps(w, job, states, maps, seen, views)
     del views  # the query fit was all they were for, and the mixed latents need their memory
     latents, fitted, held_out = mix(w, job, states, maps, q, seen)
     v_b, w_o = maps.value, w["attn_output.weight"]
@@ -190,12 +190,12 @@ def _convert_layer(
     return tensors, loss, states
 
 
-def _fit_reading(
+def _fit_query_maps(
     w: BlockWeights, job: Job, states: Array, maps: LayerMaps, seen: Seen, views: dict[int, View]
 ) -> QueryRows:
     """Each head's query rows, refitted on the probed windows."""
     w_q = w["attn_q.weight"].reshape(job.gqa.n_heads, job.gqa.head_dim, -1)
-    reading = maps.reading
+    query_map = maps.query_map
     if job.recipe.query_iterations:
         probes = {
             i: probe(job.inputs(w, states[i]), seen.queries[i], maps, view, job.target)
@@ -204,8 +204,8 @@ def _fit_reading(
         fitted = [probes[i] for i in sorted(probes) if i < job.n_fitted]
         held_out = [probes[i] for i in sorted(probes) if i >= job.n_fitted]
         iterations = job.recipe.query_iterations
-        reading = fit_queries(reading, fitted, held_out, job.target, iterations, job.workers)
-    return query_rows(reading, w_q, seen.stats.covariance, job.target)
+        query_map = fit_queries(query_map, fitted, held_out, job.target, iterations, job.workers)
+    return query_rows(query_map, w_q, seen.stats.covariance, job.target)
 
 
 def _decoder(v_b: Array, w_o: Array) -> Array:

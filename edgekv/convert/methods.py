@@ -1,4 +1,4 @@
-"""One layer's conversion, before anything is refitted: the two training-free methods behind one signature."""
+"""Method of converting one layer, before anything is refitted: its signature, and EdgeKV's own method."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class LayerStats:
 class LayerMaps:
     """An MLA layer in float32, its latent linear and its scores not yet scaled by 1/sqrt(N + P).
 
-    latent (R, D) and rope_key (P, D) encode; reading (H, R + P, K) maps a head's original query to what it is
+    latent (R, D) and rope_key (P, D) encode; query_map (H, R + P, K) maps a head's original query to what it is
     multiplied with; value (H, K, R) decodes a head's value. rope_kept and latent_kept are shares of energy,
     latent_kept_at the latter for other ranks.
     """
 
     latent: Array
     rope_key: Array
-    reading: Array
+    query_map: Array
     value: Array
     rope_kept: float
     latent_kept: float
@@ -78,11 +78,11 @@ def complex_joint(w: BlockWeights, stats: LayerStats, gqa: GQA, mla: MLA) -> Lay
     )
     group = gqa.n_heads // gqa.n_kv_heads
     nope = np.repeat((latent.keys @ latent.decoder).swapaxes(1, 2), group, axis=0)  # (H, R, K)
-    reading = np.concatenate([nope, rope_key.query], axis=1) * gqa.head_dim**-0.5
+    query_map = np.concatenate([nope, rope_key.query], axis=1) * gqa.head_dim**-0.5
     return LayerMaps(
         latent=latent.encoder.astype(np.float32),
         rope_key=rope_key.encoder.astype(np.float32),
-        reading=reading.astype(np.float32),
+        query_map=query_map.astype(np.float32),
         value=np.repeat(w_v @ latent.decoder, group, axis=0).astype(np.float32),
         rope_kept=rope_key.kept,
         latent_kept=latent.kept,

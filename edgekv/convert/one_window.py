@@ -1,4 +1,4 @@
-"""What one layer does to one calibration window: the original's attention, the converted one's, the feed-forward."""
+"""One layer on one calibration window: the original's attention, the converted one's, the feed-forward."""
 
 from __future__ import annotations
 
@@ -30,41 +30,39 @@ class View:
 class QueryRows:
     """attn_q (H, N + P, D) without the 1/sqrt(N + P) that the engine applies, and attn_k_b (H, R, N).
 
-    reading (H, R + P, K): both of them as maps of each head's original query.
+    query_map (H, R + P, K): both of them as maps of each head's original query.
     """
 
     rows: Array
     k_b: Array
-    reading: Array
+    query_map: Array
 
 
 def _project(x: Array, weight: Array, heads: int) -> Array:
     return (x @ weight.T).reshape(len(x), heads, -1)
 
 
-def _rotated(x: Array, w: BlockWeights, gqa: GQA) -> tuple[Array, Array]:
-    """Rotated queries (T, H, K) and keys (G, T, K) of normed inputs x (T, D)."""
-    positions = np.arange(len(x))
-    q = apply_rope(_project(x, w["attn_q.weight"], gqa.n_heads), positions, gqa.rope)
-    k = apply_rope(_project(x, w["attn_k.weight"], gqa.n_kv_heads), positions, gqa.rope)
-    return q, k.swapaxes(0, 1)
+def _rotated_keys(x: Array, w: BlockWeights, gqa: GQA) -> Array:
+    """Keys (G, T, K) of normed inputs x (T, D)."""
+    keys = _project(x, w["attn_k.weight"], gqa.n_kv_heads)
+    return apply_rope(keys, np.arange(len(x)), gqa.rope).swapaxes(0, 1)
 
 
 def gqa_mixed(x: Array, w: BlockWeights, gqa: GQA) -> tuple[Array, Array]:
     """The original's queries before RoPE (T, H, K), and its mixed values (T, H * K), of normed inputs x (T, D)."""
-    positions = np.arange(len(x))
     queries = _project(x, w["attn_q.weight"], gqa.n_heads)
-    keys = apply_rope(_project(x, w["attn_k.weight"], gqa.n_kv_heads), positions, gqa.rope).swapaxes(0, 1)
     values = _project(x, w["attn_v.weight"], gqa.n_kv_heads).swapaxes(0, 1)
-    mixed = attend(apply_rope(queries, positions, gqa.rope), keys, values, gqa.head_dim**-0.5)
+    rotated = apply_rope(queries, np.arange(len(x)), gqa.rope)
+    mixed = attend(rotated, _rotated_keys(x, w, gqa), values, gqa.head_dim**-0.5)
     return queries, mixed.reshape(len(x), -1)
 
 
 def attention_view(x: Array, w: BlockWeights, gqa: GQA) -> View:
     """The original's attention on the first PROBE_TOKENS of normed inputs x (T, D)."""
-    q, k = _rotated(x[:PROBE_TOKENS], w, gqa)
-    keys = np.repeat(k, gqa.n_heads // gqa.n_kv_heads, axis=0)  # (H, T, K)
-    scores = np.asarray((q.swapaxes(0, 1) * gqa.head_dim**-0.5) @ keys.swapaxes(1, 2), dtype=np.float32)
+    x = x[:PROBE_TOKENS]
+    queries = apply_rope(_project(x, w["attn_q.weight"], gqa.n_heads), np.arange(len(x)), gqa.rope)
+    keys = np.repeat(_rotated_keys(x, w, gqa), gqa.n_heads // gqa.n_kv_heads, axis=0)  # (H, T, K)
+    scores = np.asarray((queries.swapaxes(0, 1) * gqa.head_dim**-0.5) @ keys.swapaxes(1, 2), dtype=np.float32)
     attention = np.where(np.tri(len(keys[0]), dtype=bool), scores, np.float32(-np.inf))
     attention -= attention.max(axis=-1, keepdims=True)
     np.exp(attention, out=attention)
@@ -84,30 +82,30 @@ def _cached_rows(x: Array, maps: LayerMaps, target: MLA) -> Array:
     return rotate_rope_part(rows[:, None], target, +1)[:, 0]
 
 
-def query_rows(reading: Array, w_q: Array, covariance: Matrix, target: MLA) -> QueryRows:
-    """Split each head's reading (R + P, K) of its query into attn_q rows and attn_k_b of rank N."""
+def query_rows(query_map: Array, w_q: Array, covariance: Matrix, target: MLA) -> QueryRows:
+    """Split each head's query map (R + P, K) into attn_q rows and attn_k_b of rank N."""
     r, n = target.kv_lora_rank, target.nope_dim
     h, _, d = w_q.shape
     k_b = np.zeros((h, r, n), np.float32)
     rows = np.zeros((h, n + target.rope.dim, d), np.float32)
-    reading = reading.copy()
+    query_map = query_map.copy()
     for i in range(h):
         queries = w_q[i].astype(np.float64)
         root, inverse_root = sqrt_and_inverse(queries @ covariance @ queries.T)
-        left, right = factor(reading[i, :r].astype(np.float64), root, inverse_root, n)
+        left, right = factor(query_map[i, :r].astype(np.float64), root, inverse_root, n)
         k_b[i] = left
-        rows[i] = np.concatenate([right, reading[i, r:]]) @ w_q[i]
-        reading[i, :r] = left @ right
-    return QueryRows(rows, k_b, reading)
+        rows[i] = np.concatenate([right, query_map[i, r:]]) @ w_q[i]
+        query_map[i, :r] = left @ right
+    return QueryRows(rows, k_b, query_map)
 
 
-def mixed_latents(x: Array, queries: Array, reading: Array, maps: LayerMaps, target: MLA) -> Array:
+def mixed_latents(x: Array, queries: Array, query_map: Array, maps: LayerMaps, target: MLA) -> Array:
     """Attention over the cached rows: each head's weighted sum of latents, (T, H * R).
 
-    x (T, D) normed inputs, queries (T, H, K) the original's, reading (H, R + P, K) what becomes of them.
+    x (T, D) normed inputs, queries (T, H, K) the original's, query_map (H, R + P, K) what each head makes of them.
     """
     rows = _cached_rows(x, maps, target)[None]
-    full = rotate_rope_part(per_head(queries, reading), target, +1)
+    full = rotate_rope_part(per_head(queries, query_map), target, +1)
     return attend(full, rows, rows[..., : target.kv_lora_rank], 1.0).reshape(len(x), -1)
 
 

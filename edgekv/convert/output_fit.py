@@ -1,4 +1,4 @@
-"""Refit the value up-projections and the output projection to what the compressed attention really gives.
+"""Output fit: value up-projections and the output projection, refitted to what the compressed attention gives.
 
 Given the mixed latents of all heads (T, H, R), the map to the original's attention output (T, D) is a ridge
 regression; each head's block (D, R) is then factored into W_o (D, V) and v_b (V, R), and W_o is fitted once more

@@ -1,4 +1,4 @@
-"""Refit each head's query so that its scores over the compressed rows match the original's.
+"""Query fit: each head's query, refitted so that its scores over the compressed rows match the original's.
 
 The shared rope key and the latent fix what a cached row holds; how a head should read it is a least-squares
 problem with a known weight: to second order, changing the scores of a softmax by d changes its output by
@@ -6,7 +6,7 @@ sum_s p_s (d_s - mean_p d) v_s, so the fit minimises the attention-weighted, cen
 
     sum_t sum_s p_ts (d_ts - sum_s' p_ts' d_ts')^2,     d_ts = score'_ts - score_ts,
 
-over one matrix (R + P, K) a head, applied to the head's original query. Solved by conjugate gradients with a
+over one matrix (R + P, K) per head, applied to the head's original query. Solved by conjugate gradients with a
 Kronecker preconditioner, starting from the conversion's own reading; each head stops at the step that did best on
 windows held out, which may be the start.
 """

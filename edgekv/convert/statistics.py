@@ -161,7 +161,9 @@ def mix(
     def share(windows: range) -> Moments:
         gram, cross = np.zeros((width, width), np.float32), np.zeros((width, mixed_width), np.float32)
         for i in windows:
-            latents[i] = mixed_latents(job.inputs(w, states[i]), seen.queries[i], q.reading, maps, job.target)
+            latents[i] = mixed_latents(
+                job.inputs(w, states[i]), seen.queries[i], q.query_map, maps, job.target
+            )
             gram += latents[i].T @ latents[i]
             cross += latents[i].T @ seen.mixed[i]
         return Moments(gram.astype(np.float64), (cross @ w_o.T).astype(np.float64), len(windows) * length)

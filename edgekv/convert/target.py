@@ -1,4 +1,4 @@
-"""Which latent shape serves a share of the cache bytes."""
+"""Target of a conversion: the latent shape that serves a share of the cache bytes, and what stands in the way."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def obstacle(spec: ModelSpec, fold_biases: bool = False) -> str | None:
 
 SIMD_STEP = 32  # values; a NEON step of f16, half an AVX-512 one: other widths fall into a scalar tail
 
-DEFAULT_NOPE_DIM = 32  # query dims a head that read the latent: twice as many gain 4 % of the loss back
+DEFAULT_NOPE_DIM = 32  # query dims per head that read the latent: twice as many gain 4 % of the loss back
 
 
 def rope_widths(gqa: GQA, healed: bool) -> tuple[int, int]:
@@ -87,7 +87,7 @@ def choose_rank(gqa: GQA, keep: float, healed: bool = False) -> tuple[int, int]:
             return min(rank, max_rank(gqa)), rope_dim
     smallest = 2 * SIMD_STEP / gqa.cache_values
     raise InputError(
-        f"--target {keep} keeps {budget} of {gqa.cache_values} values a token a layer, too few for a latent and "
+        f"--target {keep} keeps {budget} of {gqa.cache_values} values per token and layer, too few for a latent and "
         f"a rope key of {SIMD_STEP} values each; the smallest target for this model is {smallest:.3f}"
     )
 

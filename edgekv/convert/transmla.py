@@ -1,4 +1,4 @@
-"""TransMLA's training-free conversion (arXiv 2502.07864), behind the same signature, for comparison.
+"""TransMLA's training-free method (arXiv 2502.07864), behind the same signature, for comparison.
 
 RoRoPE (section 4.1): a real rotation across KV heads, per frequency, gathers the keys' energy in one head, which
 keeps RoPE; the others lose it. FreqFold (4.2): neighbouring frequencies are treated as one for that rotation.
@@ -38,14 +38,14 @@ def transmla(w: BlockWeights, stats: LayerStats, gqa: GQA, mla: MLA) -> LayerMap
         [_head_columns(rotation, i // group, gqa.head_dim) for i in range(gqa.n_heads)]
     )  # (H, G*K, K)
     nope = np.stack([key_basis.T @ head[mla.rope.dim :] for head in heads])
-    reading = np.concatenate([nope, heads[:, : mla.rope.dim]], axis=1) * gqa.head_dim**-0.5
+    query_map = np.concatenate([nope, heads[:, : mla.rope.dim]], axis=1) * gqa.head_dim**-0.5
     value = value_basis.reshape(gqa.n_kv_heads, gqa.head_dim, -1)
     total = np.trace(w_k.reshape(-1, w_k.shape[-1]) @ stats.covariance @ w_k.reshape(-1, w_k.shape[-1]).T)
     rope_key = rope_rows @ w_k.reshape(-1, w_k.shape[-1])
     return LayerMaps(
         latent=(basis.T @ stacked).astype(np.float32),
         rope_key=rope_key.astype(np.float32),
-        reading=reading.astype(np.float32),
+        query_map=query_map.astype(np.float32),
         value=np.repeat(value, group, axis=0).astype(np.float32),
         rope_kept=float(np.trace(rope_key @ stats.covariance @ rope_key.T) / total),
         latent_kept=float(energy[::-1][: mla.kv_lora_rank].sum() / energy.sum()),

@@ -1,7 +1,7 @@
-"""Work over calibration windows on all cores.
+"""Workers over calibration windows, on all cores.
 
 NumPy runs everything but its matrix products on one thread. So windows are shared out to threads, and the
-BLAS library keeps to one thread a call: measured a fifth faster than threads inside BLAS. Between the windows' work
+BLAS library keeps to one thread per call: measured a fifth faster than threads inside BLAS. Between the windows' work
 too: its threads gain little on a layer's small matrices, and spin waiting for each other where a core is busy.
 """
 

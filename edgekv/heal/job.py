@@ -261,7 +261,7 @@ def _changes(old: Mapping[str, object], new: Mapping[str, object]) -> str:
 
 
 def _steps_in(seconds: float, recipe: HealRecipe, first_s: float, second_s: float) -> int:
-    """Steps that fit, from the measured seconds of a step in each phase; 5 % is left for evaluations."""
+    """Steps that fit, from the measured seconds per step in each phase; 5 % is left for evaluations."""
     mean_s = recipe.match_share * first_s + (1 - recipe.match_share) * second_s
     return max(1, int(0.95 * seconds / mean_s))
 

@@ -1,4 +1,4 @@
-"""The student against the float32 teacher on held-out windows, on the training device.
+"""Judge of a training: the student against the float32 teacher on held-out windows, on the training device.
 
 Protocol: windows without a first special token; of T tokens those in the second half are scored, the
 first scored prediction being made at position T/2, as llama.cpp's perplexity tool does.

@@ -28,7 +28,7 @@ def kl_rows_(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def chunk_rows(n_vocab: int, n_tokens: int) -> int:
-    """Tokens a chunk: as many as CHUNK_LOGITS allows, in multiples of 1024 where there are that many."""
+    """Tokens per chunk: as many as CHUNK_LOGITS allows, in multiples of 1024 where there are that many."""
     rows = max(CHUNK_LOGITS // n_vocab, 1)
     return min(n_tokens, rows // 1024 * 1024 if rows >= 1024 else rows)
 
@@ -55,7 +55,7 @@ class _HeadKL(torch.autograd.Function):  # type: ignore[misc]  # torch is untype
 
 
 def head_kl(student: Tensor, teacher: Tensor, head: Tensor) -> Tensor:
-    """Mean KL(teacher || student) in nats a token.
+    """Mean KL(teacher || student) in nats per token.
 
     student, teacher (T, D) are normed final hidden states in float32, so that a gradient divided by the
     number of tokens does not underflow. head (vocab, D) sets the type of the logits; on CUDA that is

@@ -1,8 +1,8 @@
 """KL divergence of logit rows and its gradient, as one Triton kernel (CUDA only).
 
-One program a row. The first pass keeps running maxima and sums a lane, so that nothing crosses threads
+One program per row. The first pass keeps running maxima and sums per lane, so that nothing crosses threads
 inside the loop; the second pass reads the row again, mostly from L2, and overwrites the student's logits
-with the gradient. Device memory moves 4 times 2 bytes a logit; a float32 log-softmax in PyTorch moves 60.
+with the gradient. Device memory moves 4 times 2 bytes per logit; a float32 log-softmax in PyTorch moves 60.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ class Pair:
         return hidden
 
     def kl_loss(self, tokens: Tensor) -> Tensor:
-        """Phase 2: mean KL(teacher || student), nats a token."""
+        """Phase 2: mean KL(teacher || student), nats per token."""
         teacher = self.teacher_hidden(tokens).flatten(0, 1)
         return head_kl(self.student_hidden(tokens).flatten(0, 1), teacher, self.head)
 

@@ -1,4 +1,4 @@
-"""The teacher writes its own training text, for users without a corpus.
+"""Training text that the teacher writes itself, for users without a corpus.
 
 Half of the sequences begin with a random token (LLM-QAT, arXiv 2305.17888, section 2.1), half are chats in
 the model's own template: when an answer ends, the next question of edgekv.text.chats follows.
@@ -64,7 +64,7 @@ def write_text(
 
 
 class Writer:
-    """Samples batches of sequences with a KV cache, one token of every sequence a step."""
+    """Samples batches of sequences with a KV cache, one token of every sequence per step."""
 
     def __init__(self, source: TensorSource, length: int, device: torch.device) -> None:
         attention = source.spec.layers[0].attention

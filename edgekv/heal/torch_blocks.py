@@ -3,18 +3,18 @@
 Every block of a model has the same shapes, so one function compiled once serves all of them: compile
 time does not grow with depth. Weights are stacked over layers; a block gets its slices.
 
-The student is computed in the naive form (keys and values rebuilt a head), which costs training far less
+The student is computed in the naive form (keys and values rebuilt per head), which costs training far less
 than the absorbed form and lets it use flash attention. Its latent is linear: the RMSNorm that MLA graphs
 apply to it is made an identity by the norm trick (edgekv/heal/weights.py folds it in and out).
 
 Cost of one training token, SmolLM2-135M (D=576, 30 layers, F=1536, vocab 49152), rank 96 + 32, 1024 tokens
-a sequence, in MFLOP (2 a multiply-add; causal attention counted half):
+per sequence, in MFLOP (2 per multiply-add; causal attention counted half):
 
     teacher forward   212 blocks + 57 head + 35 attention                                   = 304
     student forward   208 blocks + 57 head + 35 attention                                   = 300
     student backward  208 + 57 to the inputs, 49 to the attention weights, 88 attention     = 402
 
-1.0 GFLOP a token. An H100 that reaches 450 TFLOP/s in the GEMMs and 250 in attention needs 2.5 us;
+1.0 GFLOP per token. An H100 that reaches 450 TFLOP/s in the GEMMs and 250 in attention needs 2.5 us;
 reading and writing activations that no GEMM hides (about 3 MB at 3 TB/s) adds 1.0 us: 285K tokens/s was
 predicted, 302K measured (108 ms for 32768 tokens: teacher 23, student forward 25, logits 15, backward 45;
 17 GB; 13 s to compile; torch 2.11, H100 80GB HBM3).

@@ -115,7 +115,7 @@ class Healer:
         self.loss_sum = state.loss_sum.to(self.device)
 
     def measure(self) -> tuple[float, float]:
-        """Seconds a step of phase 1 and of phase 2; compiles both, changes nothing."""
+        """Seconds per step of phase 1 and of phase 2; compiles both, changes nothing."""
         seconds = []
         with attention_kernels():
             for phase in (1, 2):
@@ -266,7 +266,7 @@ class Healer:
 
 
 class _Meter:
-    """Steps a second since the last pause, and when the next report is due."""
+    """Steps per second since the last pause, and when the next report is due."""
 
     def __init__(self, step: int) -> None:
         self.pause(step)

@@ -1,4 +1,4 @@
-"""Healed weights as a file, and an original model with them put in.
+"""File of healed weights, and an original model with them put in.
 
 The file is a safetensors: each tensor is stored as the bytes of a GGML type (Q6_K, Q8_0, BF16 or F32) stacked over
 layers, and one metadata entry, "edgekv.heal", holds a HealedRecord and each tensor's type and shape as JSON.

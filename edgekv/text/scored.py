@@ -1,4 +1,4 @@
-"""Text in windows, and the logits of a window's predictions."""
+"""Windows of a text to score, and the logits of a window's predictions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training text as tokens: read, tokenized once into a cache, cut into sequences, drawn in a fixed order."""
+"""Shards of training text: tokenized once into a cache, cut into sequences, drawn in a fixed order."""
 
 from __future__ import annotations
 

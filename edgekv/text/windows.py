@@ -55,6 +55,6 @@ def _sample_text(path: Path, windows: int, rng: np.random.Generator) -> str:
 def windows_from_model(
     source: TensorSource, n_tokens: int, seed: int, progress: Progress, length: int
 ) -> NDArray[np.int64]:
-    """Windows (n, length) that the model samples itself; it takes a step of decode for each token of one."""
+    """Windows (n, length) that the model samples itself; decoding takes one step per token of a window."""
     length = min(length, source.spec.context_length)
     return sample_windows(source, max(1, n_tokens // length), length, seed, progress)

@@ -35,7 +35,7 @@ def test_at_full_rank_scores_without_rope_and_values_are_exact(make_llama: Calla
         head, kv = slice(h * 32, h * 32 + 32), slice(g * 32, g * 32 + 32)
         query = w["attn_q.weight"][head] @ x
         score = query @ (w["attn_k.weight"][kv] @ y) / np.sqrt(32)
-        assert (maps.reading[h] @ query) @ rows == pytest.approx(score, rel=1e-3, abs=1e-3)
+        assert (maps.query_map[h] @ query) @ rows == pytest.approx(score, rel=1e-3, abs=1e-3)
         np.testing.assert_allclose(maps.value[h] @ (maps.latent @ y), w["attn_v.weight"][kv] @ y, atol=1e-3)
     assert maps.latent_kept == pytest.approx(1)
 
@@ -50,5 +50,5 @@ def test_shapes_at_any_rank(make_llama: Callable[..., LazySource], rank: int) ->
     maps, _, _ = converted(make_llama(), rank, 16)
     assert maps.latent.shape == (rank, 64)
     assert maps.rope_key.shape == (16, 64)
-    assert maps.reading.shape == (4, rank + 16, 32)
+    assert maps.query_map.shape == (4, rank + 16, 32)
     assert maps.value.shape == (4, 32, rank)

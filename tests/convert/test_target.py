@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 
 from edgekv.convert.rope_key import frequency_slots
-from edgekv.convert.target import SIMD_STEP, choose_rank, max_rank, resolve_target, target_spec
+from edgekv.convert.target import SIMD_STEP, choose_rank, max_rank, obstacle, resolve_target, target_spec
 from edgekv.errors import InputError
-from edgekv.spec import GQA, RopeSpec
+from edgekv.spec import GQA, MLA, LayerSpec, ModelSpec, RopeSpec
 
 SMOL = GQA(9, 3, 64, RopeSpec(100000.0, 64))
 LLAMA = GQA(32, 8, 128, RopeSpec(500000.0, 128))
@@ -79,3 +82,67 @@ def test_a_narrow_rope_key_turns_at_the_fastest_speeds() -> None:
 def test_impossible_sizes_are_named(sizes: tuple[int, int, int, int], words: str) -> None:
     with pytest.raises(InputError, match=words):
         target_spec(SMOL, *sizes)
+
+
+def model(*attentions: GQA | MLA, **traits: object) -> ModelSpec:
+    """A model with a layer of each attention; `traits` are fields of its layers or its own."""
+    of_layer = {name: traits.pop(name) for name in ("experts", "post_norms", "ffn") if name in traits}
+    layers = tuple(LayerSpec(attention, 96, **of_layer) for attention in attentions)
+    return ModelSpec("llama", "the model", layers, 64, 300, 512, 1e-5, True, **traits)
+
+
+def test_a_plain_model_can_become_mla() -> None:
+    assert obstacle(model(SMOL, SMOL)) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "why"),
+    [
+        ({"qk_norm": True}, "QK-norm", "cannot be absorbed"),
+        ({"bias": True}, "biases on queries, keys and values", "--fold-biases"),
+        ({"window": 9}, "a sliding window", "set max_position_embeddings to the window"),
+        ({"softcap": 5.0}, "attention softcapping", "does not cap scores"),
+        ({"rope": RopeSpec(1e4, 0)}, "layers without RoPE", "rotates in every layer"),
+        (
+            {"rope": RopeSpec(1e4, 64, factors=(2.0,) * 32)},
+            "scaled RoPE frequencies",
+            "from rope theta alone",
+        ),
+        ({"scale": 0.3}, "a score scale of its own", "does not compute it"),
+    ],
+)
+def test_what_stands_in_the_way_is_named_with_a_remedy(changes: dict[str, Any], name: str, why: str) -> None:
+    said = obstacle(model(replace(SMOL, **changes)))
+    assert said is not None
+    assert said.startswith(f"the model has {name} and cannot become MLA: ")
+    assert why in said
+    assert "; " in said, "a remedy"
+
+
+def test_traits_of_the_model_stand_in_the_way_too() -> None:
+    said = obstacle(model(SMOL, embedding_scale=2.0))
+    assert said is not None
+    assert "scaled embeddings, residuals or logits" in said
+
+
+def test_folding_takes_biases_away_and_nothing_else() -> None:
+    biased = replace(SMOL, bias=True)
+    assert obstacle(model(biased), fold_biases=True) is None
+    said = obstacle(model(replace(biased, qk_norm=True)), fold_biases=True)
+    assert said is not None
+    assert "QK-norm" in said
+
+
+def test_what_a_user_can_take_away_is_named_last() -> None:
+    """Trimming a context to the window would be in vain where something else stays."""
+    windowed = replace(SMOL, window=9)
+    for attentions in ((windowed, SMOL), (windowed,)):
+        assert "sliding_window to null" in str(obstacle(model(*attentions)))
+    for lasting in ({"qk_norm": True}, {"softcap": 5.0}):
+        said = str(obstacle(model(replace(windowed, **lasting), SMOL)))
+        assert "sliding_window" not in said
+
+
+def test_a_model_with_mla_is_told_apart() -> None:
+    already = MLA(9, 64, 32, 64, RopeSpec(1e4, 64))
+    assert obstacle(model(already)) == "the model already has MLA; convert takes a GQA or MHA model"

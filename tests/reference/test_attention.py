@@ -95,6 +95,29 @@ def test_the_future_is_not_seen(tiny_llama: Path, tiny_mla: Path) -> None:
         np.testing.assert_array_equal(logits(model, before, [100])[:99], logits(model, changed, [100])[:99])
 
 
+@pytest.mark.parametrize("kind", ["gqa", "every trait", "absorbed", "naive"])
+@pytest.mark.parametrize("pieces", [[1] * 12, [7, 1, 4], [12]])
+def test_sequences_side_by_side_give_what_each_gives_alone(
+    make_llama: Callable[..., LazySource],
+    make_mla: Callable[..., TensorSource],
+    kind: str,
+    pieces: list[int],
+) -> None:
+    traits = {"qk_norm": True, "window": 5, "softcap": 4.0, "bias": True} if kind == "every trait" else {}
+    source: TensorSource = make_llama(**traits)
+    if kind in ("absorbed", "naive"):
+        source = make_mla(source, 32, 32)
+    model = ReferenceModel(source, "naive" if kind == "naive" else "absorbed")
+    tokens = np.array(TOKENS[:36]).reshape(3, 12)
+    cache, out, start = model.new_cache(12, n_sequences=3), [], 0
+    for piece in pieces:
+        out.append(model.logits(model.hidden(tokens[:, start : start + piece], cache)))
+        start += piece
+    alone = np.stack([logits(model, row, [12]) for row in tokens.tolist()])
+    np.testing.assert_allclose(np.concatenate(out, axis=1), alone, atol=2e-4)
+    assert cache.nbytes == 3 * model.new_cache(12).nbytes
+
+
 def test_cache_takes_what_the_spec_says(tiny_llama: Path, tiny_mla: Path) -> None:
     for path in (tiny_llama, tiny_mla):
         spec = open_model(path).spec

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgekv.reference.ops import apply_rope, log_softmax, per_head, rms_norm, rope_tables, swiglu
+from edgekv.reference.ops import apply_rope, kl_rows, log_softmax, per_head, rms_norm, rope_tables, swiglu
 from edgekv.spec import RopeSpec
 
 RNG = np.random.default_rng(0)
@@ -81,3 +81,12 @@ def test_log_softmax_is_torchs_and_takes_large_logits() -> None:
     logits[0, 0] = 1e4
     expected = torch.log_softmax(torch.from_numpy(logits).double(), -1)
     np.testing.assert_allclose(log_softmax(logits), expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_kl_rows_is_torchs() -> None:
+    p, q = (log_softmax(normal(5, 40) * 3) for _ in range(2))
+    expected = torch.nn.functional.kl_div(
+        torch.from_numpy(q).double(), torch.from_numpy(p).double(), reduction="none", log_target=True
+    )
+    np.testing.assert_allclose(kl_rows(p, q), expected.sum(-1).numpy(), rtol=1e-5)
+    np.testing.assert_array_equal(kl_rows(p, p), np.zeros(5))

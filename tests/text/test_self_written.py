@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import pytest
 
 from edgekv.reference.model import ReferenceModel
 from edgekv.reference.ops import log_softmax
@@ -16,9 +18,12 @@ def quiet(done: int, total: int) -> None:
     pass
 
 
-def test_it_is_drawn_from_the_models_own_distribution(make_llama: Callable[..., LazySource]) -> None:
+@pytest.mark.parametrize("traits", [{}, {"qk_norm": True, "window": 7, "softcap": 5.0}, {"bias": True}])
+def test_it_is_drawn_from_the_models_own_distribution(
+    make_llama: Callable[..., LazySource], traits: dict[str, Any]
+) -> None:
     """Replays the sampler's random draws on the reference's logits: every token must come out the same."""
-    source = make_llama(tied=False)
+    source = make_llama(tied=False, **traits)
     windows = sample_windows(source, 3, 40, 5, quiet)
     assert windows.shape == (3, 40)
     rng = np.random.default_rng(5)
