@@ -1,7 +1,9 @@
-"""The tokenizer of a GGUF as the files that transformers reads: tokenizer.json and its config."""
+"""Tokenizer of a GGUF as the files that transformers reads: tokenizer.json and two configurations."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, decoders, models, normalizers, processors
@@ -14,14 +16,27 @@ from edgekv.tokenizer.tokenizer import Tokenizer, eats_space
 from edgekv.tokenizer.vocab import CONTROL, UNKNOWN, USER_DEFINED, Vocab, read_vocab
 
 
-def tokenizer_json(metadata: Metadata) -> str:
+def write_tokenizer(
+    ours: Tokenizer, metadata: Metadata, context_length: int, folder: Path, indent: int
+) -> tuple[str, ...]:
+    """Write generation_config.json, tokenizer_config.json and tokenizer.json; returns their names."""
+    write_json(folder / "generation_config.json", generation_config(ours, metadata), indent)
+    write_json(folder / "tokenizer_config.json", tokenizer_config(ours, metadata, context_length), indent)
+    (folder / "tokenizer.json").write_text(tokenizer_json(ours, metadata), encoding="utf-8")
+    return "generation_config.json", "tokenizer_config.json", "tokenizer.json"
+
+
+def write_json(path: Path, document: dict[str, Any], indent: int) -> None:
+    """Write a document as indented JSON."""
+    path.write_text(json.dumps(document, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def tokenizer_json(ours: Tokenizer, metadata: Metadata) -> str:
     """tokenizer.json: encodes as edgekv.tokenizer.tokenizer does, with special tokens always parsed.
 
-    Raises:
-        ModelFileError: the vocabulary is missing or contradicts itself.
-        UnsupportedError: the kind of tokenizer is not one that EdgeKV reads.
+    Args:
+        ours: Tokenizer.from_metadata(metadata), which has checked everything.
     """
-    ours = Tokenizer.from_metadata(metadata)  # checks everything, and says what is wrong
     if metadata["tokenizer.ggml.model"] == "gpt2":
         pre = PRE_TYPES[str(metadata.get("tokenizer.ggml.pre", "default"))]
         vocab = read_vocab(metadata, default_bos=pre.has_bos)
@@ -35,9 +50,8 @@ def tokenizer_json(metadata: Metadata) -> str:
     return tokenizer.to_str()
 
 
-def tokenizer_config(metadata: Metadata, context_length: int) -> dict[str, Any]:
+def tokenizer_config(ours: Tokenizer, metadata: Metadata, context_length: int) -> dict[str, Any]:
     """tokenizer_config.json: the special tokens' names and the chat template."""
-    ours = Tokenizer.from_metadata(metadata)
     vocab = read_vocab(metadata)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -54,9 +68,8 @@ def tokenizer_config(metadata: Metadata, context_length: int) -> dict[str, Any]:
     return config
 
 
-def generation_config(metadata: Metadata) -> dict[str, Any]:
+def generation_config(ours: Tokenizer, metadata: Metadata) -> dict[str, Any]:
     """generation_config.json: where generation starts and all the tokens that end it."""
-    ours = Tokenizer.from_metadata(metadata)
     stops = sorted(ours.stop_ids, key=lambda i: (i != ours.eos_id, i))
     config: dict[str, Any] = {"bos_token_id": ours.bos_id, "eos_token_id": stops}
     if isinstance(padding := metadata.get("tokenizer.ggml.padding_token_id"), int):

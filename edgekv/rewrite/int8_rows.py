@@ -1,4 +1,4 @@
-"""Even out the channels of a latent cache row, so that one 8-bit scale suits all of them.
+"""Balance of the channels of a latent cache row, so that one 8-bit scale suits all of them.
 
 A row's scale is that of its largest value, and rope keys are often several times larger than latents. Each
 channel is divided by a factor in the weights that write it and multiplied in those that read it, which

@@ -1,4 +1,4 @@
-"""A safetensors file written tensor by tensor, so that a model larger than RAM passes through.
+"""Writer of safetensors files, tensor by tensor, so that a model larger than RAM passes through.
 
 The `safetensors` library's own writer wants every tensor in memory at once. The layout is eight bytes of
 header length, a JSON header, the tensors' bytes end to end (huggingface/safetensors, README.md, "Format");

@@ -1,4 +1,4 @@
-"""A dense MLA model as a DeepseekV3 checkpoint: config.json and tensors that unmodified transformers runs.
+"""DeepseekV3 checkpoint of a dense MLA model: config.json and tensors that unmodified transformers runs.
 
 One thing stands between a GGUF and that format: the epsilon of the RMSNorm over the latent. transformers
 takes its default of 1e-6 there, whatever the config says (modeling_deepseek_v3.py, kv_a_layernorm), vLLM and

@@ -1,16 +1,16 @@
-"""A model folder in DeepseekV3 format, complete or not there at all."""
+"""Writer of model folders in DeepseekV3 format, complete or not there at all."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from edgekv.export.deepseek.safetensors_file import DType, write_safetensors
 from edgekv.export.deepseek.tensors import check_exportable, config, tensors
-from edgekv.export.tokenizer_json import generation_config, tokenizer_config, tokenizer_json
+from edgekv.export.tokenizer_json import generation_config, write_json, write_tokenizer
 from edgekv.files import atomic_folder
 from edgekv.progress import Progress
 from edgekv.source import TensorSource
+from edgekv.tokenizer.tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
 
@@ -26,18 +26,13 @@ def write_deepseek(
         InputError: a weight does not fit `dtype`.
         OutputError: the folder cannot be written.
     """
-    check_exportable(source.spec)
-    metadata = source.metadata
-    stops = generation_config(metadata)
-    documents = {
-        "config.json": config(source.spec, dtype, stops["bos_token_id"], stops["eos_token_id"][0]),
-        "generation_config.json": stops,
-        "tokenizer_config.json": tokenizer_config(metadata, source.spec.context_length),
-    }
+    spec, metadata = source.spec, source.metadata
+    check_exportable(spec)
+    tokenizer = Tokenizer.from_metadata(metadata)
+    stops: list[int] = generation_config(tokenizer, metadata)["eos_token_id"]
+    model = config(spec, dtype, tokenizer.bos_id, stops[0] if stops else None)
     with atomic_folder(folder, force, WEIGHTS) as partial:
-        for name, document in documents.items():
-            text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-            (partial / name).write_text(text, encoding="utf-8")
-        (partial / "tokenizer.json").write_text(tokenizer_json(metadata), encoding="utf-8")
+        write_json(partial / "config.json", model, indent=2)
+        names = write_tokenizer(tokenizer, metadata, spec.context_length, partial, indent=2)
         write_safetensors(partial / WEIGHTS, tensors(source, dtype), dtype, progress)
-    return (*documents, "tokenizer.json", WEIGHTS)
+    return ("config.json", *names, WEIGHTS)

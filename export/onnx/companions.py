@@ -1,12 +1,11 @@
-"""Files beside the graph that other programs look for: the tokenizer, where text ends, how to run the graph."""
+"""Files beside the graph that other programs read: the tokenizer, where text ends, how to run the graph."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from edgekv.export.tokenizer_json import generation_config, tokenizer_config, tokenizer_json
+from edgekv.export.tokenizer_json import write_json, write_tokenizer
 from edgekv.models.onnx.manifest import GRAPH
 from edgekv.source import TensorSource
 from edgekv.spec import GQA
@@ -15,12 +14,10 @@ from edgekv.tokenizer.tokenizer import Tokenizer
 
 def write_companions(source: TensorSource, folder: Path) -> None:
     """Write them into `folder`; onnxruntime-genai runs GQA graphs only, so that only those get its file."""
-    metadata, spec = source.metadata, source.spec
-    (folder / "tokenizer.json").write_text(tokenizer_json(metadata), encoding="utf-8")
-    _write(folder / "tokenizer_config.json", tokenizer_config(metadata, spec.context_length))
-    _write(folder / "generation_config.json", generation_config(metadata))
+    spec, tokenizer = source.spec, Tokenizer.from_metadata(source.metadata)
+    write_tokenizer(tokenizer, source.metadata, spec.context_length, folder, indent=1)
     if isinstance(spec.layers[0].attention, GQA):
-        _write(folder / "genai_config.json", genai_config(source, Tokenizer.from_metadata(metadata)))
+        write_json(folder / "genai_config.json", genai_config(source, tokenizer), indent=1)
 
 
 def genai_config(source: TensorSource, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -62,7 +59,3 @@ def genai_config(source: TensorSource, tokenizer: Tokenizer) -> dict[str, Any]:
         },
         "search": {"max_length": spec.context_length, "past_present_share_buffer": True},
     }
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

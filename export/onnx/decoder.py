@@ -1,4 +1,4 @@
-"""A whole decoder as one ONNX graph, which serves prefill (many tokens) and decode (one) alike."""
+"""Decoder as one ONNX graph, which serves prefill (many tokens) and decode (one) alike."""
 
 from __future__ import annotations
 

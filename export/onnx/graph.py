@@ -1,6 +1,6 @@
-"""A graph under construction: onnx-ir's nodes, constants, and weights that go to a data file one by one.
+"""Graph under construction: onnx-ir's nodes and constants, and weights that go to a data file one by one.
 
-The only file that imports the `onnx` library.
+The only file that imports `onnx` and `onnx_ir`, which come with the extra `onnx`.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ Shape = Sequence[int | str]
 
 
 class GraphWriter:
-    """One decoder graph. Large weights are appended to `data` as they come, so that memory holds one at a time.
+    """A decoder graph whose large weights are appended to `data` as they come: memory holds one at a time.
 
-    onnx-ir's own LazyTensor would compute them at the end: each block of a model would be loaded once a weight.
+    onnx-ir's LazyTensor asks for them when the graph is complete. A block that is loaded, and followed by
+    edgekv.rewrite.int8_rows, as a whole would then stay in memory or be loaded once per weight.
     """
 
     def __init__(self, data: BinaryIO, data_name: str) -> None:
@@ -52,9 +53,8 @@ class GraphWriter:
         self._data_name = data_name
         self._graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, MICROSOFT: 1}, name="decoder")
         self._stored = ir.tape.Tape(self._graph)
-        self._tape = self._stored  # of the graph that nodes go to: this one or a branch
+        self._tape = self._stored  # of the graph that takes nodes: the decoder, or a branch of it
         self._constants: dict[tuple[str, tuple[int, ...], bytes], Value] = {}
-        self._n_branches = 0
 
     def input(self, name: str, dtype: DType, shape: Shape) -> Value:
         """Declare a graph input; a str in `shape` names a dimension that varies."""
@@ -69,7 +69,7 @@ class GraphWriter:
         return value
 
     def output(self, value: Value, name: str, dtype: DType, shape: Shape, first: bool = False) -> Value:
-        """Make a node's output one of the graph's; the order is that of the calls, but for a `first` one."""
+        """Make a node's output one of the graph's, behind those that are declared or as the first."""
         value.name, value.dtype, value.shape = name, _onnx_type(dtype), ir.Shape(shape)
         self._graph.outputs.insert(0 if first else len(self._graph.outputs), value)
         return value
@@ -88,12 +88,11 @@ class GraphWriter:
 
     def either(self, condition: Value, then: Callable[[], Value], otherwise: Callable[[], Value]) -> Value:
         """A float32 value that one of two branches gives at run time; both may use any value made before."""
-        branches = {"then_branch": self._branch(then), "else_branch": self._branch(otherwise)}
-        return self.op("If", condition, **branches)
+        branches = (self._branch("then", then), self._branch("else", otherwise))
+        return self.op("If", condition, then_branch=branches[0], else_branch=branches[1])
 
-    def _branch(self, build: Callable[[], Value]) -> ir.Graph:
-        self._n_branches += 1
-        graph = ir.Graph([], [], nodes=[], name=f"branch_{self._n_branches}")
+    def _branch(self, kind: str, build: Callable[[], Value]) -> ir.Graph:
+        graph = ir.Graph([], [], nodes=[], name=f"{kind}_{len(self._graph)}")
         outer, self._tape = self._tape, ir.tape.Tape(graph)
         result = build()
         self._tape = outer
@@ -101,7 +100,7 @@ class GraphWriter:
         graph.outputs.append(result)
         for node in graph:
             for value in node.outputs:
-                value.name = f"{graph.name}.{value.name}"  # onnx-ir numbers the values of each graph from 0
+                value.name = f"{graph.name}.{value.name}"  # onnx-ir numbers each graph's values from 0
         return graph
 
     def constant(self, array: Array) -> Value:
@@ -127,23 +126,22 @@ class GraphWriter:
             return self._stored.initializer(ir.tensor(array), name)
         self._data.write(b"\0" * (-self._data.tell() % ALIGNMENT))
         dtype = ir.DataType.from_numpy(array.dtype)
-        value = self._external(name, self._data.tell(), array.nbytes, dtype, array.shape)
+        place = (self._data_name, self._data.tell(), array.nbytes)
         self._data.write(array.data.cast("B"))
-        return value
+        return self._stored.initializer(
+            ir.ExternalTensor(*place, dtype, shape=ir.Shape(array.shape), name=name)
+        )
 
     def same_weight(self, name: str, twin: Value, shape: tuple[int, ...]) -> Value:
-        """The bytes of the weight `twin` once more, under another shape; stored once."""
+        """The bytes of the weight `twin` once more, under another shape; a large one is stored once."""
         stored = twin.const_value
-        assert isinstance(stored, ir.ExternalTensor)
-        assert stored.offset is not None
-        assert stored.length is not None
-        return self._external(name, stored.offset, stored.length, stored.dtype, shape)
-
-    def _external(
-        self, name: str, offset: int, nbytes: int, dtype: ir.DataType, shape: tuple[int, ...]
-    ) -> Value:
-        tensor = ir.ExternalTensor(self._data_name, offset, nbytes, dtype, shape=ir.Shape(shape), name=name)
-        return self._stored.initializer(tensor)
+        assert stored is not None
+        if not isinstance(stored, ir.ExternalTensor):
+            return self.weight(name, stored.numpy().reshape(shape))
+        place = (stored.location, stored.offset, stored.length)
+        return self._stored.initializer(
+            ir.ExternalTensor(*place, stored.dtype, shape=ir.Shape(shape), name=name)
+        )
 
     def save(self, path: Path, notes: dict[str, str]) -> None:
         """Write the graph and check it with onnx.checker; `notes` become metadata_props."""

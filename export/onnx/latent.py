@@ -1,6 +1,6 @@
 """Multi-head latent attention as ONNX nodes, absorbed: every head reads the cached latents themselves.
 
-A layer caches one row of W = R + P values a token. `TensorScatter` writes new rows into the slots their
+A layer caches one row of W = R + P values per token. `TensorScatter` writes new rows into the slots their
 positions name, in place where the caller binds the past and the present to the same memory, and one matrix
 product with all heads as rows reads each cached row once. Slots behind the last token are masked, so that
 cache_length may be any number of slots from there on.

@@ -37,14 +37,18 @@ def quantize_blocks(matrix: Array, bits: int) -> Blocks:
     Scales are ggml's (edgekv.quant.rounding). Halves go to the even code, not up as in ggml.
     """
     n_rows, n_cols = matrix.shape
-    padded = np.pad(matrix, ((0, 0), (0, -n_cols % BLOCK)))
-    blocks = padded.reshape(n_rows, -1, BLOCK)
+    if n_cols % BLOCK:
+        matrix = np.pad(matrix, ((0, 0), (0, -n_cols % BLOCK)))
+    blocks = matrix.reshape(n_rows, -1, BLOCK)
     half = 1 << (bits - 1)
     scales = block_scales(blocks, bits)
-    codes = np.clip(np.rint(blocks / scales) + half, 0, 2 * half - 1).astype(np.uint8)
+    codes = blocks / scales
+    np.rint(codes, out=codes)  # in place: a token table is the largest thing in memory
+    codes += half
+    packed = codes.clip(0, 2 * half - 1, out=codes).astype(np.uint8)
     if bits == 4:
-        codes = codes[..., 0::2] | codes[..., 1::2] << 4
-    return Blocks(bits, codes, scales[..., 0])
+        packed = packed[..., 0::2] | packed[..., 1::2] << np.uint8(4)
+    return Blocks(bits, packed, scales[..., 0])
 
 
 def linear(g: GraphWriter, x: Value, name: str, matrix: Array, bits: Bits) -> Value:

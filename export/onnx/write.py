@@ -1,4 +1,4 @@
-"""ONNX out: a folder with one decoder graph, its weights, and all that a program needs to chat with it."""
+"""Writer of ONNX folders: a decoder graph, its weights, and all that a program needs to chat with it."""
 
 from __future__ import annotations
 

@@ -202,7 +202,7 @@ def test_sentence_piece_tokenizer() -> None:
 
     metadata = sentence_piece()
     ours = Tokenizer.from_metadata(metadata)
-    theirs = tokenizers.Tokenizer.from_str(tokenizer_json(metadata))
+    theirs = tokenizers.Tokenizer.from_str(tokenizer_json(ours, metadata))
     rng = random.Random(0)
     bits = ["the", "water", "there", " ", "  ", "in", "\n", "é", "日", "</s>", "wat", "er,", "."]
     for _ in range(300):
