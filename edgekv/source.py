@@ -7,7 +7,7 @@ has the shape (out, in): y = x @ W.T.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -75,8 +75,9 @@ class LazySource:
         return self._metadata
 
     def add(self, name: str, shape: tuple[int, ...], load: Callable[[], Array]) -> None:
-        """Add a tensor that `load` computes in float32."""
+        """Add a tensor that `load` computes in float32, or put it in the place of another."""
         self._tensors[name] = (shape, load)
+        self._borrowed.pop(name, None)
 
     def add_array(self, name: str, array: Array) -> None:
         """Add a tensor that is at hand."""
@@ -109,5 +110,37 @@ class LazySource:
 
     def _entry(self, name: str) -> tuple[tuple[int, ...], Callable[[], Array]]:
         if name not in self._tensors:
-            raise ModelFileError(f"tensor {name} is missing from {self._spec.name}")
+            raise no_such_tensor(self._spec.name, name)
         return self._tensors[name]
+
+
+def with_tensors(
+    source: TensorSource, computed: Mapping[str, Callable[[], Array]], spec: ModelSpec | None = None
+) -> LazySource:
+    """The source with some of its tensors computed anew, in their shapes, and perhaps another spec."""
+    out = LazySource(spec or source.spec, source.metadata)
+    for name in source.names():
+        if name in computed:
+            out.add(name, source.shape(name), computed[name])
+        else:
+            out.borrow(source, name)
+    return out
+
+
+def without(source: TensorSource, *names: str) -> LazySource:
+    """The source but for some of its tensors."""
+    out = LazySource(source.spec, source.metadata)
+    for name in source.names():
+        if name not in names:
+            out.borrow(source, name)
+    return out
+
+
+def scaled(source: TensorSource, name: str, factor: float) -> Callable[[], Array]:
+    """What loads a tensor of a source times a number."""
+    return lambda: source.load(name) * np.float32(factor)
+
+
+def no_such_tensor(model: str, name: str) -> ModelFileError:
+    """The error for a tensor that a model, given by its path or name, does not have."""
+    return ModelFileError(f"{model}: there is no tensor {name!r}; names() lists those that there are")

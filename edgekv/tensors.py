@@ -1,4 +1,5 @@
-"""Canonical tensors of a model: their names, which are GGUF's, and the shapes that a spec implies.
+"""Canonical tensors of a model: their names, which are GGUF's, the shapes that a spec implies, and the way there
+from the layouts of other files.
 
 Shapes are numpy's, matrices (out, in): y = x @ W.T. Letters are those of edgekv/spec.py.
 """
@@ -7,8 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edgekv.spec import GQA, MLA, Experts, FFNKind, LayerSpec, ModelSpec
+
+Stored = TypeVar("Stored", bound=np.generic)  # float32, or values as a file stores them
 
 
 def layer_tensor_shapes(
@@ -104,3 +111,34 @@ def weight_flops(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]]) -> int:
 def read_nbytes(spec: ModelSpec, sizes: Mapping[str, int]) -> int:
     """Weight bytes that a decoded token reads, of tensors that take `sizes` bytes."""
     return sum(sizes.values()) - sum(sizes[name] for name in looked_up(spec))
+
+
+def keys_of_kv_b(kv_b: NDArray[Stored], mla: MLA) -> NDArray[Stored]:
+    """attn_k_b (H, R, N) of a joint up-projection (H * (N + V), R), which has each head's keys before its values."""
+    heads = kv_b.reshape(mla.n_heads, mla.nope_dim + mla.value_dim, -1)
+    return np.ascontiguousarray(heads[:, : mla.nope_dim].swapaxes(1, 2))
+
+
+def values_of_kv_b(kv_b: NDArray[Stored], mla: MLA) -> NDArray[Stored]:
+    """attn_v_b (H, V, R) of a joint up-projection (H * (N + V), R)."""
+    return np.ascontiguousarray(
+        kv_b.reshape(mla.n_heads, mla.nope_dim + mla.value_dim, -1)[:, mla.nope_dim :]
+    )
+
+
+def joint_kv_b(k_b: NDArray[Stored], v_b: NDArray[Stored]) -> NDArray[Stored]:
+    """The joint up-projection (H * (N + V), R) of attn_k_b (H, R, N) and attn_v_b (H, V, R)."""
+    return np.concatenate([k_b.swapaxes(1, 2), v_b], axis=1).reshape(-1, k_b.shape[1])
+
+
+def with_neighbouring_pairs(rows: NDArray[Stored], n_heads: int, rope_dim: int) -> NDArray[Stored]:
+    """RoPE pairs from halves to neighbours: rows j and j + P/2 of each head's last P become 2j and 2j + 1.
+
+    `rows` (H * K, ...) is a weight or a bias that writes queries or keys; the scores stay what they are, as long as
+    both are reordered and RoPE is told ("interleaved" instead of "half").
+    """
+    heads = rows.reshape(n_heads, -1, *rows.shape[1:])
+    first, middle = heads.shape[1] - rope_dim, heads.shape[1] - rope_dim // 2
+    out = np.array(heads)
+    out[:, first::2], out[:, first + 1 :: 2] = heads[:, first:middle], heads[:, middle:]
+    return out.reshape(rows.shape)

@@ -15,7 +15,7 @@ from edgekv.backends.base import Backend
 from edgekv.backends.open import Kind, open_backend
 from edgekv.errors import InputError, ModelFileError
 from edgekv.files import file_sha256
-from edgekv.models.gguf.header import read_header
+from edgekv.models.gguf.header import kept_header
 from edgekv.models.onnx.manifest import MANIFEST, is_onnx_folder, language_file, read_manifest
 from edgekv.progress import ignore
 from edgekv.quant.formats import FORMATS, KEEP
@@ -111,7 +111,7 @@ def model_sha256(path: Path) -> str:
 
 def read_tokenizer(path: Path) -> Tokenizer:
     """The model's tokenizer."""
-    return Tokenizer.from_metadata(read_header(language_file(path)).metadata)
+    return Tokenizer.from_metadata(kept_header(language_file(path)).metadata)
 
 
 def trained_context(path: Path) -> int:
@@ -122,7 +122,7 @@ def trained_context(path: Path) -> int:
     """
     if is_onnx_folder(path):
         return read_manifest(path).model.context_length
-    metadata = read_header(path).metadata
+    metadata = kept_header(path).metadata
     length = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     if not isinstance(length, int) or length < 1:
         raise ModelFileError(f"{path} does not tell its context length; give one with --ctx-size")
@@ -132,7 +132,7 @@ def trained_context(path: Path) -> int:
 def require_same_tokens(path: Path, reference: Path) -> None:
     """Raise InputError unless both models have the same tokens; KL between them means nothing otherwise."""
     tokens, others = (
-        read_header(language_file(p)).metadata.get("tokenizer.ggml.tokens") for p in (path, reference)
+        kept_header(language_file(p)).metadata.get("tokenizer.ggml.tokens") for p in (path, reference)
     )
     if tokens != others:
         raise InputError(
@@ -163,7 +163,7 @@ def weights_nbytes(subject: ModelUnderTest) -> int:
     """About how much memory the weights take in the engine."""
     if is_onnx_folder(subject.path):
         return read_manifest(subject.path).model.weights_nbytes
-    tensors = read_header(subject.path).tensors
+    tensors = kept_header(subject.path).tensors
     kept = "f32" if subject.backend == "reference" else subject.weights
     if kept == KEEP:
         return sum(tensor.nbytes for tensor in tensors)

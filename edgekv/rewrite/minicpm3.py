@@ -7,15 +7,15 @@ neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
 from edgekv.models.gguf.architectures import linear_score_scale
-from edgekv.source import Array, LazySource, TensorSource
+from edgekv.source import Array, TensorSource, scaled, with_tensors, without
 from edgekv.spec import MLA, ModelSpec
+from edgekv.tensors import with_neighbouring_pairs
 
 
 def can_fold(spec: ModelSpec) -> bool:
@@ -29,22 +29,16 @@ def can_fold(spec: ModelSpec) -> bool:
 def folded(source: TensorSource) -> TensorSource:
     """The same model, its output head untied, without scales: arch `deepseek2`."""
     spec = source.spec
-    out = LazySource(_plain_spec(spec), source.metadata)
-    scales = {"attn_output.weight": spec.residual_scale, "ffn_down.weight": spec.residual_scale}
-    for name in source.names():
-        tensor = name.split(".", 2)[-1]
-        if name == "token_embd.weight":
-            out.add(name, source.shape(name), _scaled(source, name, spec.embedding_scale))
-        elif tensor in scales:
-            out.add(name, source.shape(name), _scaled(source, name, scales[tensor]))
-        elif tensor == "attn_q_b.weight":
-            out.add(name, source.shape(name), partial(_queries, source, name))
-        elif tensor == "attn_kv_a_mqa.weight":
-            out.add(name, source.shape(name), partial(_neighbours, source, name))
-        elif name != "output.weight":
-            out.borrow(source, name)
+    computed = {"token_embd.weight": scaled(source, "token_embd.weight", spec.embedding_scale)}
+    for i in range(spec.n_layers):
+        q_b, kv_a = (f"blk.{i}.{tensor}.weight" for tensor in ("attn_q_b", "attn_kv_a_mqa"))
+        computed |= {q_b: partial(_queries, source, q_b), kv_a: partial(_neighbouring, source, kv_a)}
+        for tensor in ("attn_output", "ffn_down"):
+            name = f"blk.{i}.{tensor}.weight"
+            computed[name] = scaled(source, name, spec.residual_scale)
     head = "token_embd.weight" if spec.tied_embeddings else "output.weight"
-    out.add("output.weight", source.shape(head), _scaled(source, head, spec.logit_scale))
+    out = with_tensors(without(source, "output.weight"), computed, _plain_spec(spec))
+    out.add("output.weight", source.shape(head), scaled(source, head, spec.logit_scale))
     return out
 
 
@@ -67,15 +61,11 @@ def _plain_spec(spec: ModelSpec) -> ModelSpec:
     )
 
 
-def _scaled(source: TensorSource, name: str, scale: float) -> Callable[[], Array]:
-    return lambda: source.load(name) * np.float32(scale)
-
-
 def _queries(source: TensorSource, name: str) -> Array:
     """attn_q_b whose scores come out as `deepseek2` scales them: rope's magnitude and its linear factor undone."""
     attention = source.spec.layers[0].attention
     assert isinstance(attention, MLA)
-    rope, weight = attention.rope, _neighbours(source, name)
+    rope, weight = attention.rope, _neighbouring(source, name)
     heads = weight.reshape(attention.n_heads, attention.head_dim, -1)
     heads[:, attention.nope_dim :] *= np.float32(rope.magnitude**2)  # of the queries and of the key
     factor = rope.factors[0] if rope.factors else 1.0
@@ -83,12 +73,8 @@ def _queries(source: TensorSource, name: str) -> Array:
     return weight
 
 
-def _neighbours(source: TensorSource, name: str) -> Array:
-    """Rope rows (j, j + P/2) side by side: the last P of each query head, or of the one rope key."""
+def _neighbouring(source: TensorSource, name: str) -> Array:
+    """The rope rows of the queries, or of the one rope key, in neighbouring pairs."""
     attention = source.spec.layers[0].attention
-    assert isinstance(attention, MLA)
-    p, weight = attention.rope.dim, source.load(name)
-    heads = weight.reshape(attention.n_heads if name.endswith("q_b.weight") else 1, -1, weight.shape[-1])
-    halves = heads[:, -p:].reshape(len(heads), 2, p // 2, -1)
-    rope = halves.swapaxes(1, 2).reshape(len(heads), p, -1)
-    return np.concatenate([heads[:, :-p], rope], axis=1).reshape(weight.shape)
+    n_heads = attention.n_heads if name.endswith("q_b.weight") else 1
+    return with_neighbouring_pairs(source.load(name), n_heads, attention.rope.dim)

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.rewrite.linalg import Matrix
-from edgekv.source import Array, LazySource, TensorSource
+from edgekv.source import Array, TensorSource, with_tensors
 from edgekv.spec import GQA
+from edgekv.tensors import with_neighbouring_pairs
 
 Complex = NDArray[np.complex128]
 
@@ -30,25 +31,18 @@ def with_interleaved_pairs(source: TensorSource) -> TensorSource:
     layers = source.spec.layers
     if not any(isinstance(a := layer.attention, GQA) and a.rope.layout == "half" for layer in layers):
         return source
-    reordered = []
-    for layer in layers:
+    reordered, computed = [], {}
+    names = frozenset(source.names())
+    for i, layer in enumerate(layers):
         assert isinstance(layer.attention, GQA)
         rope = replace(layer.attention.rope, layout="interleaved")
         reordered.append(replace(layer, attention=replace(layer.attention, rope=rope)))
-    out = LazySource(replace(source.spec, layers=tuple(reordered)), source.metadata)
-    head_dims = [layer.attention.head_dim for layer in reordered]
-    for name in source.names():
-        block, _, tensor = name.partition(".attn_")
-        if tensor.partition(".")[0] in ("q", "k"):
-            head_dim = head_dims[int(block.removeprefix("blk."))]
-            out.add(name, source.shape(name), partial(_interleaved, source, name, head_dim))
-        else:
-            out.borrow(source, name)
-    return out
+        for tensor in ("q.weight", "k.weight", "q.bias", "k.bias"):
+            if (name := f"blk.{i}.attn_{tensor}") in names:
+                computed[name] = partial(_neighbouring, source, name, layer.attention.head_dim)
+    return with_tensors(source, computed, replace(source.spec, layers=tuple(reordered)))
 
 
-def _interleaved(source: TensorSource, name: str, head_dim: int) -> Array:
-    """Rows j and j + K/2 of each head side by side, of a weight (H * K, D) or a bias (H * K,)."""
+def _neighbouring(source: TensorSource, name: str, head_dim: int) -> Array:
     rows = source.load(name)
-    halves = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
-    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
+    return with_neighbouring_pairs(rows, len(rows) // head_dim, head_dim)

@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from edgekv.source import Array, LazySource, TensorSource
+from edgekv.source import Array, TensorSource, with_tensors
 
 
 def value_gains(v_b: Array, output: Array) -> Array:
@@ -29,18 +29,17 @@ def value_gains(v_b: Array, output: Array) -> Array:
 
 def with_balanced_values(source: TensorSource) -> TensorSource:
     """An MLA model with its values scaled by `value_gains`, layer by layer as it is read."""
-    balanced = LazySource(source.spec, source.metadata)
-    for name in source.names():
-        prefix, _, tensor = name.rpartition(".attn_")
-        if prefix and tensor in ("v_b.weight", "output.weight"):
-            balanced.add(name, source.shape(name), partial(_scaled, source, prefix, tensor))
-        else:
-            balanced.borrow(source, name)
-    return balanced
+    return with_tensors(
+        source,
+        {
+            f"blk.{i}.attn_{tensor}.weight": partial(_scaled, source, i, tensor)
+            for i in range(source.spec.n_layers)
+            for tensor in ("v_b", "output")
+        },
+    )
 
 
-def _scaled(source: TensorSource, prefix: str, tensor: str) -> Array:
-    v_b = source.load(f"{prefix}.attn_v_b.weight")
-    output = source.load(f"{prefix}.attn_output.weight")
+def _scaled(source: TensorSource, layer: int, tensor: str) -> Array:
+    v_b, output = (source.load(f"blk.{layer}.attn_{name}.weight") for name in ("v_b", "output"))
     gains = value_gains(v_b, output)
-    return v_b * gains[:, :, None] if tensor == "v_b.weight" else output / gains.reshape(-1)
+    return v_b * gains[:, :, None] if tensor == "v_b" else output / gains.reshape(-1)

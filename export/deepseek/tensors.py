@@ -3,17 +3,12 @@
 One thing stands between a GGUF and that format: the epsilon of the RMSNorm over the latent. transformers
 takes its default of 1e-6 there, whatever the config says (modeling_deepseek_v3.py, kv_a_layernorm), vLLM and
 SGLang take the config's rms_norm_eps, and the norm trick (edgekv.rewrite.norm_trick) needs the very epsilon
-it was made for. So every checkpoint gets rms_norm_eps = 1e-6, exactly: with a = sqrt(1e-6 / eps),
-
-    a*x / sqrt(mean((a*x)^2) + 1e-6) = x / sqrt(mean(x^2) + eps)
-
-and what goes into a norm is scaled by a. That is the residual stream (the embeddings, and all that is added
-to them: attn_output, ffn_down), the latent, and the queries' bottleneck.
+it was made for. So every checkpoint gets rms_norm_eps = 1e-6 (edgekv.rewrite.norm_eps).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,10 +16,12 @@ import numpy as np
 
 from edgekv.errors import UnsupportedError
 from edgekv.export.deepseek.safetensors_file import DType, LazyTensor
+from edgekv.rewrite.norm_eps import with_norm_eps
 from edgekv.rewrite.norm_trick import is_folded
 from edgekv.rewrite.value_scales import with_balanced_values
-from edgekv.source import Array, TensorSource
+from edgekv.source import Array, TensorSource, scaled, with_tensors
 from edgekv.spec import MLA, LayerSpec, ModelSpec
+from edgekv.tensors import joint_kv_b
 
 NORM_EPS = 1e-6
 FLOAT16_NORM_GAIN = 2.0**-8  # of the attention's input; its projections undo it
@@ -41,6 +38,9 @@ _BLOCK = {  # GGUF's name: DeepseekV3's
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_k_b": "self_attn.kv_b_proj",  # with attn_v_b
+    "attn_output": "self_attn.o_proj",
 }
 
 
@@ -121,85 +121,61 @@ def tensors(source: TensorSource, dtype: DType) -> list[LazyTensor]:
     Raises:
         UnsupportedError: see `check_exportable`.
     """
-    spec = source.spec
-    attention, _ = check_exportable(spec)
+    check_exportable(source.spec)
     if dtype == "f16":
-        source = with_balanced_values(source)
-    scale = float(np.sqrt(NORM_EPS / spec.norm_eps))
-    # A tied head reads the scaled embeddings: the final norm undoes that.
-    final = 1 / scale if spec.tied_embeddings else 1.0
-    entries = [
-        _scaled(source, "token_embd.weight", "model.embed_tokens.weight", scale),
-        _scaled(source, "output_norm.weight", "model.norm.weight", final),
-    ]
-    if not spec.tied_embeddings:
-        entries.append(_scaled(source, "output.weight", "lm_head.weight", 1.0))
-    for i in range(spec.n_layers):
-        entries += _block(source, i, attention, _factors(source, i, attention, scale, dtype))
-    return entries
-
-
-def _factors(
-    source: TensorSource, layer: int, attention: MLA, scale: float, dtype: DType
-) -> Mapping[str, float]:
-    """What the tensors of a block are multiplied by, where it is not 1; "latent" and "rope_key" are the
-    two parts of attn_kv_a_mqa.
-
-    A folded latent is too small for float16, as weights and as activations. There the weights are lifted by
-    shrinking the norm before them, and the latent is lifted as far as its norm stays linear to 0.1 %.
-    """
-    factors = dict.fromkeys(("attn_q_a", "attn_output", "ffn_down", "latent"), scale)
-    if dtype != "f16":
-        return factors
-    rows = source.load(f"blk.{layer}.attn_kv_a_mqa.weight")
-    if not is_folded(rows[: attention.kv_lora_rank]):
-        return factors
-    queries = "attn_q_a" if attention.q_lora_rank else "attn_q"
-    return factors | {
-        "attn_norm": FLOAT16_NORM_GAIN,
-        queries: factors.get(queries, 1.0) / FLOAT16_NORM_GAIN,
-        "latent": scale * FLOAT16_LATENT_GAIN / FLOAT16_NORM_GAIN,
-        "rope_key": 1 / FLOAT16_NORM_GAIN,
-        "attn_kv_a_norm": 1 / FLOAT16_LATENT_GAIN,
-    }
-
-
-def _block(
-    source: TensorSource, layer: int, attention: MLA, factors: Mapping[str, float]
-) -> list[LazyTensor]:
-    ours, theirs = f"blk.{layer}.", f"model.layers.{layer}."
+        source = _lifted(with_balanced_values(source))
+    source = with_norm_eps(source, NORM_EPS)
+    names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
+    if not source.spec.tied_embeddings:
+        names["output"] = "lm_head"
+    for i in range(source.spec.n_layers):
+        names |= {f"blk.{i}.{ours}": f"model.layers.{i}.{theirs}" for ours, theirs in _BLOCK.items()}
     present = frozenset(source.names())
-    entries = [
-        _scaled(source, f"{ours}{name}.weight", f"{theirs}{other}.weight", factors.get(name, 1.0))
-        for name, other in _BLOCK.items()
-        if f"{ours}{name}.weight" in present
-    ]
-    kv_a, output = f"{ours}attn_kv_a_mqa.weight", f"{ours}attn_output.weight"
-    h, r = attention.n_heads, attention.kv_lora_rank
-    width = h * (attention.nope_dim + attention.value_dim)
     return [
-        *entries,
-        LazyTensor(
-            f"{theirs}self_attn.kv_a_proj_with_mqa.weight",
-            source.shape(kv_a),
-            partial(_compression, source, kv_a, r, factors["latent"], factors.get("rope_key", 1.0)),
-        ),
-        LazyTensor(f"{theirs}self_attn.kv_b_proj.weight", (width, r), partial(_joint, source, ours)),
-        _scaled(source, output, f"{theirs}self_attn.o_proj.weight", factors["attn_output"]),
+        _tensor(source, f"{ours}.weight", f"{theirs}.weight")
+        for ours, theirs in names.items()
+        if f"{ours}.weight" in present
     ]
 
 
-def _scaled(source: TensorSource, name: str, other: str, factor: float) -> LazyTensor:
-    return LazyTensor(other, source.shape(name), lambda: source.load(name) * np.float32(factor))
+def _tensor(source: TensorSource, ours: str, theirs: str) -> LazyTensor:
+    if not ours.endswith("attn_k_b.weight"):
+        return LazyTensor(theirs, source.shape(ours), partial(source.load, ours))
+    values = ours.replace("attn_k_b", "attn_v_b")
+    (h, r, n), (_, v, _) = source.shape(ours), source.shape(values)
+    return LazyTensor(theirs, (h * (n + v), r), lambda: joint_kv_b(source.load(ours), source.load(values)))
 
 
-def _compression(source: TensorSource, name: str, rank: int, latent: float, rope_key: float) -> Array:
-    rows = source.load(name)  # (R + P, D)
-    return np.concatenate([rows[:rank] * np.float32(latent), rows[rank:] * np.float32(rope_key)])
+def _lifted(source: TensorSource) -> TensorSource:
+    """The source with folded latents large enough for float16, as weights and as activations.
+
+    The weights are lifted by shrinking the norm before them, and the latent as far as its norm stays linear to 0.1 %.
+    """
+    computed: dict[str, Callable[[], Array]] = {}
+    for i, layer in enumerate(source.spec.layers):
+        attention = layer.attention
+        assert isinstance(attention, MLA)
+        norm, kv_a, kv_a_norm, queries = (
+            f"blk.{i}.{tensor}.weight"
+            for tensor in (
+                "attn_norm",
+                "attn_kv_a_mqa",
+                "attn_kv_a_norm",
+                "attn_q_a" if attention.q_lora_rank else "attn_q",
+            )
+        )
+        rank = attention.kv_lora_rank
+        if is_folded(source.load(kv_a)[:rank]):
+            computed |= {
+                norm: scaled(source, norm, FLOAT16_NORM_GAIN),
+                queries: scaled(source, queries, 1 / FLOAT16_NORM_GAIN),
+                kv_a: partial(_lifted_rows, source, kv_a, rank),
+                kv_a_norm: scaled(source, kv_a_norm, 1 / FLOAT16_LATENT_GAIN),
+            }
+    return with_tensors(source, computed)
 
 
-def _joint(source: TensorSource, prefix: str) -> Array:
-    """kv_b_proj (H * (N + V), R): each head's keys, then its values."""
-    k_b = source.load(f"{prefix}attn_k_b.weight")  # (H, R, N)
-    v_b = source.load(f"{prefix}attn_v_b.weight")  # (H, V, R)
-    return np.concatenate([k_b.swapaxes(1, 2), v_b], axis=1).reshape(-1, k_b.shape[1])
+def _lifted_rows(source: TensorSource, name: str, rank: int) -> Array:
+    rows = source.load(name) / np.float32(FLOAT16_NORM_GAIN)  # (R + P, D)
+    rows[:rank] *= np.float32(FLOAT16_LATENT_GAIN)
+    return rows

@@ -1,24 +1,27 @@
-"""A model in the shape that one of llama.cpp's architectures wants: keys, tensors, and what it cannot take.
+"""Keys of a model's GGUF, by llama.cpp's architectures, and refusal of models that their graphs compute otherwise.
 
 What each graph computes: llama.cpp src/models/<architecture>.cpp of the release that llama-cpp-python 0.3.36
-carries. The other direction is edgekv.models.gguf.architectures and edgekv.models.gguf.canonical.
+carries. The other direction is edgekv.models.gguf.architectures.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from math import isclose, log, sqrt
-
-import numpy as np
+from typing import NoReturn
 
 from edgekv.errors import UnsupportedError
-from edgekv.models.gguf.architectures import GEMMA_27B, NOPE_INTERVAL, SIGMOID, linear_score_scale
-from edgekv.models.gguf.spec import JOINT_KV_B, ROPE_FACTORS, ROPE_FREQS
-from edgekv.rewrite.minicpm3 import can_fold, folded
-from edgekv.source import Array, LazySource, TensorSource
+from edgekv.models.gguf.architectures import (
+    LOCAL_EVERY,
+    NOPE_INTERVAL,
+    SIGMOID,
+    gemma_score_scale,
+    is_local,
+    linear_score_scale,
+    yarn_magnitude,
+)
+from edgekv.models.gguf.spec import JOINT_KV_B, minicpm3_scales
 from edgekv.spec import GQA, MLA, MetaValue, ModelSpec, RopeSpec
 
-LOCAL_EVERY = {"gemma2": 2, "gemma3": 6}  # all but the last of so many layers are local, unless a key says so
 WITH_WINDOWS = tuple(LOCAL_EVERY)
 LITE_LAYERS = (26, 27)  # deepseek2.cpp reads no q_lora_rank for so many, and for 48 with 128256 tokens
 
@@ -56,56 +59,14 @@ def architecture_keys(spec: ModelSpec) -> dict[str, MetaValue]:
     return keys | (_joint_keys(spec, attention) if spec.arch in JOINT_KV_B else _latent_keys(spec, attention))
 
 
-def file_layout(source: TensorSource) -> TensorSource:
-    """The source with its tensors as a GGUF of its architecture holds them; the others' inverse of `canonical`."""
-    if can_fold(source.spec):
-        return folded(source)
-    spec = source.spec
-    rope = spec.layers[0].attention.rope
-    factors = _factor_tensors(spec, rope)
-    if spec.arch not in (*JOINT_KV_B, "phi3") and not factors:
-        return source
-    out = LazySource(spec, source.metadata)
-    for name in source.names():
-        prefix, _, tensor = name.rpartition(".attn_" if ".attn_" in name else ".ffn_")
-        if spec.arch in JOINT_KV_B and tensor == "k_b.weight":
-            h, r, n = source.shape(name)
-            v = source.shape(f"{prefix}.attn_v_b.weight")[1]
-            out.add(f"{prefix}.attn_kv_b.weight", (h * (n + v), r), partial(_join_kv_b, source, prefix))
-        elif spec.arch in JOINT_KV_B and tensor == "v_b.weight":
-            continue
-        elif spec.arch == "phi3" and tensor == "gate.weight":
-            f, d = source.shape(name)
-            out.add(f"{prefix}.ffn_up.weight", (2 * f, d), partial(_join_gate_up, source, prefix))
-        elif not (spec.arch == "phi3" and name.endswith(".ffn_up.weight")):
-            out.borrow(source, name)
-    for name in factors:
-        out.add_array(name, np.asarray(rope.factors, np.float32))
-    return out
-
-
-def _factor_tensors(spec: ModelSpec, rope: RopeSpec) -> tuple[str, ...]:
-    if not rope.factors or _is_linear(rope):
-        return ()
-    return (ROPE_FREQS,) if spec.arch == "llama" else ROPE_FACTORS
-
-
-def _is_linear(rope: RopeSpec) -> bool:
+def is_linear(rope: RopeSpec) -> bool:
+    """Whether all frequencies are divided by one number."""
     return len(set(rope.factors)) == 1 and rope.magnitude == 1.0
-
-
-def _join_kv_b(source: TensorSource, prefix: str) -> Array:
-    keys, values = (source.load(f"{prefix}.attn_{kind}_b.weight") for kind in "kv")  # (H, R, N), (H, V, R)
-    return np.concatenate([keys.swapaxes(1, 2), values], axis=1).reshape(-1, keys.shape[1])
-
-
-def _join_gate_up(source: TensorSource, prefix: str) -> Array:
-    return np.concatenate([source.load(f"{prefix}.ffn_{kind}.weight") for kind in ("gate", "up")])
 
 
 def _refuse(
     spec: ModelSpec, why: str, remedy: str = "run it in the reference, or choose another model"
-) -> None:
+) -> NoReturn:
     raise UnsupportedError(f"{spec.name} cannot go out as GGUF {gguf_arch(spec)!r}: {why}; {remedy}")
 
 
@@ -147,14 +108,15 @@ def _gemma_keys(spec: ModelSpec, attention: GQA) -> dict[str, MetaValue]:
     attentions = [layer.attention for layer in spec.layers if isinstance(layer.attention, GQA)]
     local = [bool(a.window) for a in attentions]
     shared = [a.rope for a in attentions if not a.window] or [attention.rope]
-    wide = spec.n_layers == GEMMA_27B[spec.arch]
-    implied = 1 / sqrt(spec.dim // attention.n_heads) if wide else attention.head_dim**-0.5
+    implied = (
+        gemma_score_scale(spec.arch, spec.n_layers, spec.dim, attention.n_heads) or attention.head_dim**-0.5
+    )
     if not isclose(attention.score_scale, implied, rel_tol=1e-6):
         _refuse(spec, f"llama.cpp scales its scores by {implied:g}, the model by {attention.score_scale:g}")
     keys: dict[str, MetaValue] = {"rope.freq_base": shared[0].theta} | _rope_keys(spec, shared[0])
     if any(local):
         keys["attention.sliding_window"] = max(a.window for a in attentions)
-    if local != [i % LOCAL_EVERY[spec.arch] < LOCAL_EVERY[spec.arch] - 1 for i in range(spec.n_layers)]:
+    if local != [is_local(i, LOCAL_EVERY[spec.arch]) for i in range(spec.n_layers)]:
         keys["attention.sliding_window_pattern"] = local
     if spec.logit_softcap:
         keys["final_logit_softcapping"] = spec.logit_softcap
@@ -173,7 +135,7 @@ def _rope_keys(spec: ModelSpec, rope: RopeSpec) -> dict[str, MetaValue]:
         return {}
     if rope.yarn:
         return _yarn_keys(spec, rope)
-    if _is_linear(rope):
+    if is_linear(rope):
         return {"rope.scaling.type": "linear", "rope.scaling.factor": rope.factors[0]}
     if spec.arch == "llama" and rope.magnitude == 1.0:
         return {}
@@ -196,7 +158,7 @@ def _yarn_keys(spec: ModelSpec, rope: RopeSpec) -> dict[str, MetaValue]:
             "with beta_fast 32 and beta_slow 1 in config.json it goes out as llama.cpp's own converter has it, "
             "another model than was trained",
         )
-    wanted = 1.0 if gguf_arch(spec) == "deepseek2" else 1 + 0.1 * log(yarn.factor)
+    wanted = yarn_magnitude(gguf_arch(spec), yarn.factor)
     if not isclose(rope.magnitude, wanted, rel_tol=1e-6):
         _refuse(spec, f"llama.cpp's YaRN has an attention factor of {wanted:g}, the model {rope.magnitude:g}")
     return {
@@ -214,7 +176,7 @@ def _latent_keys(spec: ModelSpec, attention: MLA) -> dict[str, MetaValue]:
     if attention.rope.dim and attention.rope.layout != "interleaved":
         _refuse(spec, "its rope pairs are not neighbours")
     factors = attention.rope.factors
-    if factors and not _is_linear(attention.rope):
+    if factors and not is_linear(attention.rope):
         _refuse(spec, "its graph takes no rope factors")
     wanted = linear_score_scale(factors[0], attention.head_dim) if factors else attention.head_dim**-0.5
     if not attention.rope.yarn and not isclose(attention.score_scale, wanted, rel_tol=1e-6):
@@ -278,7 +240,9 @@ def _joint_keys(spec: ModelSpec, attention: MLA) -> dict[str, MetaValue]:
     if attention.q_lora_rank:
         keys["attention.q_lora_rank"] = attention.q_lora_rank
     scales = (spec.embedding_scale, spec.residual_scale, spec.logit_scale)
-    known = (12.0, 1.4 / sqrt(spec.n_layers), 256 / spec.dim) if spec.arch == "minicpm3" else (1.0, 1.0, 1.0)
+    known: tuple[float, ...] = (1.0, 1.0, 1.0)
+    if spec.arch == "minicpm3":
+        known = tuple(minicpm3_scales(spec.dim, spec.n_layers).values())
     if not all(isclose(a, b, rel_tol=1e-6) for a, b in zip(scales, known, strict=True)):
         _refuse(spec, f"llama.cpp scales embeddings, residuals and logits by {known}, the model by {scales}")
     return keys | _rope_keys(spec, attention.rope)

@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.backends.isolated.quantizer import Quantizer
-from edgekv.errors import BackendError, InputError, ModelFileError, UnsupportedError
+from edgekv.errors import BackendError, InputError
 from edgekv.export.gguf.stream import LATENT_ENCODER, StagedGGUF, staged_gguf
 from edgekv.files import atomic_path
-from edgekv.models.gguf.header import read_header
+from edgekv.models.gguf.header import kept_header, read_header
 from edgekv.models.gguf.layout import GGUFHeader, TensorInfo
+from edgekv.models.gguf.spec import whole_model_architecture
 from edgekv.progress import Progress
 from edgekv.quant.formats import PRESETS, Preset, fell_back
 from edgekv.quant.tensor_error import RelativeError, StoredTensor, relative_error
@@ -54,14 +55,8 @@ def quantizable_header(path: Path) -> GGUFHeader:
         ModelFileError: it is malformed.
         UnsupportedError: it is one part of a model.
     """
-    header = read_header(path)
-    if "general.architecture" not in header.metadata:
-        raise ModelFileError(f"{path}: key general.architecture is missing; export the file again")
-    splits = header.metadata.get("split.count", 1)
-    if isinstance(splits, int) and splits > 1:
-        raise UnsupportedError(
-            f"{path}: is one of {splits} parts of a model; join them with `llama-gguf-split --merge`"
-        )
+    header = kept_header(path)
+    whole_model_architecture(header.metadata, path)
     return header
 
 
@@ -76,26 +71,38 @@ def calibration_windows(
     """
     if n_tokens < 1:
         raise InputError("--text-tokens takes a positive number; 8192 is the default")
-    header = read_header(path)
-    tokenizer = Tokenizer.from_metadata(header.metadata)
+    tokenizer = Tokenizer.from_metadata(kept_header(path).metadata)
     added = tokenizer.encode("", add_special=True)[:1]
     opening = [i for i in added if i == tokenizer.bos_id]  # models trained with it are lost without
-    if texts:
-        windows = windows_from_files(texts, tokenizer, n_tokens, seed)
-        windows[:, : len(opening)] = opening
-        return windows
-    trained = header.metadata.get(f"{header.metadata['general.architecture']}.context_length")
+    if not texts:
+        return _sampled_windows(path, opening, n_tokens, seed, quantizer, progress)
+    windows = windows_from_files(texts, tokenizer, n_tokens, seed)
+    windows[:, : len(opening)] = opening
+    return windows
+
+
+def _sampled_windows(
+    path: Path, opening: list[int], n_tokens: int, seed: int, quantizer: Quantizer, progress: Progress
+) -> NDArray[np.int64]:
+    """Windows that the model writes, each from another first token, behind the tokens of `opening`."""
+    metadata = kept_header(path).metadata
+    trained = metadata.get(f"{metadata['general.architecture']}.context_length")
     length = min(SAMPLE_LENGTH, trained) if isinstance(trained, int) else SAMPLE_LENGTH
     n = max(1, n_tokens // length)
-    first = np.random.default_rng(seed).choice(text_tokens(header.metadata, len(tokenizer)), (n, 1))
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    assert isinstance(tokens, list)  # the tokenizer was read
+    first = np.random.default_rng(seed).choice(text_tokens(metadata, len(tokens)), (n, 1))
     prompts = np.concatenate([np.tile(np.asarray(opening, np.int64), (n, 1)), first], axis=1)
     parts = []
     for start in range(0, n, MAX_SEQUENCES):
+        batch = prompts[start : start + MAX_SEQUENCES]
 
-        def advance(done: int, total: int, _: str = "", /, start: int = start) -> None:
-            progress(start * total + done * len(prompts[start : start + MAX_SEQUENCES]), n * total)
+        def advance(
+            done: int, total: int, _: str = "", /, start: int = start, size: int = len(batch)
+        ) -> None:
+            progress(start * total + done * size, n * total)
 
-        parts.append(quantizer.sample(prompts[start : start + MAX_SEQUENCES], length, seed + start, advance))
+        parts.append(quantizer.sample(batch, length, seed + start, advance))
     return np.concatenate(parts)
 
 
@@ -124,7 +131,7 @@ def quantize_gguf(
         raise InputError(f"{preset_name} is useless without an importance matrix; leave out --no-importance")
     with atomic_path(output, force) as partial:
 
-        def advance(done: int, total: int, figures: str = "", /) -> None:
+        def advance(done: int, total: int, _: str = "", /) -> None:
             progress(done, 2 * total)  # then they are compared
 
         _quantize(source, header, partial, preset, importance, quantizer, advance, staged)

@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 from gguf import GGMLQuantizationType as QuantType
 
-from edgekv.export.gguf.architectures import file_layout
+from edgekv.export.gguf.file_layout import file_layout
 from edgekv.export.gguf.write import begin_gguf, stored_as, stored_weights, tensor_nbytes
 from edgekv.files import scratch_path
 from edgekv.models.gguf.header import read_header

@@ -15,7 +15,8 @@ from gguf import GGMLQuantizationType as QuantType
 from numpy.typing import NDArray
 
 from edgekv import __version__
-from edgekv.export.gguf.architectures import architecture_keys, file_layout, gguf_arch
+from edgekv.export.gguf.architectures import architecture_keys, gguf_arch
+from edgekv.export.gguf.file_layout import file_layout
 from edgekv.files import atomic_path
 from edgekv.progress import Progress
 from edgekv.quant.formats import BY_GGML_ID, FILE_TYPES, FORMATS, KEEP, PLAIN_WEIGHTS, UNQUANTIZED

@@ -19,6 +19,8 @@ SIGMOID = 2  # LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
 NOPE_INTERVAL = 4  # smollm3.cpp: n_no_rope_layer_step
 # (layers, and then the score scale is of the width a head instead of the head dim): gemma2.cpp, gemma3.cpp
 GEMMA_27B = MappingProxyType({"gemma2": 46, "gemma3": 62})
+# All but the last of this many layers have a sliding window, unless a key says so.
+LOCAL_EVERY = MappingProxyType({"gemma2": 2, "gemma3": 6})
 
 
 def read_layers(keys: Keys, shapes: Shapes, n_layers: int) -> tuple[LayerSpec, ...]:
@@ -55,7 +57,7 @@ def _smollm3(keys: Keys, shapes: Shapes, layer: int) -> LayerSpec:
 
 def _gemma2(keys: Keys, shapes: Shapes, layer: int) -> LayerSpec:
     attention = _gemma(keys, shapes)
-    window = keys.integer("attention.sliding_window", 4096) if _is_local(keys, layer, 2) else 0
+    window = keys.integer("attention.sliding_window", 4096) if _is_local(keys, layer) else 0
     cap = keys.number("attn_logit_softcapping", 50.0)
     return _geglu(keys, replace(attention, window=window, softcap=cap))
 
@@ -64,7 +66,7 @@ def _gemma3(keys: Keys, shapes: Shapes, layer: int) -> LayerSpec:
     attention = _gemma(keys, shapes)
     window = keys.integer("attention.sliding_window", 0, least=0)
     local_theta = keys.number("rope.freq_base_swa", 10000.0)
-    if not window or not _is_local(keys, layer, 6):
+    if not window or not _is_local(keys, layer):
         return _geglu(keys, attention)
     return _geglu(
         keys, replace(attention, window=window, rope=RopeSpec(local_theta, attention.rope.dim, "half"))
@@ -73,24 +75,29 @@ def _gemma3(keys: Keys, shapes: Shapes, layer: int) -> LayerSpec:
 
 def _gemma(keys: Keys, shapes: Shapes) -> GQA:
     attention = _gqa(keys, shapes, "half")
-    if keys.integer("block_count") != GEMMA_27B[keys.arch]:
-        return attention
-    return replace(attention, scale=1 / sqrt(keys.integer("embedding_length") // attention.n_heads))
+    n_layers, dim = keys.integer("block_count"), keys.integer("embedding_length")
+    return replace(attention, scale=gemma_score_scale(keys.arch, n_layers, dim, attention.n_heads))
+
+
+def gemma_score_scale(arch: str, n_layers: int, dim: int, n_heads: int) -> float:
+    """What llama.cpp multiplies a Gemma's scores by, 0 for 1/sqrt(head_dim)."""
+    return 1 / sqrt(dim // n_heads) if n_layers == GEMMA_27B[arch] else 0.0
 
 
 def _gqa(keys: Keys, shapes: Shapes, layout: RopeLayout) -> GQA:
     n_heads, dim = keys.integer("attention.head_count"), keys.integer("embedding_length")
     n_kv_heads = keys.integer("attention.head_count_kv", n_heads)
     if n_heads % n_kv_heads:
-        keys.fail(f"{n_heads} query heads do not divide among {n_kv_heads} KV heads")
-    if dim % n_heads and f"{keys.arch}.attention.key_length" not in keys.metadata:
-        keys.fail(f"a width of {dim} does not divide among {n_heads} heads")
+        keys.malformed(f"{n_heads} query heads do not divide among {n_kv_heads} KV heads")
+    if dim % n_heads and keys.optional("attention.key_length") is None:
+        keys.malformed(f"a width of {dim} does not divide among {n_heads} heads")
     head_dim = keys.integer("attention.key_length", dim // n_heads)
     rope_dim = keys.integer("rope.dimension_count", head_dim)
     value_dim = keys.integer("attention.value_length", dim // n_heads)
     if rope_dim % 2 or not head_dim == rope_dim == value_dim:  # as llama.cpp wants of arch llama
-        keys.fail(
-            f"key, value and rope dims of a head are {head_dim}, {value_dim}, {rope_dim}: not one even number"
+        keys.malformed(
+            f"key, value and rope dims of a head are {head_dim}, {value_dim}, {rope_dim}: not one even number",
+            "choose a model whose heads are rotated as a whole",
         )
     return GQA(
         n_heads,
@@ -106,19 +113,21 @@ def _rope(keys: Keys, dim: int, layout: RopeLayout) -> RopeSpec:
     """The plain rotary embedding, or what `rope.scaling` makes of it."""
     plain = RopeSpec(keys.number("rope.freq_base", 10000.0), dim, layout)
     kind = keys.optional("rope.scaling.type") or "linear"
-    factor = keys.optional("rope.scaling.factor") or keys.optional("rope.scale_linear") or 1.0
-    if kind in ("linear", "none", "longrope") and (factor == 1.0 or kind == "none"):
+    name = "rope.scaling.factor" if keys.optional("rope.scaling.factor") else "rope.scale_linear"
+    if kind == "none" or (kind in ("linear", "longrope") and (keys.optional(name) or 1.0) == 1.0):
         return plain
-    if not isinstance(factor, int | float) or isinstance(factor, bool) or not factor > 0:
-        keys.fail(f"key {keys.arch}.rope.scaling.factor is {factor!r}, a positive number was expected")
+    factor = keys.number(name, 1.0)
     if kind == "linear":
-        return replace(plain, factors=(float(factor),) * (dim // 2))
+        return replace(plain, factors=(factor,) * (dim // 2))
     if kind != "yarn":
         keys.unsupported(f"RoPE scaling {kind!r}")
     context = keys.integer("rope.scaling.original_context_length", keys.integer("context_length"))
-    yarn = Yarn(float(factor), context)
-    latent = keys.arch == "deepseek2"  # whose two mscales cancel in what is rotated
-    return replace(plain, yarn=yarn, magnitude=1.0 if latent else 1 + 0.1 * log(factor))
+    return replace(plain, yarn=Yarn(factor, context), magnitude=yarn_magnitude(keys.arch, factor))
+
+
+def yarn_magnitude(arch: str, factor: float) -> float:
+    """What llama.cpp's YaRN multiplies rotated dims by; in `deepseek2` its two mscales cancel there."""
+    return 1.0 if arch == "deepseek2" else 1 + 0.1 * log(factor)
 
 
 def _mla(keys: Keys, shapes: Shapes, layer: int) -> LayerSpec:
@@ -127,7 +136,7 @@ def _mla(keys: Keys, shapes: Shapes, layer: int) -> LayerSpec:
     _check_rope_dim(keys, rope_dim, head_dim)
     for key, implied in (("head_count_kv", 1), ("key_length", rank + rope_dim), ("value_length", rank)):
         if (value := keys.integer(f"attention.{key}")) != implied:
-            keys.fail(f"deepseek2.attention.{key} is {value}, the latent cache implies {implied}")
+            keys.malformed(f"deepseek2.attention.{key} is {value}, the latent cache implies {implied}")
     rope = _rope(keys, rope_dim, "interleaved")
     scale = 0.0
     if rope.factors:
@@ -185,7 +194,7 @@ def _plain_mla(keys: Keys, layout: RopeLayout) -> MLA:
     """MLA described by the dims of its decompressed keys and values, as both llama.cpp graphs have it."""
     n_heads, dim = keys.integer("attention.head_count"), keys.integer("embedding_length")
     if keys.integer("attention.head_count_kv", n_heads) != n_heads:
-        keys.fail("attention.head_count_kv differs from attention.head_count")
+        keys.malformed("attention.head_count_kv differs from attention.head_count")
     head_dim, rope_dim = keys.integer("attention.key_length"), keys.integer("rope.dimension_count")
     _check_rope_dim(keys, rope_dim, head_dim)
     return MLA(
@@ -199,7 +208,7 @@ def _plain_mla(keys: Keys, layout: RopeLayout) -> MLA:
 
 def _check_rope_dim(keys: Keys, rope_dim: int, head_dim: int) -> None:
     if rope_dim % 2 or rope_dim >= head_dim:
-        keys.fail(
+        keys.malformed(
             f"rope.dimension_count is {rope_dim}, an even number below the head's {head_dim} was expected"
         )
 
@@ -212,14 +221,19 @@ def _geglu(keys: Keys, attention: GQA) -> LayerSpec:
     return LayerSpec(attention, keys.integer("feed_forward_length"), "geglu", post_norms=True)
 
 
-def _is_local(keys: Keys, layer: int, pattern: int) -> bool:
-    """Whether a layer has a sliding window: all but the last of each `pattern`, or as a list says."""
+def _is_local(keys: Keys, layer: int) -> bool:
+    """Whether a layer has a sliding window: as a list says, or all but the last of each so many."""
     given = keys.optional("attention.sliding_window_pattern")
     if isinstance(given, list):
         if layer >= len(given):
-            keys.fail(f"{keys.arch}.attention.sliding_window_pattern has {len(given)} items, too few")
+            keys.malformed(f"{keys.arch}.attention.sliding_window_pattern has {len(given)} items, too few")
         return bool(given[layer])
-    every = given if isinstance(given, int) and not isinstance(given, bool) else pattern
+    every = given if isinstance(given, int) and not isinstance(given, bool) else LOCAL_EVERY[keys.arch]
+    return is_local(layer, every)
+
+
+def is_local(layer: int, every: int) -> bool:
+    """Whether a layer has a sliding window where all but the last of `every` have."""
     return every == 0 or layer % every < every - 1
 
 

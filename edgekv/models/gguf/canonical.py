@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 from functools import partial
 
-import numpy as np
-
 from edgekv.models.gguf.spec import JOINT_KV_B, ROPE_FACTORS, ROPE_FREQS
-from edgekv.source import Array, LazySource, TensorSource
+from edgekv.source import Array, LazySource, TensorSource, without
 from edgekv.spec import MLA
-from edgekv.tensors import model_tensor_shapes
+from edgekv.tensors import keys_of_kv_b, model_tensor_shapes, values_of_kv_b
 
 _BLOCK = re.compile(r"(blk\.(\d+)\.)(.*)")
 
@@ -21,16 +19,7 @@ def canonical(source: TensorSource) -> TensorSource:
         return split_joint_kv(source)
     if source.spec.arch == "phi3":
         return split_phi3(source)
-    return without(source, (ROPE_FREQS,)) if ROPE_FREQS in source.names() else source
-
-
-def without(source: TensorSource, names: tuple[str, ...]) -> LazySource:
-    """The source but for some of its tensors."""
-    rest = LazySource(source.spec, source.metadata)
-    for name in source.names():
-        if name not in names:
-            rest.borrow(source, name)
-    return rest
+    return without(source, ROPE_FREQS) if ROPE_FREQS in source.names() else source
 
 
 def split_joint_kv(source: TensorSource) -> TensorSource:
@@ -83,13 +72,5 @@ def _add_halves(split: LazySource, source: TensorSource, name: str) -> None:
     attention = source.spec.layers[int(prefix.split(".")[1])].attention
     assert isinstance(attention, MLA)
     h, r, n, v = attention.n_heads, attention.kv_lora_rank, attention.nope_dim, attention.value_dim
-
-    def joint() -> Array:
-        return source.load(name).reshape(h, n + v, r)
-
-    split.add(
-        f"{prefix}attn_k_b.weight",
-        (h, r, n),
-        lambda: np.ascontiguousarray(joint()[:, :n].swapaxes(1, 2)),
-    )
-    split.add(f"{prefix}attn_v_b.weight", (h, v, r), lambda: np.ascontiguousarray(joint()[:, n:]))
+    split.add(f"{prefix}attn_k_b.weight", (h, r, n), lambda: keys_of_kv_b(source.load(name), attention))
+    split.add(f"{prefix}attn_v_b.weight", (h, v, r), lambda: values_of_kv_b(source.load(name), attention))

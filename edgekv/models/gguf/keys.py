@@ -1,14 +1,13 @@
-"""Typed access to the keys of one architecture in a GGUF file."""
+"""Keys of one architecture in a GGUF file, and those that EdgeKV may leave unread."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import isfinite
 from pathlib import Path
 from types import MappingProxyType
-from typing import NoReturn
+from typing import Any
 
-from edgekv.errors import ModelFileError, UnsupportedError
+from edgekv.models.fields import Fields
 from edgekv.spec import MetaValue
 
 # Keys after `<arch>.` that change nothing, or nothing in a model without experts and without rope scaling.
@@ -34,58 +33,33 @@ _NEUTRAL: Mapping[str, tuple[MetaValue, ...]] = MappingProxyType(
 )
 
 
-class Keys:
-    """Values by their key; a missing or mistyped one is an error that names it."""
+class Keys(Fields):
+    """The values of `<arch>.<name>`, by name; remembers which were read."""
+
+    noun = "key"
+    file_remedy = "download another GGUF of the model, or make one with llama.cpp's convert_hf_to_gguf.py"
 
     def __init__(self, metadata: Mapping[str, MetaValue], path: Path, arch: str) -> None:
-        self.metadata = metadata
+        prefix = f"{arch}."
+        values = {key.removeprefix(prefix): v for key, v in metadata.items() if key.startswith(prefix)}
+        super().__init__(values, path, prefix)
         self.arch = arch
-        self._path = path
         self._read: set[str] = set()
 
-    def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
-        value = self._get(key, default)
-        if isinstance(value, list):
-            self.unsupported(f"a different {self.arch}.{key} in each layer")
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
-            self.fail(f"key {self.arch}.{key} is {value!r}, a whole number of at least {least} was expected")
-        return value
+    def integer(self, name: str, default: int | None = None, least: int = 1) -> int:
+        """A whole number below 2^31, the same in all layers."""
+        if isinstance(self.optional(name), list):
+            self.unsupported(f"a different {self.prefix}{name} in each layer")
+        return super().integer(name, default, least)
 
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self._get(key, default)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not (value > 0 and isfinite(value))
-        ):
-            self.fail(f"key {self.arch}.{key} is {value!r}, a positive number was expected")
-        return float(value)
-
-    def optional(self, key: str) -> MetaValue | None:
+    def optional(self, name: str) -> Any:
         """The value as it is, or None."""
-        self._read.add(key)
-        return self.metadata.get(f"{self.arch}.{key}")
+        self._read.add(name)
+        return super().optional(name)
 
     def reject_unknown(self) -> None:
-        """Every other key of the architecture is one that changes nothing here."""
-        prefix = f"{self.arch}."
-        for key, value in self.metadata.items():
-            name = key.removeprefix(prefix)
-            if not key.startswith(prefix) or name in self._read or name in _IGNORED:
-                continue
-            if value not in _NEUTRAL.get(name, ()):
+        """Raise UnsupportedError unless every key that was not read is one that changes nothing here."""
+        for name, value in self.values.items():
+            if name not in self._read | _IGNORED and value not in _NEUTRAL.get(name, ()):
                 shown = value if isinstance(value, str | int | float) else "set"
-                self.unsupported(f"a model whose {key} is {shown!r}")
-
-    def fail(self, problem: str) -> NoReturn:
-        raise ModelFileError(f"{self._path}: {problem}; download or export the file again")
-
-    def unsupported(self, what: str) -> NoReturn:
-        raise UnsupportedError(f"{self._path}: {what} is not supported; choose a plain {self.arch!r} model")
-
-    def _get(self, key: str, default: MetaValue | None) -> MetaValue:
-        self._read.add(key)
-        value = self.metadata.get(f"{self.arch}.{key}", default)
-        if value is None:
-            self.fail(f"key {self.arch}.{key} is missing")
-        return value
+                self.unsupported(f"a model whose {self.prefix}{name} is {shown!r}")

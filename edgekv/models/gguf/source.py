@@ -12,7 +12,7 @@ from edgekv.errors import ModelFileError, UnsupportedError
 from edgekv.models.gguf.header import read_header
 from edgekv.models.gguf.layout import TensorInfo
 from edgekv.models.gguf.spec import ROPE_FACTORS, ROPE_FREQS, spec_from_gguf, with_rope_factors
-from edgekv.source import Array
+from edgekv.source import Array, no_such_tensor
 from edgekv.spec import Metadata, ModelSpec
 
 
@@ -75,7 +75,7 @@ class GGUFSource:
             ) from None
         if not np.isfinite(total):
             raise ModelFileError(
-                f"{self.path}: tensor {name} holds NaN or infinite weights; download or export the file again"
+                f"{self.path}: tensor {name} holds NaN or infinite weights; download the file again, or take another"
             )
         return np.asarray(array, dtype=np.float32).reshape(self.shape(name))
 
@@ -86,5 +86,5 @@ class GGUFSource:
 
     def _entry(self, name: str) -> TensorInfo:
         if name not in self._tensors:
-            raise ModelFileError(f"{self.path}: tensor {name} is missing; download or export the file again")
+            raise no_such_tensor(str(self.path), name)
         return self._tensors[name]

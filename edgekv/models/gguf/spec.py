@@ -35,11 +35,16 @@ def spec_from_gguf(
         ModelFileError: keys or tensors are missing, impossible, or contradict each other.
         UnsupportedError: the model is sound, but EdgeKV would not compute it as it is meant.
     """
-    arch = _architecture(metadata, path)
+    arch = whole_model_architecture(metadata, path)
+    if arch not in ARCHITECTURES:
+        raise UnsupportedError(
+            f"{path}: architecture {arch!r} is not supported; EdgeKV reads {', '.join(ARCHITECTURES)} ('llama' "
+            "is Llama, SmolLM and Mistral)"
+        )
     keys = Keys(metadata, path, arch)
     n_layers = keys.integer("block_count")
     if n_layers > MAX_LAYERS:
-        keys.fail(f"block_count is {n_layers}, at most {MAX_LAYERS} are possible")
+        keys.malformed(f"block_count is {n_layers}, at most {MAX_LAYERS} are possible")
     dim = keys.integer("embedding_length")
     spec = ModelSpec(
         arch=arch,
@@ -53,24 +58,23 @@ def spec_from_gguf(
         **_scales(keys, dim, n_layers),
     )
     keys.reject_unknown()
-    _require_tensors(spec, shapes, path)
+    _require_tensors(spec, shapes, keys)
     tokens = metadata.get("tokenizer.ggml.tokens")
     if isinstance(tokens, list) and len(tokens) != spec.vocab:
-        keys.fail(f"the vocabulary has {len(tokens)} tokens, token_embd.weight has {spec.vocab} rows")
+        keys.malformed(f"the vocabulary has {len(tokens)} tokens, token_embd.weight has {spec.vocab} rows")
     return spec
 
 
-def _architecture(metadata: Mapping[str, MetaValue], path: Path) -> str:
+def whole_model_architecture(metadata: Mapping[str, MetaValue], path: Path) -> str:
+    """The architecture of a file that holds all of a model, whether EdgeKV reads it or only llama.cpp.
+
+    Raises:
+        ModelFileError: the file names none.
+        UnsupportedError: it is one part of a model.
+    """
     arch = metadata.get("general.architecture")
     if not isinstance(arch, str):
-        raise ModelFileError(
-            f"{path}: key general.architecture is missing; download or export the file again"
-        )
-    if arch not in ARCHITECTURES:
-        raise UnsupportedError(
-            f"{path}: architecture {arch!r} is not supported; EdgeKV reads {', '.join(ARCHITECTURES)} ('llama' "
-            "is Llama, SmolLM and Mistral)"
-        )
+        raise ModelFileError(f"{path}: key general.architecture is missing; {Keys.file_remedy}")
     splits = metadata.get("split.count", 1)
     if isinstance(splits, int) and splits > 1:
         raise UnsupportedError(
@@ -88,10 +92,9 @@ def _trained_context(keys: Keys, shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _scales(keys: Keys, dim: int, n_layers: int) -> dict[str, float]:
-    """Scales and caps of the whole model. Those of MiniCPM3-4B (scale_emb, scale_depth, dim_model_base) are in
-    no GGUF key: llama.cpp has the same constants in src/models/minicpm3.cpp."""
+    """Scales and caps of the whole model."""
     if keys.arch == "minicpm3":
-        return {"embedding_scale": 12.0, "residual_scale": 1.4 / sqrt(n_layers), "logit_scale": 256 / dim}
+        return minicpm3_scales(dim, n_layers)
     if keys.arch == "gemma2":
         cap = keys.number("final_logit_softcapping", 30.0)
         return {"embedding_scale": sqrt(dim), "logit_softcap": cap}
@@ -99,6 +102,14 @@ def _scales(keys: Keys, dim: int, n_layers: int) -> dict[str, float]:
         cap = keys.number("final_logit_softcapping") if keys.optional("final_logit_softcapping") else 0.0
         return {"embedding_scale": sqrt(dim), "logit_softcap": cap}
     return {}
+
+
+def minicpm3_scales(dim: int, n_layers: int) -> dict[str, float]:
+    """MiniCPM3-4B's scale_emb, scale_depth and dim_model_base as a ModelSpec has them.
+
+    They are in no GGUF key: llama.cpp has the same constants in src/models/minicpm3.cpp.
+    """
+    return {"embedding_scale": 12.0, "residual_scale": 1.4 / sqrt(n_layers), "logit_scale": 256 / dim}
 
 
 def with_rope_factors(spec: ModelSpec, factors: list[float]) -> ModelSpec:
@@ -135,19 +146,16 @@ def _file_tensor_shapes(spec: ModelSpec, present: Mapping[str, object]) -> dict[
     return wanted
 
 
-def _require_tensors(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
-    """Every tensor the spec promises is there, with the shape it implies."""
+def _require_tensors(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], keys: Keys) -> None:
+    """Every tensor the spec promises is there, with the shape it implies, and no other."""
     wanted = _file_tensor_shapes(spec, shapes)
     for name, shape in wanted.items():
         if name not in shapes:
-            raise ModelFileError(f"{path}: tensor {name} is missing; download or export the file again")
+            keys.malformed(f"tensor {name} is missing")
         if shapes[name] != shape:
-            raise ModelFileError(
-                f"{path}: tensor {name} has shape {shapes[name]}, the header implies {shape}; "
-                "download or export the file again"
-            )
+            keys.malformed(f"tensor {name} has shape {shapes[name]}, the header implies {shape}")
     if extra := [name for name in shapes if name not in wanted]:
         raise UnsupportedError(
-            f"{path}: tensor {extra[0]} has no place in a plain {spec.arch!r} model, EdgeKV would drop it; "
+            f"{keys.path}: tensor {extra[0]} has no place in a plain {spec.arch!r} model, EdgeKV would drop it; "
             "choose a model without it"
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from edgekv.models.gguf.spec import MAX_LAYERS
-from edgekv.models.hf.fields import Fields
+from edgekv.models.hf.config_fields import ConfigFields
 from edgekv.models.hf.rope import attention_scale_of_yarn, read_rope, trained_context
 from edgekv.models.hf.unsupported import why_not
 from edgekv.models.hf.vision import text_fields
@@ -59,31 +59,31 @@ def read_spec(folder: Path) -> ModelSpec:
 _TIED = ("gemma2", "gemma3_text", "minicpm3", "smollm3", "youtu")  # unless the config says otherwise
 
 
-def _llama(config: Fields, layer: int) -> LayerSpec:
+def _llama(config: ConfigFields, layer: int) -> LayerSpec:
     """Llama 2, 3 and 3.x, SmolLM 1 and 2; rows of queries and keys are permuted, see edgekv.models.hf.tensors."""
     return _swiglu(config, replace(_gqa(config, layout="interleaved"), bias=_bias(config)))
 
 
-def _mistral(config: Fields, layer: int) -> LayerSpec:
+def _mistral(config: ConfigFields, layer: int) -> LayerSpec:
     attention = _gqa(config, layout="interleaved")
     return _swiglu(config, replace(attention, window=config.integer("sliding_window", 0, least=0)))
 
 
-def _qwen2(config: Fields, layer: int) -> LayerSpec:
+def _qwen2(config: ConfigFields, layer: int) -> LayerSpec:
     return _swiglu(config, replace(_gqa(config), bias=True, window=_qwen_window(config, layer)))
 
 
-def _qwen3(config: Fields, layer: int) -> LayerSpec:
+def _qwen3(config: ConfigFields, layer: int) -> LayerSpec:
     attention = _gqa(config)
     window = _qwen_window(config, layer)
     return _swiglu(config, replace(attention, bias=_bias(config), qk_norm=True, window=window))
 
 
-def _phi3(config: Fields, layer: int) -> LayerSpec:
+def _phi3(config: ConfigFields, layer: int) -> LayerSpec:
     return _swiglu(config, replace(_gqa(config), window=config.integer("sliding_window", 0, least=0)))
 
 
-def _smollm3(config: Fields, layer: int) -> LayerSpec:
+def _smollm3(config: ConfigFields, layer: int) -> LayerSpec:
     """Every fourth layer has no positions (no_rope_layers: 1 where there is RoPE)."""
     config.require("use_sliding_window", (False,), "SmolLM3 with a sliding window")
     attention = _gqa(config, layout="interleaved", theta=2e6)
@@ -95,7 +95,7 @@ def _smollm3(config: Fields, layer: int) -> LayerSpec:
     return _swiglu(config, replace(attention, bias=_bias(config)))
 
 
-def _gemma2(config: Fields, layer: int) -> LayerSpec:
+def _gemma2(config: ConfigFields, layer: int) -> LayerSpec:
     """Gemma 2 (arXiv 2408.00118): every other layer is local, starting with the first."""
     attention = _gemma_attention(config, "")
     window = config.integer("sliding_window", 4096) if _is_local(config, layer, 2) else 0
@@ -103,7 +103,7 @@ def _gemma2(config: Fields, layer: int) -> LayerSpec:
     return _geglu(config, replace(attention, window=window, softcap=float(cap or 0.0)))
 
 
-def _gemma3(config: Fields, layer: int) -> LayerSpec:
+def _gemma3(config: ConfigFields, layer: int) -> LayerSpec:
     """Gemma 3 (arXiv 2503.19786): five local layers, with a RoPE of their own, before each global one."""
     config.require("attn_logit_softcapping", (), "Gemma 3 with attention softcapping")
     config.require("use_bidirectional_attention", (False,), "attention to tokens to come")
@@ -118,7 +118,7 @@ def _gemma3(config: Fields, layer: int) -> LayerSpec:
     return _geglu(config, replace(attention, qk_norm=True, window=window))
 
 
-def _deepseek(config: Fields, layer: int) -> LayerSpec:
+def _deepseek(config: ConfigFields, layer: int) -> LayerSpec:
     """DeepSeek V2 and V3 (arXiv 2405.04434, 2412.19437), and Kimi K2 (arXiv 2507.20534), which is a V3."""
     dense = config.integer("first_k_dense_replace", 0, least=0)
     config.require("moe_layer_freq", (1,), "experts in some of the layers")
@@ -126,7 +126,7 @@ def _deepseek(config: Fields, layer: int) -> LayerSpec:
     return spec if layer < dense else replace(spec, experts=_experts(config))
 
 
-def _glm_lite(config: Fields, layer: int) -> LayerSpec:
+def _glm_lite(config: ConfigFields, layer: int) -> LayerSpec:
     """GLM-4.7-Flash: a DeepSeek V3 whose config lists which layers have experts, all but the first by default."""
     kinds = config.values.get("mlp_layer_types")
     if kinds is None:
@@ -139,17 +139,17 @@ def _glm_lite(config: Fields, layer: int) -> LayerSpec:
     return replace(spec, experts=_experts(config)) if sparse else spec
 
 
-def _youtu(config: Fields, layer: int) -> LayerSpec:
+def _youtu(config: ConfigFields, layer: int) -> LayerSpec:
     """Youtu-LLM (arXiv 2512.24618): the attention of DeepSeek V3 before a dense feed-forward."""
     layout: RopeLayout = "interleaved" if config.flag("rope_interleave", True) else "half"
     return _swiglu(config, _mla(config, layout))
 
 
-def _minicpm3(config: Fields, layer: int) -> LayerSpec:
+def _minicpm3(config: ConfigFields, layer: int) -> LayerSpec:
     return _swiglu(config, _mla(config, "half"))
 
 
-def _gqa(config: Fields, kind: str = "", layout: RopeLayout = "half", theta: float = 1e4) -> GQA:
+def _gqa(config: ConfigFields, kind: str = "", layout: RopeLayout = "half", theta: float = 1e4) -> GQA:
     n_heads, dim = config.integer("num_attention_heads"), config.integer("hidden_size")
     n_kv_heads = config.integer("num_key_value_heads", n_heads)
     if n_heads % n_kv_heads:
@@ -160,7 +160,7 @@ def _gqa(config: Fields, kind: str = "", layout: RopeLayout = "half", theta: flo
     return GQA(n_heads, n_kv_heads, head_dim, read_rope(config, head_dim, layout, kind, theta))
 
 
-def _mla(config: Fields, layout: RopeLayout) -> MLA:
+def _mla(config: ConfigFields, layout: RopeLayout) -> MLA:
     config.require("attention_bias", (False,), "MLA with biases")
     rope_dim, nope_dim = config.integer("qk_rope_head_dim"), config.integer("qk_nope_head_dim")
     yarn_scale = attention_scale_of_yarn(config)
@@ -175,13 +175,13 @@ def _mla(config: Fields, layout: RopeLayout) -> MLA:
     )
 
 
-def _gemma_attention(config: Fields, kind: str) -> GQA:
+def _gemma_attention(config: ConfigFields, kind: str) -> GQA:
     attention = _gqa(config, kind, theta=1e6 if kind else 1e4)
     scale = config.number("query_pre_attn_scalar", attention.head_dim) ** -0.5
     return replace(attention, scale=0.0 if scale == attention.head_dim**-0.5 else scale)
 
 
-def _experts(config: Fields) -> Experts:
+def _experts(config: ConfigFields) -> Experts:
     v3 = config.text("model_type") != "deepseek_v2"
     if not v3:
         config.require("norm_topk_prob", (False,), "DeepSeek-V2 with normed expert weights")
@@ -202,36 +202,36 @@ def _experts(config: Fields) -> Experts:
     )
 
 
-def _swiglu(config: Fields, attention: GQA | MLA) -> LayerSpec:
+def _swiglu(config: ConfigFields, attention: GQA | MLA) -> LayerSpec:
     config.require("hidden_act", ("silu", "swish"), "another activation than SiLU")
     return LayerSpec(attention, config.integer("intermediate_size"))
 
 
-def _geglu(config: Fields, attention: GQA) -> LayerSpec:
+def _geglu(config: ConfigFields, attention: GQA) -> LayerSpec:
     config.require("attention_bias", (False,), "Gemma with biases")
     config.require("hidden_activation", ("gelu_pytorch_tanh",), "another activation than GELU (tanh)")
     return LayerSpec(attention, config.integer("intermediate_size"), "geglu", post_norms=True)
 
 
-def _bias(config: Fields) -> bool:
+def _bias(config: ConfigFields) -> bool:
     return config.flag("attention_bias", False)
 
 
-def _qwen_window(config: Fields, layer: int) -> int:
+def _qwen_window(config: ConfigFields, layer: int) -> int:
     if not config.flag("use_sliding_window", False):
         return 0
     from_layer = config.integer("max_window_layers", 28, least=0)
     return config.integer("sliding_window", 4096) if layer >= from_layer else 0
 
 
-def _is_local(config: Fields, layer: int, pattern: int) -> bool:
+def _is_local(config: ConfigFields, layer: int, pattern: int) -> bool:
     types = config.values.get("layer_types")
     if isinstance(types, list) and layer < len(types):
         return bool(types[layer] == "sliding_attention")
     return (layer + 1) % pattern != 0
 
 
-def _scaled(spec: ModelSpec, config: Fields) -> ModelSpec:
+def _scaled(spec: ModelSpec, config: ConfigFields) -> ModelSpec:
     """The spec with the family's scales and caps of the whole model."""
     if spec.arch == "minicpm3":
         depth = config.number("scale_depth", 1.4) / sqrt(spec.n_layers)
@@ -244,7 +244,7 @@ def _scaled(spec: ModelSpec, config: Fields) -> ModelSpec:
     return spec
 
 
-Reader = Callable[[Fields, int], LayerSpec]
+Reader = Callable[[ConfigFields, int], LayerSpec]
 FAMILIES: Mapping[str, tuple[str, Reader]] = MappingProxyType(
     {  # model_type: (llama.cpp's architecture, reader of a layer)
         "llama": ("llama", _llama),

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from math import log, pi, sqrt
 
-from edgekv.models.hf.fields import Fields
+from edgekv.models.hf.config_fields import ConfigFields
 from edgekv.spec import RopeLayout, RopeSpec, Yarn
 
 
 def read_rope(
-    config: Fields, dim: int, layout: RopeLayout, kind: str = "", default_theta: float = 1e4
+    config: ConfigFields, dim: int, layout: RopeLayout, kind: str = "", default_theta: float = 1e4
 ) -> RopeSpec:
     """The rotary embedding of all layers, or of those whose layer type is `kind`.
 
@@ -45,7 +45,7 @@ def read_rope(
     return fields.unsupported(f"RoPE scaling {scaling!r}")
 
 
-def trained_context(config: Fields) -> int:
+def trained_context(config: ConfigFields) -> int:
     """Tokens within which one set of frequencies holds: LongRoPE has a second one beyond, which nobody
     mixes with the first in one cache."""
     context = config.integer("max_position_embeddings")
@@ -57,7 +57,7 @@ def trained_context(config: Fields) -> int:
     return context
 
 
-def attention_scale_of_yarn(config: Fields) -> float:
+def attention_scale_of_yarn(config: ConfigFields) -> float:
     """DeepSeek's factor on the scores, mscale(mscale_all_dim)^2; 1 without YaRN."""
     fields = config.inner("rope_parameters") or config.inner("rope_scaling")
     if not fields or not fields.values.get("mscale_all_dim"):
@@ -69,7 +69,7 @@ def _mscale(factor: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def _llama3_factors(fields: Fields, theta: float, dim: int) -> tuple[float, ...]:
+def _llama3_factors(fields: ConfigFields, theta: float, dim: int) -> tuple[float, ...]:
     """Llama 3's scaling: slow pairs divided by `factor`, fast ones kept, a ramp in wavelengths between."""
     factor = fields.number("factor")
     low, high = fields.number("low_freq_factor"), fields.number("high_freq_factor")
@@ -84,7 +84,7 @@ def _llama3_factors(fields: Fields, theta: float, dim: int) -> tuple[float, ...]
     return tuple(factors)
 
 
-def _yarn(config: Fields, fields: Fields, plain: RopeSpec) -> RopeSpec:
+def _yarn(config: ConfigFields, fields: ConfigFields, plain: RopeSpec) -> RopeSpec:
     fields.require("truncate", (True,), "YaRN without rounded ramp bounds")
     factor, original = fields.number("factor"), _original_context(config, fields)
     if fields.values.get("attention_factor") is not None:
@@ -98,7 +98,7 @@ def _yarn(config: Fields, fields: Fields, plain: RopeSpec) -> RopeSpec:
     return RopeSpec(plain.theta, plain.dim, plain.layout, (), yarn, magnitude)
 
 
-def _longrope(config: Fields, fields: Fields, plain: RopeSpec) -> RopeSpec:
+def _longrope(config: ConfigFields, fields: ConfigFields, plain: RopeSpec) -> RopeSpec:
     factors = fields.numbers("short_factor", plain.dim // 2)
     fields.numbers("long_factor", plain.dim // 2)
     original = _original_context(config, fields)
@@ -108,7 +108,7 @@ def _longrope(config: Fields, fields: Fields, plain: RopeSpec) -> RopeSpec:
     return RopeSpec(plain.theta, plain.dim, plain.layout, factors, None, magnitude)
 
 
-def _original_context(config: Fields, fields: Fields) -> int:
+def _original_context(config: ConfigFields, fields: ConfigFields) -> int:
     default = config.values.get("original_max_position_embeddings")
     context = default or config.integer("max_position_embeddings")
     return fields.integer("original_max_position_embeddings", context)

@@ -20,6 +20,7 @@ from edgekv.models.hf.checkpoint import Checkpoint
 from edgekv.models.hf.vision import text_name
 from edgekv.source import Array
 from edgekv.spec import GQA, MLA, ModelSpec
+from edgekv.tensors import keys_of_kv_b, values_of_kv_b, with_neighbouring_pairs
 
 Rows = Callable[[NDArray[Any]], NDArray[Any]]
 _EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
@@ -87,7 +88,7 @@ def _canonical(mapped: str, name: str, spec: ModelSpec) -> Iterator[tuple[str, R
     attention = layer.attention
     if isinstance(attention, MLA) and tensor == "attn_kv_b.weight":
         joint = (attention.n_heads * (attention.nope_dim + attention.value_dim), attention.kv_lora_rank)
-        keys, values = partial(_keys_of, attention), partial(_values_of, attention)
+        keys, values = partial(keys_of_kv_b, mla=attention), partial(values_of_kv_b, mla=attention)
         yield f"{prefix}attn_k_b.weight", Recipe((name,), values=keys, shape=joint)
         yield f"{prefix}attn_v_b.weight", Recipe((name,), rows=values, shape=joint)
     elif isinstance(attention, GQA) and tensor == "attn_qkv.weight":
@@ -103,33 +104,17 @@ def _canonical(mapped: str, name: str, spec: ModelSpec) -> Iterator[tuple[str, R
     elif spec.arch in ("llama", "smollm3") and re.fullmatch(r"attn_[qk]\.(weight|bias)", tensor):
         assert isinstance(attention, GQA)
         n_heads = attention.n_heads if tensor[5] == "q" else attention.n_kv_heads
-        yield mapped, Recipe((name,), rows=partial(_interleave, n_heads))
+        # transformers rotates halves, llama.cpp's llama neighbours
+        rows = partial(with_neighbouring_pairs, n_heads=n_heads, rope_dim=attention.head_dim)
+        yield mapped, Recipe((name,), rows=rows)
     elif spec.arch.startswith("gemma") and tensor.endswith("norm.weight"):
         yield mapped, Recipe((name,), values=_plus_one)
     else:
         yield mapped, Recipe((name,))
 
 
-def _interleave(n_heads: int, rows: NDArray[Any]) -> NDArray[Any]:
-    """Rope pairs (j, j + K/2) side by side: transformers rotates halves, llama.cpp's llama neighbours."""
-    halves = rows.reshape(n_heads, 2, -1, *rows.shape[1:])
-    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
-
-
 def _slice(start: int, stop: int, rows: NDArray[Any]) -> NDArray[Any]:
     return rows[start:stop]
-
-
-def _values_of(mla: MLA, rows: NDArray[Any]) -> NDArray[Any]:
-    """attn_v_b (H, V, R) of the joint up-projection (H * (N + V), R)."""
-    joint = rows.reshape(mla.n_heads, mla.nope_dim + mla.value_dim, -1)
-    return np.ascontiguousarray(joint[:, mla.nope_dim :])
-
-
-def _keys_of(mla: MLA, joint: Array) -> Array:
-    """attn_k_b (H, R, N) of the joint up-projection (H * (N + V), R)."""
-    heads = joint.reshape(mla.n_heads, mla.nope_dim + mla.value_dim, -1)
-    return np.ascontiguousarray(heads[:, : mla.nope_dim].swapaxes(1, 2))
 
 
 def _plus_one(weight: Array) -> Array:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from edgekv.models.hf.checkpoint import read_json
-from edgekv.models.hf.fields import Fields
+from edgekv.models.hf.config_fields import ConfigFields
 
 # model_type of the whole: of its language model, where text_config does not say. In all of these it is a causal
 # model like any other; pictures come in as embeddings.
@@ -31,14 +31,14 @@ _HEAD = "language_model.lm_head."
 _PICTURES = ("vision_tower.", "multi_modal_projector.", "mm_projector.")
 
 
-def text_fields(folder: Path) -> Fields:
+def text_fields(folder: Path) -> ConfigFields:
     """The fields of config.json that describe the language model.
 
     Raises:
         ModelFileError: the file is missing or malformed.
     """
     path = folder / "config.json"
-    config = Fields(read_json(path), path)
+    config = ConfigFields(read_json(path), path)
     if config.text("model_type") not in _WHOLES:
         return config
     text = config.inner("text_config")
@@ -47,7 +47,7 @@ def text_fields(folder: Path) -> Fields:
     kind = text.text("model_type", _WHOLES[config.text("model_type")])
     shared = {name: config.values[name] for name in _SHARED if name in config.values}
     values = {**_DEFAULTS.get(kind, {}), **text.values, **shared, "model_type": kind}
-    return Fields(values, path, "text_config.")
+    return ConfigFields(values, path, "text_config.")
 
 
 def reads_pictures(folder: Path) -> bool:

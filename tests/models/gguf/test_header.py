@@ -14,9 +14,12 @@ from pathlib import Path
 
 import gguf
 import pytest
+from click.testing import CliRunner
 
+from edgekv.cli.main import cli
 from edgekv.errors import ModelFileError
-from edgekv.models.gguf.header import check_gguf, read_header
+from edgekv.models.gguf.header import _Reader, kept_header, read_header
+from edgekv.models.gguf.layout import GGUFHeader
 from edgekv.models.gguf.source import GGUFSource
 
 U8, U32, F32, BOOL, STR, ARR, U64 = 0, 4, 6, 7, 8, 9, 10
@@ -161,7 +164,7 @@ def test_sound_files_pass_here_and_in_llama_cpp(
 ) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(SOUND[name])
-    check_gguf(path)
+    read_header(path)
     assert llama_accepts(path)
 
 
@@ -171,7 +174,7 @@ def test_bad_files_are_refused_with_a_remedy(tmp_path: Path, name: str) -> None:
     content, phrase = BAD[name]
     path.write_bytes(content)
     with pytest.raises(ModelFileError, match=phrase) as caught:
-        check_gguf(path)
+        read_header(path)
     message = str(caught.value)
     assert str(path) in message
     assert ";" in message, "a remedy follows the problem"
@@ -181,20 +184,20 @@ def test_bad_files_are_refused_with_a_remedy(tmp_path: Path, name: str) -> None:
 
 def test_what_is_not_a_file(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="no such file"):
-        check_gguf(tmp_path / "absent.gguf")
+        read_header(tmp_path / "absent.gguf")
     with pytest.raises(ModelFileError, match="is a folder"):
-        check_gguf(tmp_path)
+        read_header(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "config.json").write_text("{}")
     with pytest.raises(ModelFileError, match=r"make one: edgekv export gguf .*folder -o"):
-        check_gguf(tmp_path / "folder")
+        read_header(tmp_path / "folder")
     (tmp_path / "plain").write_bytes(b"x")
     with pytest.raises(ModelFileError, match="cannot be read"):
-        check_gguf(tmp_path / "plain" / "model.gguf")
+        read_header(tmp_path / "plain" / "model.gguf")
     with pytest.raises(ModelFileError, match="cannot be read"):
-        check_gguf(Path("a\0b"))
+        read_header(Path("a\0b"))
     with pytest.raises(ModelFileError, match="regular file"):
-        check_gguf(Path("/dev/null"))
+        read_header(Path("/dev/null"))
 
 
 def test_nothing_is_allocated_by_a_count_from_the_file(tmp_path: Path) -> None:
@@ -204,7 +207,7 @@ def test_nothing_is_allocated_by_a_count_from_the_file(tmp_path: Path) -> None:
         for name in ("absurd array", "absurd string array", "absurd tensor count", "string value too long"):
             path.write_bytes(BAD[name][0])
             with pytest.raises(ModelFileError):
-                check_gguf(path)
+                read_header(path)
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
@@ -227,9 +230,39 @@ def test_header_of_a_real_model_is_read_in_no_time(smollm2: Path) -> None:
     times = []
     for _ in range(3):
         start = time.process_time()
-        check_gguf(smollm2)
+        read_header(smollm2)
         times.append(time.process_time() - start)
     assert min(times) < 0.3
+
+
+def test_a_kept_header_is_read_again_when_the_file_changes(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(SOUND["one tensor"])
+    first = kept_header(path)
+    assert kept_header(path) is first
+    path.write_bytes(SOUND["two tensors"])
+    assert first != kept_header(path) == read_header(path)
+    path.unlink()
+    with pytest.raises(ModelFileError, match="no such file"):
+        kept_header(path)
+
+
+def test_eval_reads_the_header_once_and_its_engines_each_once(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers = []
+    read = _Reader.header
+
+    def counted(reader: _Reader) -> GGUFHeader:
+        readers.append(reader)
+        return read(reader)
+
+    monkeypatch.setattr(_Reader, "header", counted)
+    (tmp_path / "text.txt").write_text("one two three " * 200)
+    args = ["eval", tiny_llama, "--text", tmp_path / "text.txt", "--window", "64", "--limit", "2", "-j", "1"]
+    args += ["--cache-dir", tmp_path]
+    assert CliRunner().invoke(cli, list(map(str, args)), catch_exceptions=False).exit_code == 0
+    assert len(readers) == 1 + 2  # an engine tells the size of its cache, another runs the windows
 
 
 def test_a_real_model_cut_anywhere_is_refused(smollm2: Path, tmp_path: Path) -> None:

@@ -119,8 +119,8 @@ def test_what_is_left_out_is_told(zoo: Zoo, tmp_path: Path) -> None:
 
 
 def test_a_failure_leaves_nothing_behind(zoo: Zoo, tmp_path: Path) -> None:
-    def fail(i: int, n: int, name: str = "") -> None:
-        if i == n // 2:
+    def fail(done: int, total: int, *_: str) -> None:
+        if done == total // 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -1,0 +1,50 @@
+"""Fields of one JSON object of a config.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edgekv.models.fields import Fields
+
+
+class ConfigFields(Fields):
+    """The values of config.json, or of an object inside it, by name; null is as good as missing."""
+
+    file_remedy = "download config.json again"
+
+    def numbers(self, name: str, count: int) -> tuple[float, ...]:
+        """A list of `count` numbers above 0."""
+        values = self.optional(name)
+        ok = isinstance(values, list) and len(values) == count
+        if not ok or not all(isinstance(v, int | float) and v > 0 for v in values):
+            self.fail(name, f"a list of {count} positive numbers")
+        return tuple(float(v) for v in values)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """True or false."""
+        value = self._get(name, default)
+        if not isinstance(value, bool):
+            self.fail(name, "true or false")
+        return value
+
+    def text(self, name: str, default: str | None = None) -> str:
+        """A text."""
+        value = self._get(name, default)
+        if not isinstance(value, str):
+            self.fail(name, "a text")
+        return value
+
+    def inner(self, name: str) -> ConfigFields | None:
+        """The fields of an object in this one, if it is there."""
+        value = self.optional(name)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            self.fail(name, "an object")
+        return ConfigFields(value, self.path, f"{self.prefix}{name}.")
+
+    def require(self, name: str, allowed: tuple[Any, ...], what: str) -> None:
+        """Raise UnsupportedError unless the field is absent, null or one of `allowed`."""
+        value = self.optional(name)
+        if value is not None and value not in allowed:
+            self.unsupported(f"{what} ({self.prefix}{name} is {value!r})")
