@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import re
@@ -33,7 +34,7 @@ SOURCES = {
     for path in sorted((ROOT / room).rglob("*.py"))
 }
 FOLDERS = ("edgekv", "quant", "export", "devices", "models", "benchmarks", "docs", "examples", "tests")
-TO_COME = ("edgekv/cache/policies/",)  # rooms that CONTRIBUTING announces
+TO_COME = ("edgekv/cache/policies/", "tests/cache/")  # rooms that CONTRIBUTING announces
 PUBLIC = [
     "BackendError",
     "BenchRequest",
@@ -189,9 +190,8 @@ def test_messages_and_docstrings_name_commands_that_are_there(file: str) -> None
 @pytest.mark.parametrize("file", [*PAGES, *SOURCES])
 def test_files_that_are_named_exist(file: str) -> None:
     text = (PAGES | SOURCES)[file]
-    folders = (
-        FOLDERS if file in PAGES else set(FOLDERS) - {"docs", "models"}
-    )  # llama.cpp has folders named so too
+    # llama.cpp, which sources cite, has folders docs and models too
+    folders = FOLDERS if file in PAGES else set(FOLDERS) - {"docs", "models"}
     named = re.findall(rf"(?<![\w./~-])(?:{'|'.join(folders)})/[\w./*<>-]+", text)
     for path in {path.rstrip(".") for path in named}:
         if path.startswith(TO_COME):
@@ -236,6 +236,14 @@ def test_the_map_of_rooms_is_that_of_the_folders() -> None:
     ).stdout.splitlines()
     outer = {path.split("/")[0] for path in tracked if "/" in path and not path.startswith(".")}
     assert sorted(rooms) == sorted([*inner, *outer])
+
+
+def test_the_order_of_imports_is_the_one_that_is_tested() -> None:
+    source = (ROOT / "tests/test_packaging.py").read_text(encoding="utf-8")
+    levels = ast.literal_eval(source.split("\nLEVELS = ")[1].split("\n)\n")[0] + ")")
+    section = PAGES["CONTRIBUTING.md"].split("## The rooms")[1].split("## ")[0]
+    shown = [tuple(line.strip().split(", ")) for line in section.splitlines() if line.startswith("    ")]
+    assert shown == list(levels)
 
 
 # Python

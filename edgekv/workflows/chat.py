@@ -74,7 +74,7 @@ class Chat:
 def open_chat(request: ChatRequest) -> Iterator[Chat]:
     """Open a model for a conversation; the engine's process ends with the block.
 
-        with edgekv.open_chat(edgekv.ChatRequest(model, cache_type="q4_0")) as chat:
+        with edgekv.open_chat(edgekv.ChatRequest(model, cache_type="q4_0", max_tokens=50)) as chat:
             print(chat.answer("Why is the sky blue?"))
 
     Raises:
