@@ -1,4 +1,4 @@
-"""Every error that EdgeKV raises on purpose.
+"""Errors that EdgeKV raises on purpose.
 
     EdgeKVError               exit code 1
     ├── InputError            exit code 2: what the user gave cannot be used
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 
 class EdgeKVError(Exception):
-    """Base of all; `exit_code` is what the command line leaves with."""
+    """Base class; `exit_code` is the exit code of the command line."""
 
     exit_code = 1
 
@@ -48,23 +48,11 @@ class ToleranceError(EdgeKVError):
     """Two results differ by more than the tolerance asked for."""
 
 
-KINDS: dict[str, type[EdgeKVError]] = {
-    kind.__name__: kind
-    for kind in (
-        EdgeKVError,
-        InputError,
-        ModelFileError,
-        UnsupportedError,
-        OutputError,
-        BackendError,
-        ToleranceError,
-    )
-}
+_KINDS: list[type[EdgeKVError]] = [EdgeKVError, *EdgeKVError.__subclasses__(), *InputError.__subclasses__()]
 
 
 def to_wire(error: Exception) -> tuple[str, str]:
-    """Class name and message of an error that goes to another process; what EdgeKV did not raise on purpose goes
-    as a BackendError."""
+    """Class name and message of an error for another process; other exceptions become BackendErrors."""
     if isinstance(error, EdgeKVError):
         return type(error).__name__, str(error)
     if isinstance(error, MemoryError):
@@ -73,5 +61,5 @@ def to_wire(error: Exception) -> tuple[str, str]:
 
 
 def from_wire(kind: str, message: str) -> EdgeKVError:
-    """The error that `to_wire` told of; a BackendError if its class is unknown here."""
-    return KINDS.get(kind, BackendError)(message)
+    """The error that `to_wire` was given; a BackendError if its class is unknown here."""
+    return next((each for each in _KINDS if each.__name__ == kind), BackendError)(message)

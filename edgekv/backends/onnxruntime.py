@@ -1,7 +1,7 @@
-"""onnxruntime behind the Backend protocol, for folders that `edgekv export onnx` wrote.
+"""onnxruntime as a Backend, for folders that `edgekv export onnx` wrote. The only module that imports it.
 
-The cache lives in arrays of this module that are bound as the graph's past and present alike: its nodes write
-new rows in place, and no token costs a copy of the past. The only place that imports onnxruntime.
+The cache lives in NumPy arrays that are bound both as the graph's past and as its present: its nodes write new
+rows in place, and no token costs a copy of the past.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekv.backends.base import DEFAULT_N_CTX, Interrupted, require_positive, require_room
+from edgekv.backends.base import DEFAULT_N_CTX, Backend, Interrupted, require_positive, require_room
 from edgekv.errors import BackendError, InputError
 from edgekv.host.memory import is_small_machine, release_file
 from edgekv.host.threads import default_threads
@@ -26,31 +26,27 @@ from edgekv.models.onnx.manifest import DATA, GRAPH, check_folder
 from edgekv.source import Array
 
 OLDEST = (1, 29)  # 1.26 has no Cos of float64 and gives other logits for quantized GQA
-# The latent graph attends to as many slots as are bound: a little more than are in use, in steps, because
-# binding all layers anew costs a millisecond.
+# The latent graph attends to every slot that is bound. Slots are bound in steps of this many, because binding
+# all layers anew takes a millisecond.
 SLOT_STEP = 128
-# Tokens of a prefill at once: 128 are 10 % faster in an empty cache and hold 8 MiB more.
-MAX_PIECE = 64
-MAX_SCORES = 3 * 2**18  # attention scores of a layer at once: they bound the memory of a prefill at depth
-_ELEMENT_TYPES: dict[str, type[np.float32] | type[np.uint8]] = {
-    "tensor(float)": np.float32,
-    "tensor(uint8)": np.uint8,
-}
+MAX_PIECE = 64  # tokens prefilled at once: 128 are 10 % faster in an empty cache and take 8 MiB more
+MAX_SCORES = 3 * 2**18  # attention scores per layer at once: they bound the memory of a prefill at depth
+_ELEMENT_TYPES = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}
 _PAST, _PRESENT = "past_key_values.", "present."
 
 
-class OnnxBackend:
-    """edgekv.backends.base.Backend over an exported graph on onnxruntime's CPU provider.
+class OnnxBackend(Backend):
+    """An exported graph on onnxruntime's CPU provider, as a Backend.
 
     Args:
-        folder: what `edgekv export onnx` wrote; it is checked before the engine sees it.
-        n_ctx: slots of the cache; by default what the model was trained for, but at most 4096.
-        cache_type: None, or what the graph was exported with.
-        n_threads: by default the physical big cores.
+        folder: a folder that `edgekv export onnx` wrote; it is checked before onnxruntime reads it.
+        n_ctx: slots of the cache; by default the trained length, but at most 4096.
+        cache_type: None, or the number format that the graph was exported with.
+        n_threads: by default one per physical big core.
         abort_flag: two bytes; a prefill ends with Interrupted at its next piece when the first is set.
 
     Raises:
-        ModelFileError: a file is missing, damaged or cut short, or a weight lies outside of the folder.
+        ModelFileError: a file is missing, damaged or cut short, or a weight lies outside the folder.
         InputError: an option is impossible.
         BackendError: the engine is not installed, or refused the model.
     """
@@ -75,8 +71,8 @@ class OnnxBackend:
             )
         if n_ctx is not None and model.attention != "MLA" and n_ctx > model.context_length:
             raise InputError(
-                f"{folder} was exported for {model.context_length} tokens and {n_ctx} are asked for; "
-                "take a smaller --ctx-size"
+                f"{folder} was exported for a context of {model.context_length} tokens, not {n_ctx}; "
+                f"use --ctx-size {model.context_length} or less"
             )
         self.n_ctx = n_ctx or min(model.context_length, DEFAULT_N_CTX)
         self.n_vocab = model.vocab
@@ -86,36 +82,21 @@ class OnnxBackend:
         self._abort = abort_flag if abort_flag is not None else ctypes.create_string_buffer(2)
         self._session = _open_session(folder / GRAPH, self.n_threads)
         self._data = folder / DATA
-        # The engine has read all weights to pack them its own way. Of the token table, which it also keeps mapped, only
-        # the rows of tokens in use are needed from here on: they come from the file again, with 15 pages around each,
-        # so that a long prompt would hold the table twice.
+        # The engine packed its own copy of all weights, but keeps the file mapped for rows of the token table.
+        # Linux reads 15 more pages around each of them: a long prompt would hold the table twice.
         release_file(self._data)
         self._binding = self._session.io_binding()
         small = is_small_machine()
-        self._cache = {
-            entry.name.removeprefix(_PAST): _slots(
-                [size if isinstance(size, int) else self.n_ctx for size in entry.shape],
-                _ELEMENT_TYPES[entry.type],
-                small,
-            )
-            for entry in self._session.get_inputs()
-            if entry.name.startswith(_PAST)
-        }
+        self._cache: dict[str, NDArray[Any]] = {}
+        for entry in self._session.get_inputs():
+            if entry.name.startswith(_PAST):
+                shape = [size if isinstance(size, int) else self.n_ctx for size in entry.shape]
+                self._cache[entry.name.removeprefix(_PAST)] = _slots(shape, _ELEMENT_TYPES[entry.type], small)
         self._ones = np.ones((1, self.n_ctx), np.int64)
         self._n_bound = 0
-        self._n_past = 0
-
-    @property
-    def n_past(self) -> int:
-        return self._n_past
+        self.n_past = 0
 
     def prefill(self, tokens: Sequence[int]) -> Array:
-        """Append tokens; logits of the last one, shape (vocab,).
-
-        Raises:
-            BackendError: the cache has no room for them, or the engine failed.
-            Interrupted: the abort flag was set meanwhile; `n_past` tells how far it came.
-        """
         require_room(self, len(tokens))
         for piece in self._pieces(tokens):
             if self._abort[0] != b"\0":
@@ -127,44 +108,37 @@ class OnnxBackend:
         return logits.reshape(-1)
 
     def prefill_all(self, tokens: Sequence[int]) -> Array:
-        """Append tokens; logits of every one, shape (T, vocab)."""
         require_room(self, len(tokens))
         return np.concatenate([self._run(piece, len(piece)) for piece in self._pieces(tokens)])
 
-    def decode(self, token: int) -> Array:
-        """Append one token; its logits, shape (vocab,)."""
-        require_room(self, 1)
-        return self._run([token], 1).reshape(-1)
-
     def trim(self, n_past: int) -> None:
-        assert 0 <= n_past <= self._n_past, (n_past, self._n_past)
-        self._n_past = n_past
+        assert 0 <= n_past <= self.n_past, (n_past, self.n_past)
+        self.n_past = n_past
 
     def cache_nbytes(self) -> int:
         return sum(array.nbytes for array in self._cache.values())
 
     def close(self) -> None:
-        """Free the model."""
         self._binding = self._session = None
         self._cache = {}
 
     def _pieces(self, tokens: Sequence[int]) -> Iterator[Sequence[int]]:
-        """What to run at once: fewer tokens the deeper the cache is."""
+        """The pieces to run one after the other: the deeper the cache, the fewer tokens."""
         start = 0
         while start < len(tokens):
-            slots = self._n_past + MAX_PIECE
-            size = min(max(MAX_SCORES // (self._n_heads * slots), 1), MAX_PIECE)
+            per_token = self._n_heads * (self.n_past + MAX_PIECE)  # attention scores
+            size = min(max(MAX_SCORES // per_token, 1), MAX_PIECE)
             yield tokens[start : start + size]
             start += size
 
     def _run(self, tokens: Sequence[int], n_logits: int) -> Array:
         """Append tokens; logits of the last `n_logits`, shape (n_logits, vocab)."""
-        total = self._n_past + len(tokens)
+        total = self.n_past + len(tokens)
         self._bind_cache(total)
         logits = np.empty((1, n_logits, self.n_vocab), np.float32)
         inputs: dict[str, NDArray[np.int64]] = {
             "input_ids": np.array([tokens], np.int64),
-            "position_ids": np.arange(self._n_past, total, dtype=np.int64)[None],
+            "position_ids": np.arange(self.n_past, total, dtype=np.int64)[None],
             "num_logits_to_keep": np.array([n_logits], np.int64),
         }
         for name, array in inputs.items():
@@ -174,9 +148,9 @@ class OnnxBackend:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # onnxruntime's exceptions have no common base of their own
             raise BackendError(
-                f"onnxruntime failed at token {self._n_past} of {self.n_ctx}: {error}"
+                f"onnxruntime failed at token {self.n_past} of {self.n_ctx}: {error}"
             ) from error
-        self._n_past = total
+        self.n_past = total
         return logits.reshape(n_logits, -1)
 
     def _bind_cache(self, total: int) -> None:
@@ -197,26 +171,25 @@ class OnnxBackend:
 
 
 def _open_session(graph: Path, n_threads: int) -> Any:
-    """An InferenceSession for one sequence on a small machine."""
+    """An InferenceSession on the CPU, set for little memory."""
     engine = _onnxruntime()
     options = engine.SessionOptions()
     options.intra_op_num_threads = n_threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors only
-    # Shapes differ from call to call: a memory plan made for one only holds memory back from the next.
+    # Shapes differ from call to call: a memory plan for one only keeps memory from the next.
     options.enable_mem_pattern = False
     try:
-        session = engine.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        return engine.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base of their own
         raise BackendError(f"onnxruntime could not load {graph}: {error}") from error
-    return session
 
 
-def _slots(shape: Sequence[int], dtype: type[np.float32] | type[np.uint8], small_pages: bool) -> NDArray[Any]:
-    """Zeros whose pages are taken when they are written.
+def _slots(shape: Sequence[int], dtype: type[Any], small_pages: bool) -> NDArray[Any]:
+    """Zeros whose pages take memory once they are written.
 
-    NumPy asks for huge pages from 4 MiB on: decode at depth 7600 is a tenth faster, and the first token of a head
-    takes 2 MiB of its slots at once (260 MiB of SmolLM2's GQA cache of 8192). `small_pages` forbids them.
+    NumPy asks for huge pages from 4 MiB on. They make decoding 10 % faster at depth 7600, but the first token
+    takes 2 MiB per head at once (260 MiB of SmolLM2's GQA cache of 8192). `small_pages` forbids them.
     """
     if not small_pages:
         return np.zeros(shape, dtype)
@@ -232,11 +205,11 @@ def _onnxruntime() -> ModuleType:
     try:
         import onnxruntime
     except ImportError as error:
-        raise BackendError(f"onnxruntime cannot be imported ({error}): pip install onnxruntime") from None
+        raise BackendError(f"onnxruntime cannot be imported ({error}); pip install onnxruntime") from None
     engine: ModuleType = onnxruntime
     if tuple(int(part) for part in engine.__version__.split(".")[:2]) < OLDEST:
         raise BackendError(
-            f"onnxruntime {engine.__version__} is too old, it lacks operators or computes others differently: "
+            f"onnxruntime {engine.__version__} is too old: it lacks operators and computes others differently; "
             f"pip install 'onnxruntime>={OLDEST[0]}.{OLDEST[1]}'"
         )
     engine.disable_telemetry_events()

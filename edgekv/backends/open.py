@@ -1,8 +1,8 @@
-"""Inference engines behind one protocol; this is the door that opens them."""
+"""The functions that open a model in an engine; the engines themselves are imported when they are opened."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
     import ctypes
@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from edgekv.tokenizer.language import Language
 
 Kind = Literal["llama.cpp", "onnx", "reference"]
-KINDS: tuple[Kind, ...] = ("llama.cpp", "onnx", "reference")
-REFERENCE_N_CTX = 4096
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 def open_backend(
@@ -28,13 +27,15 @@ def open_backend(
     """Open a model in an engine, in this process.
 
     Args:
-        path: the model: a file, or for onnx a folder that `edgekv export onnx` wrote.
-        kind: "llama.cpp", "onnx", or "reference" for the NumPy reference; by default what the model is made for.
-        n_ctx: tokens the cache holds; by default the trained length, but at most 4096.
-        cache_type: how the cache is stored: by default f16 in llama.cpp; the reference has only f32, an ONNX
-            folder only what it was exported with.
-        n_threads: by default the physical big cores; the reference's threads are its BLAS's affair.
-        abort_flag: two bytes whose first ends a call in progress; see LlamaCppBackend and OnnxBackend.
+        path: a model file, or for onnx a folder that `edgekv export onnx` wrote.
+        kind: "llama.cpp", "onnx", or "reference" for the NumPy reference; by default onnx for such a folder,
+            else llama.cpp.
+        n_ctx: tokens that the cache can hold; by default the trained length, but at most 4096.
+        cache_type: number format of the cache: by default f16 in llama.cpp; the reference has only f32, an
+            ONNX folder only the format that it was exported with.
+        n_threads: by default one per physical big core; the reference uses NumPy's own threads.
+        abort_flag: two bytes; a call in progress ends with Interrupted when the first is set. The reference
+            ignores it.
 
     Raises:
         InputError: an option is impossible, or the file is malformed or unsupported.
@@ -63,19 +64,20 @@ def open_backend(
         raise InputError(f"the reference backend caches in f32, not {cache_type}; use --backend llama.cpp")
     if n_threads is not None:
         raise InputError("the reference backend's threads are NumPy's: set OMP_NUM_THREADS instead")
+    from edgekv.backends.base import DEFAULT_N_CTX
     from edgekv.backends.reference import ReferenceBackend
     from edgekv.models.open import open_model
 
     source = open_model(path)
-    return ReferenceBackend(source, n_ctx or min(source.spec.context_length, REFERENCE_N_CTX))
+    return ReferenceBackend(source, n_ctx or min(source.spec.context_length, DEFAULT_N_CTX))
 
 
 def open_language(backend: Backend, path: Path) -> Language:
-    """The vocabulary of an opened model: llama.cpp's own, so that there is one copy, or else read from the file.
+    """The vocabulary of an opened model: llama.cpp's own copy, or for other engines read from the file.
 
     Raises:
         ModelFileError: the file's vocabulary is unusable.
-        UnsupportedError: its kind is.
+        UnsupportedError: EdgeKV cannot read this kind of vocabulary.
     """
     if backend.name == "llama.cpp":
         from edgekv.backends.llama_cpp.backend import LlamaCppBackend
@@ -90,7 +92,7 @@ def open_language(backend: Backend, path: Path) -> Language:
 
 
 def default_kind(path: Path) -> Kind:
-    """The engine that a model is made for."""
+    """The engine for a model: onnx for a folder that `edgekv export onnx` wrote, else llama.cpp."""
     from edgekv.models.onnx.manifest import is_onnx_folder
 
     return "onnx" if is_onnx_folder(path) else "llama.cpp"

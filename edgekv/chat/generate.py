@@ -1,7 +1,8 @@
-"""The one token loop: prompt in, tokens with text and timings out."""
+"""The token loop: prompt in, tokens with text and timings out."""
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,13 +12,13 @@ from edgekv.backends.base import Backend, Interrupted
 from edgekv.chat.sampling import Sampler
 from edgekv.tokenizer.language import Language, TokenStream
 
-# stop: a stop token or string; length: max_tokens; context: the cache is full; interrupted: by interrupt().
+# Why a generation ended: a stop token or string, max_tokens, a full cache, or interrupt().
 Finish = Literal["stop", "length", "context", "interrupted"]
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Counts and seconds of one generation so far; the caller's own time between tokens is not in them."""
+    """Counts and seconds of one generation so far, without the caller's own time between tokens."""
 
     n_reused: int = 0  # prompt tokens found in the cache
     n_prefilled: int = 0  # prompt tokens run through the model
@@ -28,27 +29,27 @@ class Timings:
 
     @property
     def prefill_tps(self) -> float:
-        """Prompt tokens a second; 0 if none were run."""
+        """Prompt tokens per second; 0 if none were run."""
         return self.n_prefilled / self.prefill_s if self.prefill_s else 0.0
 
     @property
     def decode_tps(self) -> float:
-        """Tokens a second after the first; 0 if there was at most one."""
+        """Tokens per second after the first token; 0 if there was at most one."""
         return (self.n_generated - 1) / self.decode_s if self.decode_s else 0.0
 
 
 @dataclass(frozen=True)
 class Step:
-    """One turn of the loop. The last one has a `finish`, and no token if it was interrupted."""
+    """One turn of the loop. Only the last one has a `finish`; if a call was interrupted, it has no token."""
 
     token: int | None
-    text: str  # what this token makes final; "" while a character or a possible stop string is incomplete
+    text: str  # the text that this token completes; "" within a character or a possible stop string
     timings: Timings
     finish: Finish | None = None
 
 
 class AnswerText:
-    """Text of a stream of tokens up to a stop string, which never shows even in part."""
+    """Text of a stream of tokens up to a stop string, of which no part is ever given out."""
 
     def __init__(self, tokenizer: Language, stop: Collection[str] = ()) -> None:
         self._stream = TokenStream(tokenizer)
@@ -57,11 +58,11 @@ class AnswerText:
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """Text that is final after this token; sets `stopped` once a stop string is complete."""
+        """Text that this token completes; sets `stopped` once a stop string is complete."""
         return self._release(self._stream.push(token))
 
     def finish(self) -> str:
-        """The rest, when no token will follow."""
+        """The text that was held back, once no token will follow."""
         text = self._release(self._stream.finish())
         held, self._held = self._held, ""
         return text if self.stopped else text + held
@@ -80,11 +81,11 @@ class AnswerText:
 class Generator:
     """Generates on one backend, and knows which tokens its cache holds.
 
-    What the cache shares with the next prompt from its start on is kept; the rest is trimmed away and
-    prefilled. Nothing in the cache is ever shifted.
+    The cache keeps the tokens that the next prompt starts with; the others are trimmed, and the rest of the
+    prompt is prefilled. Nothing in the cache is ever shifted.
 
     Args:
-        interrupt_backend: what ends a backend's call in progress, where the engine can be told to.
+        interrupt_backend: ends the backend's call in progress, for engines that can be interrupted.
     """
 
     def __init__(
@@ -115,9 +116,9 @@ class Generator:
 
         Args:
             prompt: at least one token.
-            max_tokens: by default as many as the cache has room for.
-            text: goes on with this text; by default a new one without stop strings. When the cache is full,
-                what it holds back stays in it, so that a caller can make room and go on.
+            max_tokens: by default as many as fit in the cache.
+            text: takes the tokens; by default a new AnswerText without stop strings. When the cache is full,
+                it keeps the text that it held back, so that the caller can make room and go on with it.
             stop_ids: tokens that end the text and are not part of it; by default the tokenizer's.
 
         Raises:
@@ -150,15 +151,11 @@ class Generator:
             yield Step(None, text.finish(), timings, "interrupted")
 
     def _reuse(self, prompt: Sequence[int]) -> int:
-        """Trim the cache to what the prompt starts with; at least the last token stays to be run."""
-        held = self._cached[: self.backend.n_past]
-        shared = 0
-        for ours, theirs in zip(held, prompt[:-1], strict=False):
-            if ours != theirs:
-                break
-            shared += 1
-        self.backend.trim(shared)
-        return shared
+        """Trim the cache to the tokens that the prompt (but its last) starts with; returns how many stay."""
+        pairs = zip(self._cached[: self.backend.n_past], prompt[:-1], strict=False)
+        n_shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        self.backend.trim(n_shared)
+        return n_shared
 
     def _step(
         self,
@@ -168,7 +165,7 @@ class Generator:
         stop_ids: Collection[int],
         max_tokens: int | None,
     ) -> Step:
-        """What a sampled token means."""
+        """The step of a sampled token."""
         if token in stop_ids:
             return Step(token, text.finish(), timings, "stop")
         new = text.push(token)
@@ -185,7 +182,5 @@ class Generator:
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that `stop` starts with."""
-    for size in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:size]):
-            return size
-    return 0
+    sizes = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((size for size in sizes if text.endswith(stop[:size])), 0)

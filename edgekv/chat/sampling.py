@@ -1,8 +1,8 @@
-"""From logits to the next token, in NumPy.
+"""Sampling of the next token from logits, in NumPy.
 
-The chain and its defaults are llama.cpp's (common/sampling.cpp): repeat penalty, top-k, top-p, min-p,
-temperature. Each filter keeps a prefix of the tokens sorted by logit, so only that prefix is ever sorted:
-a few tens of values out of a vocabulary of 150,000.
+The filters, their order and their defaults are llama.cpp's (common/sampling.cpp): repeat penalty, top-k,
+top-p, min-p, temperature. Each filter keeps a prefix of the tokens sorted by logit, so only that prefix is
+ever sorted: a few tens of values out of a vocabulary of 150,000.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from numpy.typing import NDArray
 from edgekv.errors import InputError
 from edgekv.source import Array
 
-BLOCK = 64  # values in a group whose maximum stands for them in `largest`
+BLOCK = 64  # values per group in `largest`
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What to sample with; the defaults are llama.cpp's.
+    """Parameters of sampling; the defaults are llama.cpp's.
 
     Raises:
         InputError: a value is outside its range.
     """
 
-    temperature: float = 0.8  # 0 takes the likeliest token
+    temperature: float = 0.8  # 0: always the likeliest token
     top_k: int = 40  # 0: off
     top_p: float = 0.95  # 1: off
     min_p: float = 0.05  # 0: off
     repeat_penalty: float = 1.0  # 1: off
-    repeat_last_n: int = 64  # tokens that the penalty looks back on, the prompt's included
+    repeat_last_n: int = 64  # last tokens that the penalty covers, the prompt's included
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class SamplingParams:
 
 
 class Sampler:
-    """Draws tokens; one generator of random numbers for all the draws."""
+    """Draws tokens with one random number generator."""
 
     def __init__(self, params: SamplingParams) -> None:
         self.params = params
@@ -72,8 +72,8 @@ class Sampler:
 
 
 def penalized(logits: Array, recent: Sequence[int], penalty: float) -> Array:
-    """A copy where each recent token is less likely: logits above 0 divided, others multiplied
-    (arXiv 1909.05858, section 4.1, in llama.cpp's reading)."""
+    """A copy with each recent token's logit divided by the penalty if positive, else multiplied by it
+    (arXiv 1909.05858, section 4.1, as in llama.cpp)."""
     logits = logits.copy()
     tokens = np.unique(np.asarray(recent, np.int64))
     values = logits[tokens]
@@ -82,9 +82,9 @@ def penalized(logits: Array, recent: Sequence[int], penalty: float) -> Array:
 
 
 def candidates(logits: Array, params: SamplingParams) -> NDArray[np.int64]:
-    """The tokens that pass top-k, then top-p among those, then min-p; likeliest first, never none.
+    """The tokens that pass top-k, then top-p among those, then min-p: at least one, likeliest first.
 
-    With all three off that is every token, unsorted.
+    With all three off: every token, unsorted.
     """
     top_k = min(params.top_k or len(logits), len(logits))
     if top_k == len(logits) and params.top_p == 1 and params.min_p == 0:
@@ -107,7 +107,7 @@ def candidates(logits: Array, params: SamplingParams) -> NDArray[np.int64]:
 
 
 def _until_cut(weights: Array, total: float, params: SamplingParams) -> NDArray[np.int64]:
-    """The likeliest tokens, sorted, as many as top-p and min-p can let through without a top-k."""
+    """The likeliest tokens, sorted: at least all that top-p and min-p can let through without a top-k."""
     count = 64
     while count < len(weights):
         tokens = largest(weights, count)
@@ -119,11 +119,11 @@ def _until_cut(weights: Array, total: float, params: SamplingParams) -> NDArray[
 
 
 def largest(values: Array, count: int) -> NDArray[np.int64]:
-    """Indices of the `count` largest values, sorted; of equal ones the first.
+    """Indices of the `count` largest values, largest first, equal ones by index.
 
-    Partitioning a whole vocabulary takes half a millisecond and sorting it several. But the count-th
-    largest among the maxima of groups of values is at most the count-th largest value, so that hardly
-    more than `count` values are left to sort.
+    Partitioning a whole vocabulary takes half a millisecond and sorting it several. But the count-th largest
+    of the maxima of groups of values is at most the count-th largest value, so that little more than `count`
+    values are left to sort.
     """
     n_blocks = len(values) // BLOCK
     if count < n_blocks:

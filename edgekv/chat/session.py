@@ -1,4 +1,4 @@
-"""A conversation: what was said, what of it fits the context, and the prompt it becomes. Prints nothing."""
+"""A conversation: its turns, the prompt that they make, and what is dropped when the context is full."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from edgekv.chat.template import ChatTemplate
 from edgekv.errors import InputError
 from edgekv.tokenizer.language import Language
 
-PRIVATE_USE = 0xF0000  # supplementary private use area A: stands for control tokens' names in rendered text
+PRIVATE_USE = (
+    0xF0000  # supplementary private use area A: its characters stand for the names of control tokens
+)
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,13 @@ class Turn:
 
 @dataclass(frozen=True)
 class Dropped:
-    """The context was full, so this many of the oldest turns were forgotten."""
+    """The oldest turns were dropped because the context was full."""
 
     n_turns: int
 
 
 class PromptFormat:
-    """Turns a conversation into tokens, by the model's chat template or, without one, end to end."""
+    """Turns a conversation into tokens, by the model's chat template or else by joining its texts."""
 
     def __init__(self, tokenizer: Language, template: ChatTemplate | None) -> None:
         self._tokenizer = tokenizer
@@ -41,7 +43,7 @@ class PromptFormat:
 
     @classmethod
     def of_model(cls, tokenizer: Language) -> PromptFormat:
-        """The format of the model's own chat template, if it has one.
+        """The format of the model's chat template, if it has one.
 
         Raises:
             ModelFileError: the template is broken.
@@ -56,9 +58,9 @@ class PromptFormat:
         return self._template is not None
 
     def tokens(self, system: str, turns: Sequence[Turn], question: str) -> list[int]:
-        """The prompt that asks `question` after the turns; without a template all texts in a row.
+        """The prompt that asks `question` after the turns.
 
-        Control tokens count as such only where the template wrote them: a text that spells <|im_end|> is text.
+        Only the template can write control tokens: a message that contains "<|im_end|>" is text.
 
         Raises:
             ModelFileError: the template refused or failed.
@@ -80,7 +82,7 @@ class PromptFormat:
         return tokens
 
     def _hide_control_names(self, messages: list[dict[str, str]]) -> dict[str, str]:
-        """Replace the names of control tokens in the contents; returns {stand-in character: name}."""
+        """Replace the names of control tokens in the messages; returns {stand-in character: name}."""
         stand_ins: dict[str, str] = {}
         for message in messages:
             for token in self._tokenizer.encode(message["content"], parse_special=True):
@@ -98,12 +100,12 @@ class PromptFormat:
 class ChatSession:
     """One conversation with one model.
 
-    A context that would overflow loses its oldest turns, never the system prompt, until half of it is free:
-    what stays must be prefilled anew, for a cache is never shifted here, and so that happens rarely.
+    When the context is full, the oldest turns are dropped until half of it is free, but never the system
+    prompt. The remaining turns must then be prefilled again, so this should happen rarely.
 
     Attributes:
         system: the system prompt, "" for none (templates may have their own default).
-        turns: what was said and is still remembered.
+        turns: the turns that are remembered.
         unanswered: the last question, if its answer failed or was stopped before its first token.
     """
 
@@ -138,7 +140,7 @@ class ChatSession:
             InputError: there was none.
         """
         if self.unanswered is None and not self.turns:
-            raise InputError("there is no answer yet to give again; ask something first")
+            raise InputError("there is no answer yet to repeat; ask something first")
         question = self.unanswered if self.unanswered is not None else self.turns.pop().question
         return self.ask(question)
 
@@ -156,7 +158,7 @@ class ChatSession:
         said: list[str] = []
         done = Timings()
         n_ctx = self.generator.backend.n_ctx
-        limit = n_ctx - n_ctx // 8  # an answer wants some room before it is worth forgetting something
+        limit = n_ctx - n_ctx // 8  # room for an answer: turns are better dropped before it than within it
         finish: Finish | None = None
         while finish is None:
             prompt, n_dropped = self._fit(question, len(answer), limit)
@@ -186,7 +188,7 @@ class ChatSession:
         return bool(self.turns) and len(bare) + n_answer < self.generator.backend.n_ctx
 
     def _fit(self, question: str, n_answer: int, limit: int) -> tuple[list[int], int]:
-        """The prompt, and how many turns were dropped to keep it and the answer within `limit` tokens."""
+        """The prompt, and the number of turns dropped to keep it and the answer within `limit` tokens."""
         n_ctx = self.generator.backend.n_ctx
         prompt = self._format.tokens(self.system, self.turns, question)
         if len(prompt) + n_answer <= limit:
@@ -194,7 +196,7 @@ class ChatSession:
         bare = self._format.tokens(self.system, [], question)
         if len(bare) + n_answer > n_ctx:
             raise InputError(
-                f"this message takes {len(bare)} tokens and the context holds {n_ctx}; shorten it, or start "
+                f"this message takes {len(bare)} tokens and the context holds {n_ctx}; shorten it, or restart "
                 "with a larger --ctx-size"
             )
         n_dropped = 0
@@ -206,7 +208,7 @@ class ChatSession:
 
 
 def _sum(first: Timings, then: Timings) -> Timings:
-    """Timings of an answer that was given in two parts; its first token is the first part's."""
+    """Timings of an answer that was generated in two parts."""
     return Timings(
         n_reused=first.n_reused + then.n_reused,
         n_prefilled=first.n_prefilled + then.n_prefilled,

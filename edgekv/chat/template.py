@@ -1,8 +1,8 @@
-"""A model's own chat template, which is a program from a stranger, rendered within limits.
+"""A model's chat template, which is untrusted code, rendered within limits.
 
-Templates run in jinja2's ImmutableSandboxedEnvironment (without it, CVE-2024-34359: a template in a GGUF
-ran any Python). The sandbox bounds neither time nor memory, so this does: a deadline that is checked on every line
-that runs, a ceiling for memory, a cap on the output, and small numbers only.
+Templates run in jinja2's ImmutableSandboxedEnvironment (without it, a template in a GGUF ran any Python:
+CVE-2024-34359). The sandbox bounds neither time nor memory, so this module does: by a deadline that is
+checked on every line that runs, a ceiling for memory, a longest output, and a largest integer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from edgekv.errors import ModelFileError
 
 MAX_TEMPLATE_CHARS = 256 * 1024
 MAX_OUTPUT_CHARS = 4 * 2**20
-MAX_MEMORY_NBYTES = 64 * 2**20  # also bounds the one thing a deadline cannot: a single long C call
+MAX_MEMORY_NBYTES = 64 * 2**20  # bounds a single long C call too, which the deadline cannot interrupt
 TIMEOUT_S = 5.0
 MAX_INTEGER_BITS = 64
 
@@ -37,18 +37,20 @@ class ChatTemplate:
         import jinja2
 
         if len(source) > MAX_TEMPLATE_CHARS:
-            raise ModelFileError(f"the chat template has {len(source)} characters; no real one is so long")
+            raise ModelFileError(
+                f"the chat template has {len(source)} characters; at most {MAX_TEMPLATE_CHARS} are allowed"
+            )
         self._timeout_s = timeout_s
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
-        # Compiling counts as running: jinja2 computes constant expressions then.
+        # Compiling needs limits too: jinja2 computes constant expressions then.
         with self._limits("compile"):
             try:
                 self._template = _environment().from_string(source)
             except jinja2.TemplateError as error:
                 raise ModelFileError(f"the chat template is not valid jinja2: {error}") from error
 
-    def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a conversation, ending where the assistant's answer starts.
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The text of a conversation, up to where the assistant's answer starts.
 
         Args:
             messages: {"role": "system" | "user" | "assistant", "content": text} in order.
@@ -64,7 +66,7 @@ class ChatTemplate:
             try:
                 for part in self._template.generate(
                     messages=[dict(message) for message in messages],
-                    add_generation_prompt=add_generation_prompt,
+                    add_generation_prompt=True,
                     tools=None,  # transformers always passes these two, and templates rely on it
                     documents=None,
                     **self._tokens,
@@ -119,8 +121,8 @@ def _environment() -> Any:
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     class Environment(ImmutableSandboxedEnvironment):
-        """The sandbox, with numbers kept small, for one product of huge ones outlasts any deadline, and
-        lists not repeated, for their text is far longer than they are."""
+        """The sandbox without huge integers, one product of which outlasts any deadline, and without repeated
+        lists, whose text is far longer than they are."""
 
         intercepted_binops = frozenset({"*", "**", "%", "+", "-", "//"})
 
@@ -152,7 +154,7 @@ def _refuse(message: str) -> None:
 
 @contextlib.contextmanager
 def _deadline(seconds: float) -> Iterator[None]:
-    """Raise _TimeIsUp once the time is over, at the next line of Python that the block enters or runs."""
+    """Raise _TimeIsUp after this many seconds, at the next line of Python that the block runs."""
     end = time.monotonic() + seconds
 
     def check(frame: FrameType, event: str, argument: object) -> Any:
@@ -170,7 +172,7 @@ def _deadline(seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _memory_ceiling() -> Iterator[None]:
-    """Let allocations fail once the process has grown by MAX_MEMORY_NBYTES; only where Linux tells its size."""
+    """Let allocations fail once the process has grown by MAX_MEMORY_NBYTES (on Linux only)."""
     try:
         import resource
 

@@ -1,8 +1,7 @@
-"""Does this llama.cpp build run on this CPU: asked before any of its code is executed.
+"""CPU features: what this CPU has and what the llama.cpp build needs, checked before any of its code runs.
 
-Two signs count: the features that the build names (llama_print_system_info, asked in a child process), and on
-Arm the instructions in libggml-cpu itself, since a build for a newer core dies at its first such instruction
-whatever it names.
+A build names its features (llama_print_system_info, called in a child process). On Arm the instructions in
+libggml-cpu count too: a build for a newer core dies at its first such instruction, whatever it names.
 """
 
 from __future__ import annotations
@@ -12,10 +11,12 @@ import platform
 import struct
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edgekv.errors import BackendError
-from edgekv.host.proc import read_text
+from edgekv.host.proc import cpuinfo_blocks
 
 # Names in llama_print_system_info -> flags of /proc/cpuinfo, one of which must be there.
 FEATURE_FLAGS = {
@@ -26,7 +27,7 @@ FEATURE_FLAGS = {
     **{"FP16_VA": ("asimdhp",), "DOTPROD": ("asimddp",), "MATMUL_INT8": ("i8mm",), "SME": ("sme",)},
 }
 
-# A64 instructions (Arm ARM DDI 0487, C7.2): mask, value, the flag that a CPU needs for them.
+# A64 instructions (Arm ARM DDI 0487, C7.2): mask, value, the flag of the CPUs that have them.
 A64_INSTRUCTIONS = (
     (0xBFE0FC00, 0x0E809400, "asimddp"),  # SDOT (vector)
     (0xBFE0FC00, 0x2E809400, "asimddp"),  # UDOT (vector)
@@ -37,7 +38,6 @@ A64_INSTRUCTIONS = (
 # that uses one holds hundreds.
 MIN_COUNT = 64
 ELF_AARCH64 = 183
-
 
 # Bits of AT_HWCAP (16) and AT_HWCAP2 (26): Linux, arch/arm64/include/uapi/asm/hwcap.h.
 ARM_HWCAPS = {
@@ -51,10 +51,10 @@ REBUILD = (
 
 
 def require_runnable(root: Path = Path("/")) -> None:
-    """Do nothing unless llama.cpp was built for another Arm core than this process runs on.
+    """Check that this CPU has the instructions that llama.cpp was built with (Arm only).
 
     Raises:
-        BackendError: it was, and its first dot product would kill the process.
+        BackendError: it lacks some, and the first dot product would kill the process.
     """
     library = engine_library()
     if platform.machine() != "aarch64" or library is None:
@@ -68,18 +68,15 @@ def require_runnable(root: Path = Path("/")) -> None:
 
 
 def cpu_flags(root: Path = Path("/"), machine: str = "") -> set[str]:
-    """Flags of the CPU under the names of /proc/cpuinfo; empty where it tells none.
+    """Flags of the CPU, named as in /proc/cpuinfo; empty where there is no such list.
 
-    An Arm program asks the kernel (or the emulator: /proc/cpuinfo is then another machine's) in its auxiliary
-    vector, getauxval(3).
+    On Arm they are read from the auxiliary vector, getauxval(3): in an emulator it holds the emulated CPU's
+    flags, whereas /proc/cpuinfo is the host's.
     """
     if (machine or platform.machine()) == "aarch64" and (flags := _hwcaps(root / "proc/self/auxv")):
         return flags
-    lines = (read_text(root / "proc/cpuinfo") or "").splitlines()
-    pairs = [line.split(":", 1) for line in lines if ":" in line]
-    return {
-        flag for key, value in pairs if key.strip().lower() in ("flags", "features") for flag in value.split()
-    }
+    blocks = cpuinfo_blocks(root).values()
+    return {flag for block in blocks for key in ("flags", "features") for flag in block.get(key, "").split()}
 
 
 def _hwcaps(auxv: Path) -> set[str]:
@@ -93,7 +90,7 @@ def _hwcaps(auxv: Path) -> set[str]:
 
 
 def missing_features(features: Collection[str], cpu_flags: Collection[str]) -> list[str]:
-    """Features that the build uses and the CPU lacks; names without a known flag are left out."""
+    """Features that a build uses and a CPU lacks; names without a known flag are left out."""
     return [
         name
         for name in features
@@ -111,27 +108,21 @@ def engine_library() -> Path | None:
 
 def arm_flags_used(library: bytes) -> set[str]:
     """CPU flags that the instructions of an AArch64 ELF library need; empty for other machines."""
-    import numpy as np
-
     if library[:4] != b"\x7fELF" or int.from_bytes(library[18:20], "little") != ELF_AARCH64:
         return set()
-    found = set()
-    for mask, value, flag in A64_INSTRUCTIONS:
-        count = sum(int(np.count_nonzero((words & mask) == value)) for words in _code(library))
-        if count >= MIN_COUNT:
-            found.add(flag)
-    return found
+    code = _code(library)
+    return {
+        flag for mask, value, flag in A64_INSTRUCTIONS if np.count_nonzero(code & mask == value) >= MIN_COUNT
+    }
 
 
-def _code(library: bytes) -> list[Any]:
-    """The executable segments as arrays of 32-bit words (ELF-64 specification, program headers)."""
-    import numpy as np
-
+def _code(library: bytes) -> NDArray[np.uint32]:
+    """The 32-bit words of the executable segments (ELF-64 specification, program headers)."""
     (offset,) = struct.unpack_from("<Q", library, 32)
     size, count = struct.unpack_from("<HH", library, 54)
-    segments = []
+    code = b""
     for i in range(count):
         kind, flags, start, _, _, length = struct.unpack_from("<IIQQQQ", library, offset + i * size)
         if kind == 1 and flags & 1:  # PT_LOAD, executable
-            segments.append(np.frombuffer(library[start : start + length // 4 * 4], "<u4"))
-    return segments
+            code += library[start : start + length // 4 * 4]
+    return np.frombuffer(code, "<u4")

@@ -1,7 +1,11 @@
-"""Files of /proc and /sys: texts, numbers, /proc/cpuinfo, /proc/meminfo, a process's peak memory."""
+"""Files of /proc and /sys: texts, numbers, CPUs, memory, and the cgroups that limit this process.
+
+Everywhere `root` is the folder that holds proc and sys.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -33,21 +37,39 @@ def cpuinfo_blocks(root: Path) -> dict[int, dict[str, str]]:
 
 
 def meminfo_nbytes(root: Path = Path("/")) -> dict[str, int]:
-    """Bytes by name in /proc/meminfo (proc_meminfo(5)); empty where there is none. `root` holds proc."""
-    fields = {}
-    for line in (read_text(root / "proc/meminfo") or "").splitlines():
-        name, _, rest = line.partition(":")
-        fields[name] = int(rest.split()[0]) * 1024
-    return fields
+    """Bytes by name in /proc/meminfo (proc_meminfo(5)); empty where there is none."""
+    return _sizes(root / "proc/meminfo")
 
 
 def status_nbytes(process: int | str = "self", root: Path = Path("/")) -> dict[str, int]:
-    """A process's memory by name in /proc/PID/status, in bytes (proc_pid_status(5)); empty where there is none."""
-    lines = (read_text(root / f"proc/{process}/status") or "").splitlines()
-    fields = (line.partition(":") for line in lines)
-    return {name: int(size.split()[0]) * 1024 for name, _, size in fields if size.endswith(" kB")}
+    """Bytes by name in /proc/PID/status of a process (proc_pid_status(5)); empty where there is none."""
+    return _sizes(root / f"proc/{process}/status")
 
 
 def peak_rss_nbytes(pid: int) -> int | None:
-    """Peak resident memory of a process (VmHWM); None where that is not to be had."""
+    """Peak resident memory of a process (VmHWM); None on systems without /proc."""
     return status_nbytes(pid).get("VmHWM")
+
+
+def cgroup_folders(controller: str, root: Path) -> Iterator[Path]:
+    """Folders of this process's cgroup and its ancestors that may limit "cpu" or "memory"; every limit counts.
+
+    Kernel documentation: admin-guide/cgroup-v2.rst, cgroup-v1/memory.rst and scheduler/sched-bwc.rst.
+    """
+    for line in (read_text(root / "proc/self/cgroup") or "").splitlines():
+        _, controllers, name = line.split(":", 2)
+        if controllers == "":
+            base = root / "sys/fs/cgroup"
+        elif controller in controllers.split(","):
+            base = root / "sys/fs/cgroup" / controller
+        else:
+            continue
+        folder = base / name.strip("/")
+        # Inside a container the named folder may not be visible; its own limits are then at the mount's root.
+        yield from (folder, *folder.parents[: len(folder.relative_to(base).parts)])
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    """Bytes by name, from lines such as "VmHWM:  1234 kB"."""
+    fields = (line.partition(":") for line in (read_text(path) or "").splitlines())
+    return {name: int(size.split()[0]) * 1024 for name, _, size in fields if size.endswith(" kB")}

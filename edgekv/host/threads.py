@@ -1,8 +1,8 @@
-"""How many threads an engine should use: one for each physical big core that this process may run on.
+"""Threads for an engine: one per physical big core that this process may run on.
 
-More threads than big cores slow decoding down: every matrix product waits for the slowest thread, and on
-a board with little cores that is one of them (Phi-3-mini on an Orange Pi 5: 3.8 tokens/s on all 8 cores,
-6.9 on the 4 big ones). Linux tells the kinds of cores in sysfs, the limits of a container in its cgroup.
+More threads than big cores slow decoding down: every matrix product waits for the slowest thread, which then
+runs on a little core (Phi-3-mini on an Orange Pi 5: 3.8 tokens/s on all 8 cores, 6.9 on the 4 big ones).
+Linux lists the kinds of cores in sysfs, and the limits of a container in its cgroup.
 """
 
 from __future__ import annotations
@@ -12,32 +12,24 @@ import re
 import sys
 from pathlib import Path
 
-from edgekv.host.cgroups import cgroup_folders
-from edgekv.host.proc import read_text
+from edgekv.host.proc import cgroup_folders, read_text
 
-# A core belongs to the big ones within a quarter of the fastest: the middle cores of three-tier chips and
-# favoured cores with a higher turbo do, an A55 beside an A76 (0.5) does not.
+# A core counts as big from this share of the fastest one's speed: so do the middle cores of three-tier chips
+# and cores without the highest turbo, but not an A55 beside an A76 (0.5).
 BIG_CORE_SHARE = 0.75
 
 
 def default_threads(root: Path = Path("/")) -> int:
-    """Threads for this process: big physical cores, within affinity and CPU quota; at least 1.
-
-    `root` holds proc and sys.
-    """
-    count = len(big_cores(set(allowed_cpus()), root))
-    quota = cpu_quota(root)
-    if quota is not None:
-        count = min(count, int(quota))
-    return max(1, count)
+    """Threads for this process: big physical cores, within affinity and CPU quota; at least 1."""
+    count, quota = len(big_cores(set(allowed_cpus()), root)), cpu_quota(root)
+    return max(1, count if quota is None else min(count, int(quota)))
 
 
 def big_cores(allowed: set[int], root: Path = Path("/")) -> list[int]:
-    """One CPU number for each physical big core among `allowed`."""
+    """One CPU number per physical big core among `allowed`."""
     cpus = root / "sys/devices/system/cpu"
-    efficient = set(
-        parse_cpu_list(read_text(root / "sys/devices/cpu_atom/cpus") or "")
-    )  # Intel hybrid: the E cores
+    # Intel's hybrid CPUs list their E cores
+    efficient = set(parse_cpu_list(read_text(root / "sys/devices/cpu_atom/cpus") or ""))
     allowed = allowed - efficient or allowed
     speed = {cpu: _speed(cpus / f"cpu{cpu}") for cpu in allowed}
     fastest = max(speed.values(), default=0.0)
@@ -52,10 +44,7 @@ def big_cores(allowed: set[int], root: Path = Path("/")) -> list[int]:
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """CPUs' worth of time that the cgroups of this process grant; None without a limit.
-
-    Every ancestor's limit counts (kernel docs: admin-guide/cgroup-v2.rst "cpu.max", scheduler/sched-bwc.rst).
-    """
+    """CPU seconds per second that the cgroups of this process allow; None without a limit."""
     quotas = (_quota_of(folder) for folder in cgroup_folders("cpu", root))
     return min((quota for quota in quotas if quota is not None), default=None)
 
@@ -76,15 +65,10 @@ def allowed_cpus() -> tuple[int, ...]:
 
 
 def parse_cpu_list(text: str) -> tuple[int, ...]:
-    """CPU numbers of a list such as "0-3,6".
-
-    Raises:
-        ValueError: not such a list.
-    """
+    """CPU numbers of a list such as "0-3,6"; ValueError if it is malformed."""
     cpus: set[int] = set()
     for part in filter(None, text.strip().split(",")):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if not match:
+        if not (match := re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)):
             raise ValueError(f"{text!r} is not a CPU list such as 0-3,6")
         first = int(match[1])
         cpus |= set(range(first, int(match[2] or first) + 1))
@@ -92,5 +76,5 @@ def parse_cpu_list(text: str) -> tuple[int, ...]:
 
 
 def _speed(folder: Path) -> float:
-    """A core's relative speed; 0 where the machine does not tell, so that all its cores are equal."""
+    """A core's relative speed; 0 where the machine does not say, so that all its cores are equal."""
     return float(read_text(folder / "cpu_capacity") or read_text(folder / "cpufreq/cpuinfo_max_freq") or 0)

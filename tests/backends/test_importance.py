@@ -11,15 +11,12 @@ import pytest
 from edgekv.backends.isolated.quantizer import Quantizer
 from edgekv.backends.llama_cpp.importance import LOGITS_EVERY
 from edgekv.models.open import open_model
+from edgekv.progress import ignore
 from edgekv.reference.model import ReferenceModel
 from edgekv.reference.ops import log_softmax, rms_norm
 from edgekv.tokenizer.bpe import BYTE_OF_LETTER
 
 WINDOWS = np.random.default_rng(5).integers(0, 256, (3, 64))
-
-
-def nothing(done: int, total: int) -> None:
-    pass
 
 
 def first_inputs(path: Path) -> np.ndarray:
@@ -30,7 +27,7 @@ def first_inputs(path: Path) -> np.ndarray:
 
 
 def test_inputs_of_the_first_and_the_last_matrix(tiny_llama: Path) -> None:
-    found = Quantizer(tiny_llama, 1).measure(WINDOWS, nothing)
+    found = Quantizer(tiny_llama, 1).measure(WINDOWS, ignore)
     expected = np.square(first_inputs(tiny_llama)).mean(axis=0)
     for name in ("attn_q", "attn_k", "attn_v"):
         np.testing.assert_allclose(found[f"blk.0.{name}.weight"], expected, rtol=1e-4)
@@ -40,13 +37,15 @@ def test_inputs_of_the_first_and_the_last_matrix(tiny_llama: Path) -> None:
     # The engine's cache is f16, and three blocks lie between.
     np.testing.assert_allclose(found["token_embd.weight"], np.square(seen).mean(axis=0), rtol=0.02)
     kinds = {name.split(".")[2] for name in found if name.startswith("blk.")}
-    assert kinds == {
-        *("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"),
+    assert kinds == {f"attn_{name}" for name in ("q", "k", "v", "output")} | {
+        "ffn_gate",
+        "ffn_up",
+        "ffn_down",
     }
 
 
 def test_each_head_of_a_latent_has_its_own(tiny_mla: Path) -> None:
-    found = Quantizer(tiny_mla, 1).measure(WINDOWS, nothing)
+    found = Quantizer(tiny_mla, 1).measure(WINDOWS, ignore)
     source = open_model(tiny_mla)
     attention = source.spec.layers[0].attention
     queries = first_inputs(tiny_mla) @ source.load("blk.0.attn_q.weight").T
@@ -63,15 +62,11 @@ def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
     letters = [*BYTE_OF_LETTER, "<|endoftext|>"]
-    writer.add_context_length(256)
-    writer.add_embedding_length(64)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(96)
-    writer.add_head_count(2)
+    sizes = {"context_length": 256, "embedding_length": 64, "block_count": 2, "feed_forward_length": 96}
+    sizes |= {"head_count": 2, "expert_count": 4, "expert_used_count": 4, "vocab_size": len(letters)}
+    for name, size in sizes.items():
+        getattr(writer, f"add_{name}")(size)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_expert_count(4)
-    writer.add_expert_used_count(4)
-    writer.add_vocab_size(len(letters))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(letters)
@@ -96,7 +91,7 @@ def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_experts(tiny_moe: Path) -> None:
     """Experts that see every token see what their router sees."""
-    found = Quantizer(tiny_moe, 1).measure(WINDOWS, nothing)
+    found = Quantizer(tiny_moe, 1).measure(WINDOWS, ignore)
     router = found["blk.1.ffn_gate_inp.weight"]
     for name in ("ffn_gate_exps", "ffn_up_exps"):
         experts = found[f"blk.1.{name}.weight"].reshape(4, 64)
@@ -109,11 +104,11 @@ def test_samples_follow_the_models_own_distribution(tiny_llama: Path) -> None:
     """Surprise on its own samples averages to its entropy."""
     prompts = np.random.default_rng(2).integers(0, 256, (16, 2))
     quantizer = Quantizer(tiny_llama, 1)
-    windows = quantizer.sample(prompts, 48, 7, nothing)
+    windows = quantizer.sample(prompts, 48, 7, ignore)
     assert windows.shape == (16, 48)
     np.testing.assert_array_equal(windows[:, :2], prompts)
-    np.testing.assert_array_equal(windows, quantizer.sample(prompts, 48, 7, nothing))
-    assert (windows != quantizer.sample(prompts, 48, 8, nothing)).any()
+    np.testing.assert_array_equal(windows, quantizer.sample(prompts, 48, 7, ignore))
+    assert (windows != quantizer.sample(prompts, 48, 8, ignore)).any()
     model = ReferenceModel(open_model(tiny_llama))
     surprise, entropy = [], []
     for window in windows.tolist():

@@ -3,7 +3,7 @@
 import ctypes
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gguf
@@ -14,8 +14,10 @@ from edgekv.backends.base import Interrupted
 from edgekv.backends.llama_cpp.backend import LOGITS_ROWS, LlamaCppBackend
 from edgekv.backends.llama_cpp.library import LOG, llama, repacking_is_safe
 from edgekv.errors import BackendError, InputError, ModelFileError
+from edgekv.export.gguf.write import write_gguf
+from edgekv.progress import ignore
 from edgekv.quant.formats import CACHE_TYPES
-from edgekv.source import Array
+from edgekv.source import Array, LazySource
 from edgekv.spec import cache_row_nbytes
 
 TEXT = [1, 4093, 198, 504, 2120, 282, 253, 1165, 2391, 3542, 314, 1343, 28, 284, 357, 314, 6104, 30]
@@ -94,13 +96,6 @@ def test_cache_nbytes_is_the_arithmetic_and_the_log(smollm2: Path, cache_type: s
     backend.close()
 
 
-def test_k_and_v_may_differ(smollm2: Path) -> None:
-    backend = LlamaCppBackend(smollm2, n_ctx=256, cache_type="q8_0", cache_type_v="q4_0")
-    row = cache_row_nbytes(64, "q8_0") + cache_row_nbytes(64, "q4_0")
-    assert backend.cache_nbytes() == 30 * 3 * row * 256
-    backend.close()
-
-
 def test_a_full_cache_is_an_error_and_changes_nothing(backend: LlamaCppBackend) -> None:
     backend.prefill((TEXT * 30)[:510])
     with pytest.raises(BackendError, match="510 of 512 tokens and 3 more do not fit"):
@@ -135,7 +130,7 @@ def test_the_abort_flag_ends_a_long_prefill(smollm2: Path) -> None:
     backend.close()
 
 
-def test_what_the_engine_refuses_is_told_in_its_words(tmp_path: Path) -> None:
+def test_a_refusal_of_the_engine_is_quoted(tmp_path: Path) -> None:
     """A well-formed GGUF without a single tensor."""
     writer = gguf.GGUFWriter(tmp_path / "empty.gguf", "llama")
     writer.add_block_count(1)
@@ -152,29 +147,14 @@ def test_a_malformed_file_never_reaches_the_engine(tmp_path: Path) -> None:
         LlamaCppBackend(tmp_path / "bad.gguf")
 
 
-def test_a_cache_type_that_the_head_size_forbids_is_an_input_error(tmp_path: Path) -> None:
+def test_a_cache_type_that_the_head_size_forbids_is_an_input_error(
+    make_llama: Callable[..., LazySource], tmp_path: Path
+) -> None:
     """Heads of 16 dims do not hold q8_0's blocks of 32."""
-    path, random = tmp_path / "narrow.gguf", np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(50)
-    writer.add_tokenizer_model("no_vocab")
-    shapes = {"token_embd": (50, 32), "output_norm": (32,), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,)}
-    shapes |= {f"blk.0.attn_{name}": (32, 32) for name in ("q", "k", "v", "output")}
-    shapes |= {"blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32), "blk.0.ffn_down": (32, 64)}
-    for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", random.normal(size=shape).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    path = tmp_path / "narrow.gguf"
+    write_gguf(make_llama(head_dim=16), path, "f32", {}, False, ignore)
     backend = LlamaCppBackend(path, cache_type="f16", n_threads=1)
-    assert backend.prefill([1, 2, 3]).shape == (50,)
+    assert backend.prefill([1, 2, 3]).shape == (backend.n_vocab,)
     backend.close()
     with pytest.raises(InputError, match=r"does not divide n_embd_head_k=16; f16 always works"):
         LlamaCppBackend(path, cache_type="q8_0")

@@ -22,6 +22,7 @@ from edgekv.errors import BackendError, InputError, ModelFileError
 from edgekv.export.onnx.write import OnnxOptions, write_onnx
 from edgekv.models.onnx.manifest import DATA, GRAPH, MANIFEST, check_folder
 from edgekv.models.open import open_model
+from edgekv.progress import ignore
 
 Close = Callable[[np.ndarray, np.ndarray], bool]
 TOKENS = [int(t) for t in np.random.default_rng(3).integers(0, 250, 300)]
@@ -35,7 +36,7 @@ def folder(
     path = tmp_path_factory.mktemp("onnx") / request.param
     options = OnnxOptions("f32", "int8" if request.param == "mla-int8" else "f32")
     model = tiny_llama if request.param == "gqa" else tiny_mla
-    write_onnx(open_model(model), path, options, False, lambda done, total: None)
+    write_onnx(open_model(model), path, options, False, ignore)
     return path
 
 
@@ -74,7 +75,7 @@ def test_what_was_trimmed_is_forgotten(engine: OnnxBackend, close: Close) -> Non
     assert close(engine.prefill(TOKENS[30:40]), expected)
 
 
-def test_a_full_cache_is_told_before_it_is_touched(engine: OnnxBackend, close: Close) -> None:
+def test_a_full_cache_is_refused_and_left_as_it_was(engine: OnnxBackend, close: Close) -> None:
     engine.prefill(TOKENS[:299])
     with pytest.raises(BackendError, match="larger context"):
         engine.prefill([1, 2])
@@ -97,12 +98,12 @@ def test_the_abort_flag_ends_a_prefill(folder: Path) -> None:
     engine.close()
 
 
-def test_cache_bytes_are_those_of_the_manifest(folder: Path, engine: OnnxBackend) -> None:
+def test_cache_bytes_are_the_manifests(folder: Path, engine: OnnxBackend) -> None:
     assert engine.cache_nbytes() == 300 * check_folder(folder).model.cache_nbytes
 
 
 def test_a_cache_takes_memory_as_rows_are_written() -> None:
-    slots = _slots((1, 16, 8192, 64), np.float32, small_pages=True)  # 2 MiB a head, as large as a huge page
+    slots = _slots((1, 16, 8192, 64), np.float32, small_pages=True)  # 2 MiB per head, as large as a huge page
     assert not slots.any(), "which reads all of it"
     before = _anonymous_nbytes()
     slots[:, :, :4] = 1.0
@@ -158,7 +159,7 @@ def put(path: Path, content: bytes) -> None:
     manifest.write_text(json.dumps(listed))
 
 
-def test_a_cut_data_file_is_told_before_the_engine_starts(copied: Path) -> None:
+def test_a_cut_data_file_is_refused_before_the_engine_starts(copied: Path) -> None:
     data = copied / DATA
     os.truncate(data, data.stat().st_size - 1)
     with pytest.raises(ModelFileError, match=r"model\.onnx\.data: has \d+ bytes"):

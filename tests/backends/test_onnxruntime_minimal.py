@@ -13,6 +13,7 @@ import pytest
 
 from edgekv.export.onnx.write import OnnxOptions, write_onnx
 from edgekv.models.open import open_model
+from edgekv.progress import ignore
 
 INSTALLED = {"edgekv", "numpy", "onnxruntime", "gguf", "tokenizers", "click", "rich"}
 # What two of them stand on: rich its markdown and highlighting, EdgeKV's chat templates jinja2.
@@ -50,20 +51,12 @@ def minimal(tmp_path: Path) -> dict[str, str]:
 
 def test_a_minimal_installation_chats(tiny_mla: Path, tmp_path: Path, minimal: dict[str, str]) -> None:
     folder = tmp_path / "tiny-onnx"
-    write_onnx(open_model(tiny_mla), folder, OnnxOptions("int4", "int8"), False, lambda done, total: None)
+    write_onnx(open_model(tiny_mla), folder, OnnxOptions("int4", "int8"), False, ignore)
 
     def chat(model: Path, *options: str) -> subprocess.CompletedProcess[str]:
         command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "edgekv",
-            "chat",
-            str(model),
-            "-p",
-            "hello",
-            "-n",
-            "5",
+            *(sys.executable, "-P", "-m", "edgekv", "chat", model),
+            *("-p", "hello", "-n", "5"),
             *options,
         ]
         return subprocess.run(command, capture_output=True, text=True, env=minimal, timeout=120)

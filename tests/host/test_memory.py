@@ -61,7 +61,7 @@ def test_cgroup_v1_writes_a_huge_number_for_no_limit(tmp_path: Path) -> None:
     assert available_nbytes(tmp_path) == 601 * MIB
 
 
-def test_what_is_left_beside_a_model_is_told(tiny_llama: Path, tmp_path: Path) -> None:
+def test_bytes_left_beside_a_model_are_returned(tiny_llama: Path, tmp_path: Path) -> None:
     header = read_header(tiny_llama)
     left = [
         require_memory(tiny_llama, header, 256, "f16", 128, system(tmp_path / str(n), n)) for n in (300, 400)

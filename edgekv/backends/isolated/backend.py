@@ -1,15 +1,14 @@
-"""Any backend in a process of its own, so that a crash of native code does not take the session with it."""
+"""A Backend in a child process, so that a crash of native code does not end the session."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgekv.backends.base import Interrupted, require_room
+from edgekv.backends.base import Backend, Interrupted, require_room
 from edgekv.backends.isolated.child import Child
 from edgekv.backends.isolated.shared_logits import MAX_ROWS, SharedLogits
 from edgekv.backends.open import Kind
@@ -18,12 +17,12 @@ from edgekv.source import Array
 from edgekv.tokenizer.language import without_surrogates
 
 
-class IsolatedBackend:
-    """edgekv.backends.base.Backend that runs another one in a child process.
+class IsolatedBackend(Backend):
+    """A Backend that runs another one in a child process.
 
-    Logits come through shared memory, so a token costs two short lines in pipes. When the child
-    dies, the call in progress and all that follow raise BackendError with the cause, `alive` turns false,
-    and `restart` opens the engine anew with an empty cache.
+    Logits come through shared memory, so a token costs two short lines in pipes. When the child dies, the
+    call in progress and all that follow raise BackendError with the cause, `alive` turns false, and `restart`
+    opens the engine again with an empty cache. The arguments are those of edgekv.backends.open.open_backend.
 
     Raises:
         InputError: an option is impossible, or the file is malformed or unsupported.
@@ -40,17 +39,13 @@ class IsolatedBackend:
         n_threads: int | None = None,
     ) -> None:
         options = {"kind": kind, "n_ctx": n_ctx, "cache_type": cache_type, "n_threads": n_threads}
-        self._options = {"path": os.fspath(path), **options}
-        self._calling = False
+        self._options = {"path": str(path), **options}
+        self._calling, self.n_past = False, 0
         self._start()
 
     @property
-    def n_past(self) -> int:
-        return self._shared.n_past
-
-    @property
     def alive(self) -> bool:
-        """Whether the child still serves."""
+        """Whether the child is running."""
         return self._child.alive
 
     @property
@@ -59,18 +54,11 @@ class IsolatedBackend:
         return self._child.pid
 
     def prefill(self, tokens: Sequence[int]) -> Array:
-        """Append tokens; logits of the last one, shape (vocab,).
-
-        Raises:
-            BackendError: no room, the engine failed, or its process died.
-            Interrupted: `interrupt` was called meanwhile; `n_past` tells how far it came.
-        """
         require_room(self, len(tokens))
         self._run("prefill", tokens)
         return self._shared.read(1).reshape(-1)
 
     def prefill_all(self, tokens: Sequence[int]) -> Array:
-        """Append tokens; logits of every one, shape (T, vocab)."""
         require_room(self, len(tokens))
         logits = np.empty((len(tokens), self.n_vocab), np.float32)
         for start in range(0, len(tokens), MAX_ROWS):
@@ -79,17 +67,14 @@ class IsolatedBackend:
             logits[start : start + len(piece)] = self._shared.read(len(piece))
         return logits
 
-    def decode(self, token: int) -> Array:
-        """Append one token; its logits, shape (vocab,)."""
-        return self.prefill([token])
-
     def trim(self, n_past: int) -> None:
         assert 0 <= n_past <= self.n_past, (n_past, self.n_past)
         if n_past < self.n_past:
             self.ask("trim", n_past=n_past)
+            self.n_past = n_past
 
     def interrupt(self) -> None:
-        """Make the call in progress, if there is one, end with Interrupted. For signal handlers and threads."""
+        """End the call in progress, if there is one, with Interrupted. For signal handlers and threads."""
         if self._calling:
             self._shared.set_abort(True)
 
@@ -97,16 +82,16 @@ class IsolatedBackend:
         return self._cache_nbytes
 
     def language(self) -> EngineLanguage:
-        """The model's vocabulary, held by the child alone; it outlives a `restart`.
+        """The model's vocabulary, held by the child alone; usable after a `restart` too.
 
         Raises:
             ModelFileError: the file's vocabulary is unusable.
-            UnsupportedError: its kind is.
+            UnsupportedError: EdgeKV cannot read this kind of vocabulary.
         """
         return EngineLanguage(self)
 
     def ask(self, action: str, **arguments: Any) -> Any:
-        """The answer of one of edgekv.backends.isolated.engine_child's actions.
+        """The answer to a request, a method of edgekv.backends.isolated.engine_child.Engine.
 
         Raises:
             BackendError: the engine failed, or its process died.
@@ -114,11 +99,11 @@ class IsolatedBackend:
         return self._child.ask(action, **arguments)
 
     def peak_rss_nbytes(self) -> int | None:
-        """The child's largest resident memory so far; None where the system does not tell."""
+        """The child's peak resident memory; None on systems without /proc."""
         return peak_rss_nbytes(self.pid)
 
     def restart(self) -> None:
-        """Open the engine anew, with an empty cache."""
+        """Open the engine again, with an empty cache."""
         self.close()
         self._start()
 
@@ -128,7 +113,7 @@ class IsolatedBackend:
 
     def _start(self) -> None:
         shared = self._shared = SharedLogits.create()
-        # Python's own allocator would keep 3 MiB of what the vocabulary took while it was read.
+        # Python's own allocator would keep 3 MiB that reading the vocabulary took.
         self._child = Child(
             "edgekv.backends.isolated.engine_child",
             str(shared.fd),
@@ -147,6 +132,7 @@ class IsolatedBackend:
         self.name: str = about["name"]
         self.n_ctx: int = about["n_ctx"]
         self.n_vocab: int = about["n_vocab"]
+        self.n_past = 0
         self._cache_nbytes: int = about["cache_nbytes"]
 
     def _run(self, action: str, tokens: Sequence[int]) -> None:
@@ -157,10 +143,11 @@ class IsolatedBackend:
         finally:
             self._calling = False
             self._shared.set_abort(False)
+            self.n_past = self._shared.header.n_past
 
 
 class EngineLanguage:
-    """edgekv.tokenizer.language.Language of the model that an isolated engine runs."""
+    """The vocabulary of an isolated engine's model, as an edgekv.tokenizer.language.Language."""
 
     def __init__(self, engine: IsolatedBackend) -> None:
         self._engine = engine
@@ -172,7 +159,7 @@ class EngineLanguage:
         self._seen: dict[int, tuple[bytes, bool]] = {}
 
     def encode(self, text: str, add_special: bool = False, parse_special: bool = False) -> list[int]:
-        """Tokens of a text; raises BackendError if the engine's process died."""
+        """Tokens of a text; BackendError if the engine's process died."""
         ids: list[int] = self._engine.ask(
             "encode", text=without_surrogates(text), add_special=add_special, parse_special=parse_special
         )
@@ -183,7 +170,7 @@ class EngineLanguage:
         return self._token(token)[0]
 
     def is_control(self, token: int) -> bool:
-        """Whether the token steers the model and is not part of the text."""
+        """Whether this is a control token, such as the end of a turn, and not text."""
         return self._token(token)[1]
 
     def _token(self, token: int) -> tuple[bytes, bool]:

@@ -1,7 +1,7 @@
 """Child processes for native code: launch, requests in lines of JSON, and the cause of death.
 
-The parent sends {"do": name, **arguments}. The child answers {"ok": value} or {"error": [class, message]}, and may send
-other objects before that. A crash of native code ends the child alone and becomes a BackendError in the parent.
+The parent sends {"do": name, **arguments}. The child may send other objects before it answers {"ok": value}
+or {"error": [class, message]}. A crash of native code ends only the child and is a BackendError in the parent.
 """
 
 from __future__ import annotations
@@ -14,32 +14,31 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Mapping
-from types import TracebackType
 from typing import Any, Self
 
 from edgekv.errors import BackendError, from_wire, to_wire
 
-OUTPUT_NBYTES = 2000  # of the end of what a dead child printed
+OUTPUT_NBYTES = 2000  # bytes read of the end of a dead child's output
 _SIGNALS = {int(number): number.name for number in signal.Signals}
 _ADVICE = {
     "SIGILL": ", an illegal instruction: llama-cpp-python was compiled for another CPU; reinstall it on this one, "
-    "or with CMAKE_ARGS=-DGGML_NATIVE=OFF (`edgekv doctor` tells more)",
+    "or with CMAKE_ARGS=-DGGML_NATIVE=OFF (`edgekv doctor` says which instruction)",
     "SIGBUS": "; the model file shrank or its disk failed while it was mapped",
     **dict.fromkeys(("SIGSEGV", "SIGABRT", "SIGFPE"), "; please report the model"),
 }
 
 
 def cause_of_death(who: str, code: int, out_of_memory: str, output: str = "") -> str:
-    """What ended a process, in a line.
+    """Why a process ended, in one line.
 
     Args:
-        who: what the process was, such as "the engine's process".
+        who: a name for the process, such as "the engine's process".
         code: its exit code, negative for a signal.
-        out_of_memory: what to do if the kernel killed it for want of memory.
-        output: what it printed; the last two lines are told.
+        out_of_memory: the remedy if the OOM killer ended it.
+        output: its output, of which the last two lines are quoted.
     """
     if code >= 0:
-        how = f"it left with exit code {code}"
+        how = f"exit code {code}"
     else:
         name = _SIGNALS.get(-code, f"signal {-code}")
         advice = f"; if memory ran out, {out_of_memory}" if name == "SIGKILL" else _ADVICE.get(name, "")
@@ -51,13 +50,13 @@ def cause_of_death(who: str, code: int, out_of_memory: str, output: str = "") ->
 class Child:
     """A Python module that runs in a process of its own; a context manager that ends it.
 
-    Ctrl-C at a terminal reaches the parent alone, which ends the child or tells it to stop.
+    Ctrl-C at a terminal reaches the parent alone, which then ends or interrupts the child.
 
     Args:
-        module: run as `python -m module *arguments`; it calls `serve`.
-        who: what errors call the process.
-        out_of_memory: what to do if the kernel kills it for want of memory.
-        environment: variables for it, where they are not set.
+        module: run as `python -m module *arguments`; it calls `Parent.serve`.
+        who: a name for the process in errors.
+        out_of_memory: the remedy if the OOM killer ends it.
+        environment: variables to set for it unless they are set already.
     """
 
     def __init__(
@@ -86,23 +85,23 @@ class Child:
 
     @property
     def alive(self) -> bool:
-        """Whether it runs."""
+        """Whether the process is running."""
         return self._process.poll() is None
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """The process id."""
         return self._process.pid
 
     def ask(
         self, do: str, on_message: Callable[[dict[str, Any]], None] | None = None, /, **arguments: Any
     ) -> Any:
-        """The answer to a request; `on_message` is given what the child sends before it.
+        """The answer to a request; `on_message` is called with each object that the child sends before it.
 
-        Whatever cuts the wait short ends the child, for its late answer would be taken for the next one.
+        An exception while waiting ends the child: its late answer would be taken for the next one.
 
         Raises:
-            EdgeKVError: of the class that the child's action raised.
+            EdgeKVError: the child's error, with its class.
             BackendError: the child died, or was closed.
         """
         if self._closed:
@@ -122,21 +121,21 @@ class Child:
         return message["ok"]
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Send an object; that the child is gone shows when its answer is read."""
+        """Send an object; if the child is gone, `ask` notices it when it reads the answer."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(_line(message))
             self._process.stdin.flush()
 
     def close(self) -> None:
-        """End it; no error if it is gone."""
+        """End the process, if it is still running."""
         if self._closed:
             return
         self._closed = True
         self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._output):
-            with contextlib.suppress(BrokenPipeError):  # what it no longer read
+            with contextlib.suppress(BrokenPipeError):  # the child did not read all of its input
                 stream.close()  # type: ignore[union-attr]
 
     def _receive(self) -> dict[str, Any] | None:
@@ -154,16 +153,14 @@ class Child:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 class Parent:
-    """The parent as the child sees it: its standard input and output.
+    """The parent, reached by the child's standard input and output.
 
-    Stray prints of native code go to standard error, not between the lines.
+    Output of native code goes to standard error, not between the lines of JSON.
     """
 
     def __init__(self) -> None:
@@ -171,7 +168,7 @@ class Parent:
         os.dup2(2, 1)
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Send an object; ends this process if nobody reads it (an exception would be lost in native code)."""
+        """Send an object; ends this process if the parent is gone, as native code would lose an exception."""
         try:
             self._lines.write(_line(message))
             self._lines.flush()
@@ -184,7 +181,7 @@ class Parent:
         return json.loads(line) if line else None
 
     def serve(self, actions: object) -> None:
-        """Answer requests by the methods of their names, until the parent is gone."""
+        """Answer requests until the parent is gone, each by the method of `actions` with its name."""
         while (request := self.receive()) is not None:
             try:
                 answer = {"ok": getattr(actions, request.pop("do"))(**request)}

@@ -1,4 +1,4 @@
-"""The child process of edgekv.backends.isolated.backend: opens one engine and serves it.
+"""The child process of edgekv.backends.isolated.backend, which opens one engine and serves it.
 
 Run as `python -m edgekv.backends.isolated.engine_child MEMORY_FD`, the descriptor of a SharedLogits.
 """
@@ -19,12 +19,12 @@ from edgekv.host.memory import release_code, release_heap
 from edgekv.source import Array
 from edgekv.tokenizer.language import Language
 
-LONG_TEXT = 4096  # characters; the work of encoding more is worth giving back
-PIECE = 512  # tokens between two looks at the abort flag, for engines that cannot look themselves
+LONG_TEXT = 4096  # characters: encoding more takes memory that is worth giving back
+PIECE = 512  # tokens between two checks of the abort flag, for engines that do not check it
 
 
 class Engine:
-    """Answers requests; each public method is one. Those that run the model tell whether they came to their end."""
+    """Requests to an engine, one per public method. Those that run the model return False if interrupted."""
 
     _path: Path
     _backend: Backend
@@ -33,40 +33,31 @@ class Engine:
         self._shared = shared
 
     def open(self, path: str, **options: Any) -> dict[str, Any]:
-        """Open the engine by open_backend's arguments; what the parent has to know of it."""
+        """Open the engine with open_backend's arguments; returns its attributes."""
         self._path = Path(path)
         backend = self._backend = open_backend(self._path, abort_flag=self._shared.abort_flag, **options)
         self._shared.map_rows(backend.n_vocab)
         _release_memory()
-        return {
-            "name": backend.name,
-            "n_ctx": backend.n_ctx,
-            "n_vocab": backend.n_vocab,
-            "cache_nbytes": backend.cache_nbytes(),
-        }
+        attributes = {name: getattr(backend, name) for name in ("name", "n_ctx", "n_vocab")}
+        return {**attributes, "cache_nbytes": backend.cache_nbytes()}
 
     def prefill(self, tokens: list[int]) -> bool:
         """Append tokens; the logits of the last one go to row 0."""
         return self._run(lambda: self._prefill(tokens))
 
     def prefill_all(self, tokens: list[int]) -> bool:
-        """Append at most MAX_ROWS tokens; the logits of each go to its row."""
+        """Append at most MAX_ROWS tokens; the logits of token t go to row t."""
         return self._run(lambda: self._backend.prefill_all(tokens))
 
     def trim(self, n_past: int) -> None:
-        """Forget every cached token from position `n_past` on."""
+        """Drop every cached token from position `n_past` on."""
         self._backend.trim(n_past)
-        self._shared.n_past = n_past
+        self._shared.header.n_past = n_past
 
     def language(self) -> dict[str, Any]:
-        """What edgekv.tokenizer.language.Language tells of the model as a whole."""
-        language = self._language
-        return {
-            "chat_template": language.chat_template,
-            "bos_id": language.bos_id,
-            "eos_id": language.eos_id,
-            "stop_ids": sorted(language.stop_ids),
-        }
+        """The attributes of the model's edgekv.tokenizer.language.Language."""
+        attributes = {name: getattr(self._language, name) for name in ("chat_template", "bos_id", "eos_id")}
+        return {**attributes, "stop_ids": sorted(self._language.stop_ids)}
 
     def encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
         """Tokens of a text."""
@@ -87,7 +78,7 @@ class Engine:
             self._shared.set_abort(False)
             return False
         finally:
-            self._shared.n_past = self._backend.n_past
+            self._shared.header.n_past = self._backend.n_past
 
     def _prefill(self, tokens: list[int]) -> Array:
         if len(tokens) == 1:
@@ -106,7 +97,7 @@ class Engine:
 
 
 def _release_memory() -> None:
-    """Give back what loading or encoding took and nothing needs from here on."""
+    """Give memory back that only loading or encoding needed."""
     release_heap()
     release_code()
 

@@ -1,4 +1,4 @@
-"""Native quantization jobs in a process of their own, so that a crash there is an error message here."""
+"""The Quantizer: llama.cpp's quantization in child processes, so that a native crash is an error here."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from edgekv.host.threads import default_threads
 from edgekv.progress import Progress
 from edgekv.source import Array
 
-Ready = Callable[[str], None]  # returns when the tensor of that name is in the file
+Ready = Callable[[str], None]  # returns once the tensor of that name is in the file
 
 
 class Quantizer:
-    """llama.cpp's quantization, importance matrix and sampling for one model file, each in a child process.
+    """llama.cpp's quantization, importance matrix and sampling for one model file; one child process per job.
 
-    The file must have passed edgekv.models.gguf.header: what is unsound may abort the child.
+    The file must have passed edgekv.models.gguf.header: an unsound one may abort the child.
 
     Raises:
         BackendError: the engine is not installed, failed, or its process died.
@@ -36,21 +36,12 @@ class Quantizer:
         self, prompts: NDArray[np.int64], length: int, seed: int, progress: Progress
     ) -> NDArray[np.int64]:
         """Token windows (n, length) that the model writes after prompts (n, P)."""
-        with tempfile.TemporaryDirectory(prefix="edgekv-quantize-") as folder:
-            given, windows = Path(folder, "prompts.npy"), Path(folder, "windows.npy")
-            np.save(given, prompts)
-            paths = {"prompts": str(given), "windows": str(windows)}
-            self._run("sample", {**paths, "length": length, "seed": seed}, progress)
-            return np.asarray(np.load(windows), np.int64)
+        found = self._run("sample", {"prompts": prompts}, progress, length=length, seed=seed)
+        return found["windows"]
 
     def measure(self, windows: NDArray[np.int64], progress: Progress) -> dict[str, Array]:
         """E[x^2] of every weight's inputs over token windows (n, T), by tensor name."""
-        with tempfile.TemporaryDirectory(prefix="edgekv-quantize-") as folder:
-            given, found = Path(folder, "windows.npy"), Path(folder, "importance.npz")
-            np.save(given, windows)
-            self._run("measure", {"windows": str(given), "importance": str(found)}, progress)
-            with np.load(found) as stored:
-                return {name: np.asarray(stored[name], np.float32) for name in stored.files}
+        return self._run("measure", {"windows": windows}, progress)
 
     def quantize(
         self,
@@ -64,39 +55,44 @@ class Quantizer:
         """Write `output`, quantized; see edgekv.backends.llama_cpp.quantize.quantize_file.
 
         Args:
-            ready: where the model's tensors are still being written, waits for the one that comes next.
+            ready: where the model's tensors are still being written, waits for the named one.
 
         Raises:
             OutputError: the disk is full.
         """
+        job = {"output": str(output), "file_type": file_type, "keep": dict(keep), "waits": ready is not None}
+        self._run("quantize", importance, progress, ready, **job)
+
+    def _run(
+        self,
+        action: str,
+        arrays: Mapping[str, NDArray[Any]],
+        progress: Progress,
+        ready: Ready | None = None,
+        **job: Any,
+    ) -> dict[str, NDArray[Any]]:
+        """Run a job of edgekv.backends.isolated.quantizer_child; the arrays that it found, by name."""
+        module, remedy = "edgekv.backends.isolated.quantizer_child", "close other programs"
         with tempfile.TemporaryDirectory(prefix="edgekv-quantize-") as folder:
-            stored = Path(folder, "importance.npz")
-            if importance:
-                np.savez(stored, **importance)  # type: ignore[arg-type]
-            job = {
-                "output": str(output),
-                "file_type": file_type,
-                "importance": str(stored) if importance else "",
-                "keep": dict(keep),
-                "waits": ready is not None,
-            }
-            self._run("quantize", job, progress, ready)
+            np.savez(Path(folder, "given.npz"), **arrays)  # type: ignore[arg-type]
+            arguments = os.fspath(self._model), str(self.n_threads), folder
+            with Child(module, *arguments, who="llama.cpp's process", out_of_memory=remedy) as child:
 
-    def _run(self, action: str, job: dict[str, Any], progress: Progress, ready: Ready | None = None) -> None:
-        with Child(
-            "edgekv.backends.isolated.quantizer_child",
-            os.fspath(self._model),
-            str(self.n_threads),
-            who="llama.cpp's process",
-            out_of_memory="close other programs",
-        ) as child:
+                def hear(message: dict[str, Any]) -> None:
+                    if "wait" in message:
+                        assert ready is not None
+                        ready(message["wait"])
+                        child.send({})
+                    else:
+                        progress(message["done"], message["total"])
 
-            def hear(message: dict[str, Any]) -> None:
-                if "wait" in message:
-                    assert ready is not None
-                    ready(message["wait"])
-                    child.send({})
-                else:
-                    progress(message["done"], message["total"])
+                child.ask(action, hear, **job)
+            return read_arrays(Path(folder, "found.npz"))
 
-            child.ask(action, hear, **job)
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """All arrays of an .npz file by name; none if there is no such file."""
+    if not path.exists():
+        return {}
+    with np.load(path) as stored:
+        return {name: stored[name] for name in stored.files}

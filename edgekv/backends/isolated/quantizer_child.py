@@ -1,7 +1,8 @@
-"""The child process of edgekv.backends.isolated.quantizer: one native job.
+"""The child process of edgekv.backends.isolated.quantizer, which runs one native job.
 
-Run as `python -m edgekv.backends.isolated.quantizer_child MODEL N_THREADS`. Before its answer it sends
-{"done": n, "total": n} and, where a job waits, {"wait": tensor}: it goes on when it is sent an object.
+Run as `python -m edgekv.backends.isolated.quantizer_child MODEL N_THREADS FOLDER`. The folder holds the job's
+arrays in given.npz, and takes those that it finds in found.npz. Before its answer the child sends {"done": n,
+"total": n} and, where a job waits, {"wait": tensor}, after which it goes on once it is sent an object.
 """
 
 from __future__ import annotations
@@ -13,46 +14,37 @@ from pathlib import Path
 import numpy as np
 
 from edgekv.backends.isolated.child import Parent
+from edgekv.backends.isolated.quantizer import read_arrays
 from edgekv.backends.llama_cpp.importance import measure_importance, sample_text
 from edgekv.backends.llama_cpp.quantize import quantize_file
 
 
 class Jobs:
-    """Native jobs on one model file; each public method is one. Arrays come and go in files of NumPy's."""
+    """Native jobs on one model file; each public method is one."""
 
-    def __init__(self, parent: Parent, model: Path, n_threads: int) -> None:
+    def __init__(self, parent: Parent, model: Path, n_threads: int, folder: Path) -> None:
         self._parent = parent
         self._model = model
         self._n_threads = n_threads
+        self._given = read_arrays(folder / "given.npz")
+        self._found = folder / "found.npz"
 
-    def sample(self, prompts: str, windows: str, length: int, seed: int) -> None:
-        """Write token windows that continue prompts."""
-        given = np.load(prompts)
-        np.save(windows, sample_text(self._model, given, length, seed, self._n_threads, self._progress))
+    def sample(self, length: int, seed: int) -> None:
+        """Find token windows that continue prompts."""
+        prompts = self._given["prompts"]
+        windows = sample_text(self._model, prompts, length, seed, self._n_threads, self._progress)
+        np.savez(self._found, windows=windows)
 
-    def measure(self, windows: str, importance: str) -> None:
-        """Write the importance matrix over token windows."""
-        found = measure_importance(self._model, np.load(windows), self._n_threads, self._progress)
-        np.savez(importance, **found)  # type: ignore[arg-type]
+    def measure(self) -> None:
+        """Find the importance matrix over token windows."""
+        found = measure_importance(self._model, self._given["windows"], self._n_threads, self._progress)
+        np.savez(self._found, **found)  # type: ignore[arg-type]
 
-    def quantize(
-        self, output: str, file_type: int, importance: str, keep: dict[str, int], waits: bool
-    ) -> None:
+    def quantize(self, output: str, file_type: int, keep: dict[str, int], waits: bool) -> None:
         """Write the model, quantized."""
-        held = {}
-        if importance:
-            with np.load(importance) as stored:
-                held = {name: np.ascontiguousarray(stored[name]) for name in stored.files}
-        quantize_file(
-            self._model,
-            Path(output),
-            file_type,
-            held,
-            keep,
-            self._n_threads,
-            self._progress,
-            self._wait if waits else None,
-        )
+        ready = self._wait if waits else None
+        source, threads = self._model, self._n_threads
+        quantize_file(source, Path(output), file_type, self._given, keep, threads, self._progress, ready)
 
     def _progress(self, done: int, total: int, _: str = "") -> None:
         self._parent.send({"done": done, "total": total})
@@ -65,4 +57,4 @@ class Jobs:
 
 if __name__ == "__main__":
     parent = Parent()
-    parent.serve(Jobs(parent, Path(sys.argv[1]), int(sys.argv[2])))
+    parent.serve(Jobs(parent, Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])))

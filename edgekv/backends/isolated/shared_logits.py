@@ -1,4 +1,4 @@
-"""Logits in memory that the isolated backend and its child both map, with the abort flag and the engine's n_past."""
+"""Logits, abort flag and n_past in memory that the isolated backend shares with its child."""
 
 from __future__ import annotations
 
@@ -11,30 +11,32 @@ import numpy as np
 
 from edgekv.source import Array
 
-MAX_ROWS = 128  # rows of logits; the memory is touched only as far as it is used
+MAX_ROWS = 128  # rows of logits; rows that are never written take no memory
 _HEADER_NBYTES = mmap.ALLOCATIONGRANULARITY
 
 
-class _Header(ctypes.Structure):
+class Header(ctypes.Structure):
+    """The abort flag, and the tokens in the engine's cache, which the child keeps up to date."""
+
     _fields_ = (("abort_flag", ctypes.c_char * 2), ("n_past", ctypes.c_int32))
 
 
 class SharedLogits:
-    """MAX_ROWS x n_vocab float32: row t holds the logits of a request's token t, or row 0 those of the last one.
+    """Logits (MAX_ROWS, n_vocab), float32: row t is that of a request's token t, or row 0 the last token's.
 
     Attributes:
-        abort_flag: two bytes; a call in progress ends when the first is set.
+        abort_flag: that of the header: two bytes; a call in progress ends when the first is set.
     """
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        self._header = _Header.from_buffer(mmap.mmap(fd, _HEADER_NBYTES))
-        self.abort_flag = (ctypes.c_char * 2).from_buffer(self._header)
+        self.header = Header.from_buffer(mmap.mmap(fd, _HEADER_NBYTES))
+        self.abort_flag = (ctypes.c_char * 2).from_buffer(self.header)
         self._n_vocab = 0
 
     @classmethod
     def create(cls) -> SharedLogits:
-        """New memory without a name in the file system, where the system can."""
+        """New memory, without a name in the file system where the system allows that."""
         if hasattr(os, "memfd_create"):
             fd = os.memfd_create("edgekv-logits")
         else:
@@ -44,7 +46,7 @@ class SharedLogits:
         return cls(fd)
 
     def map_rows(self, n_vocab: int) -> None:
-        """Map the logits, once the size of the vocabulary is known; the side that knows it first grows it."""
+        """Map the logits, once n_vocab is known; the first process to do so grows the memory."""
         nbytes = MAX_ROWS * n_vocab * 4
         if os.fstat(self.fd).st_size < _HEADER_NBYTES + nbytes:
             os.ftruncate(self.fd, _HEADER_NBYTES + nbytes)
@@ -53,22 +55,13 @@ class SharedLogits:
         self._rows: Array = np.frombuffer(rows, np.float32).reshape(MAX_ROWS, n_vocab)
 
     def write(self, logits: Array) -> None:
-        """Put logits (vocab,) or (t, vocab) into the first rows."""
+        """Write logits (vocab,) or (t, vocab) to the first rows."""
         rows = logits.reshape(-1, self._n_vocab)
         self._rows[: len(rows)] = rows
 
     def read(self, count: int) -> Array:
         """A copy of the first rows, (count, vocab)."""
         return self._rows[:count].copy()
-
-    @property
-    def n_past(self) -> int:
-        """Tokens in the engine's cache, kept by the child."""
-        return int(self._header.n_past)
-
-    @n_past.setter
-    def n_past(self, count: int) -> None:
-        self._header.n_past = count
 
     @property
     def aborted(self) -> bool:

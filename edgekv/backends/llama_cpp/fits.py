@@ -1,11 +1,14 @@
 """Refusal of a model that does not fit in free memory, before it is loaded.
 
-llama.cpp fills its cache with zeros when it makes it, so a cache that does not fit ends in the OOM killer, which
-may choose another program. Free memory is what Linux's /proc/meminfo and a container's cgroup say.
+llama.cpp fills its cache with zeros when it allocates it, so a cache that does not fit calls the OOM killer,
+which may choose another program. Free memory is read from /proc/meminfo and the container's cgroups.
 """
 
 from __future__ import annotations
 
+import contextlib
+from bisect import bisect_right
+from collections.abc import Callable
 from pathlib import Path
 
 from edgekv.backends.llama_cpp.footprint import CELLS, footprint
@@ -22,59 +25,49 @@ MIB = 2**20
 def require_memory(
     path: Path, header: GGUFHeader, n_ctx: int, cache_type: str, n_ubatch: int, root: Path = Path("/")
 ) -> int | None:
-    """Make sure that weights, cache and buffers fit; the bytes left beside them, None if that cannot be known.
-
-    `root` holds proc and sys.
+    """Bytes that are left beside weights, cache and buffers; None if free memory or the need is unknown.
 
     Raises:
-        InputError: they do not; says what would.
+        InputError: the model does not fit; the message names what would.
     """
     left = available_nbytes(root)
     shapes = {tensor.name: tensor.dims[::-1] for tensor in header.tensors}
+    weights = sum(tensor.nbytes for tensor in header.tensors)
     try:
         spec = spec_from_gguf(header.metadata, shapes, path)
-    except (
-        ModelFileError,
-        UnsupportedError,
-    ):  # llama.cpp runs more than EdgeKV knows, and refuses in its words
-        return None
-    weights = sum(tensor.nbytes for tensor in header.tensors)
-    needed = _needed_nbytes(spec, weights, n_ctx, cache_type, n_ubatch)
-    if left is None or needed is None:
+        cache = spec.kv_bytes_per_token(cache_type) * n_ctx
+    except (ModelFileError, UnsupportedError, ValueError):
+        return None  # an architecture that only llama.cpp knows, or a cache type that llama.cpp will refuse
+
+    def needed_nbytes(n_ctx: int, cache_type: str) -> int:
+        return footprint(spec, weights, cache_type, n_ctx, n_ubatch, runtime_nbytes=0).needed_nbytes
+
+    needed = needed_nbytes(n_ctx, cache_type)
+    if left is None:
         return None
     if needed <= left:
         return left - needed
-    cache = spec.kv_bytes_per_token(cache_type) * n_ctx
     raise InputError(
         f"{path} with {n_ctx} tokens of {cache_type} cache needs about {needed / MIB:,.0f} MiB ({weights / MIB:,.0f} "
         f"of weights, {cache / MIB:,.0f} of cache) and {left / MIB:,.0f} MiB are left; "
-        + _remedy(spec, weights, n_ctx, cache_type, n_ubatch, left)
+        + _remedy(needed_nbytes, spec, n_ctx, cache_type, left)
     )
 
 
-def _needed_nbytes(spec: ModelSpec, weights: int, n_ctx: int, cache_type: str, n_ubatch: int) -> int | None:
-    """What loading adds to this process; None for a cache type that the model cannot have."""
-    try:
-        return footprint(spec, weights, cache_type, n_ctx, n_ubatch, runtime_nbytes=0).needed_nbytes
-    except ValueError:
-        return None
-
-
-def _remedy(spec: ModelSpec, weights: int, n_ctx: int, cache_type: str, n_ubatch: int, left: int) -> str:
+def _remedy(
+    needed_nbytes: Callable[[int, str], int], spec: ModelSpec, n_ctx: int, cache_type: str, left: int
+) -> str:
+    """The largest context and the widest cache type that would fit in `left` bytes, as options."""
     remedies = []
-    blocks, too_many = 0, -(-n_ctx // CELLS)
-    while too_many - blocks > 1:  # the need grows with the context, so halving finds the edge
-        middle = (blocks + too_many) // 2
-        needed = _needed_nbytes(spec, weights, middle * CELLS, cache_type, n_ubatch)
-        blocks, too_many = (middle, too_many) if needed is not None and needed <= left else (blocks, middle)
-    if blocks:
-        remedies.append(f"--ctx-size {blocks * CELLS}")
+    smaller = range(CELLS, n_ctx, CELLS)
+    if fitting := bisect_right(smaller, left, key=lambda cells: needed_nbytes(cells, cache_type)):
+        remedies.append(f"--ctx-size {smaller[fitting - 1]}")
     now = spec.kv_bytes_per_token(cache_type)
     for narrower in COMMON_CACHES:
-        needed = _needed_nbytes(spec, weights, n_ctx, narrower, n_ubatch)
-        if needed is not None and needed <= left and spec.kv_bytes_per_token(narrower) < now:
-            remedies.append(f"--cache-type {narrower}")
-            break
+        with contextlib.suppress(ValueError):  # rows that are no multiple of the type's block
+            if spec.kv_bytes_per_token(narrower) < now and needed_nbytes(n_ctx, narrower) <= left:
+                remedies.append(f"--cache-type {narrower}")
+                break
     if not remedies:
         return "take a smaller model, end other programs, or add swap"
     return f"{' or '.join(remedies)} would fit, or end other programs"

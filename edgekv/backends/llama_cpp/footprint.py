@@ -1,8 +1,8 @@
-"""Memory that a model will take once it is loaded: weights and cache exactly, buffers by their shapes.
+"""The memory that a model will take once it is loaded: weights and cache exactly, buffers by their shapes.
 
-Weights are the bytes of the tensors, the cache is spec arithmetic over whole blocks of 256 cells. The rest was
-measured on llama-cpp-python 0.3.36 over GQA, MHA and MLA models of eight shapes (docs/reports.md): the largest
-stage of the graph for one micro-batch, and a runtime that grows with the vocabulary.
+Weights are the bytes of the tensors; the cache is computed from the spec, in whole blocks of 256 cells. The
+rest is a fit to llama-cpp-python 0.3.36 with GQA, MHA and MLA models of eight shapes (docs/reports.md): the
+largest stage of the graph for one micro-batch, and a runtime that grows with the vocabulary.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from edgekv.spec import GQA, LayerSpec, ModelSpec
 from edgekv.tensors import looked_up
 
 CELLS = 256  # llama.cpp rounds a context up to whole blocks of cells
-RUNTIME_NBYTES = 33 * 2**20  # Python, numpy and libllama before any model; `this_board` measures its own
-ENGINE_NBYTES = 13 * 2**20  # what loading any model adds to that
+RUNTIME_NBYTES = 33 * 2**20  # Python, NumPy and libllama without a model; `this_board` measures its own
+ENGINE_NBYTES = 13 * 2**20  # added by loading any model
 VOCAB_NBYTES = 246  # per token in llama.cpp's vocabulary and merge tables
 LAYER_NBYTES = 50_000  # graph nodes of one layer
 MASK_NBYTES = 2  # per cell of the attention mask and token of the micro-batch
@@ -26,7 +26,7 @@ MASK_NBYTES = 2  # per cell of the attention mask and token of the micro-batch
 
 @dataclass(frozen=True)
 class Footprint:
-    """Predicted bytes. `repacked` is a second copy of some of the weights."""
+    """Predicted bytes. `repacked_nbytes` is a second copy of some of the weights."""
 
     weights_nbytes: int
     repacked_nbytes: int
@@ -36,12 +36,12 @@ class Footprint:
 
     @property
     def rss_nbytes(self) -> int:
-        """What the process shows as its peak."""
+        """Peak resident memory of the process."""
         return self.needed_nbytes + self.repacked_nbytes
 
     @property
     def needed_nbytes(self) -> int:
-        """What must stay in memory: mapped originals of repacked weights may be dropped."""
+        """Bytes that must stay in memory: the system can drop mapped originals of repacked weights."""
         return self.weights_nbytes + self.cache_nbytes + self.compute_nbytes + self.runtime_nbytes
 
 
@@ -55,9 +55,11 @@ def footprint(
     depth: int | None = None,
     runtime_nbytes: int = RUNTIME_NBYTES,
 ) -> Footprint:
-    """Memory of one process with one sequence; `depth` is how far the cache is filled, by default to n_ctx.
+    """Memory of one process with one sequence.
 
-    `runtime_nbytes` is what the process holds before any model. It differs from one installation to the next.
+    Args:
+        depth: tokens in the cache; by default n_ctx.
+        runtime_nbytes: memory of the process without a model, which differs between installations.
 
     Raises:
         ValueError: the cache type does not fit the model's dims.
@@ -74,7 +76,7 @@ def footprint(
 
 
 def compute_nbytes(spec: ModelSpec, n_ubatch: int, depth: int) -> int:
-    """Compute buffers that become resident in a prefill of `n_ubatch` tokens at a time."""
+    """Compute buffers that become resident in a prefill with micro-batches of `n_ubatch` tokens."""
     floats = max(max(_feed_forward(spec.dim, layer), _attention(spec.dim, layer)) for layer in spec.layers)
     return n_ubatch * (4 * floats + MASK_NBYTES * depth) + LAYER_NBYTES * spec.n_layers
 
@@ -95,8 +97,8 @@ def _attention(dim: int, layer: LayerSpec) -> int:
 def repacked_nbytes(source: SizedSource, isa: Collection[str]) -> int:
     """Bytes of the copies that llama.cpp makes of two-dimensional weights on a CPU with these features.
 
-    The mapped originals stay, but the system can drop them. No copies on CPUs with AMX, where EdgeKV turns
-    repacking off (edgekv/backends/llama_cpp/library.py says why).
+    The mapped originals stay, but the system can drop them. On CPUs with AMX, EdgeKV turns repacking off (see
+    edgekv.backends.llama_cpp.library.repacking_is_safe).
     """
     if "amx_tile" in isa:
         return 0
@@ -111,5 +113,5 @@ def repacked_nbytes(source: SizedSource, isa: Collection[str]) -> int:
 
 
 def default_ubatch(ram_nbytes: int) -> int:
-    """The backend's micro-batch on a machine of that much memory (edgekv/backends/llama_cpp/backend.py)."""
+    """Tokens per micro-batch with this much RAM: large ones are faster, but need larger buffers."""
     return 512 if ram_nbytes >= SMALL_RAM_NBYTES else 128

@@ -1,9 +1,9 @@
-"""How much each input channel of each weight matters: llama.cpp's importance matrix, measured in llama.cpp.
+"""The importance matrix (imatrix) of a model, measured in llama.cpp: E[x_i^2] of every weight's inputs.
 
-The error of a quantized row w on an input x is (dw . x)^2, and averaged over inputs that are uncorrelated it
-is the sum of dw_i^2 * E[x_i^2]. So E[x_i^2] of every matrix product is what its quantization should weigh
-errors with (ggml-org/llama.cpp pull request 4861; tools/imatrix there). The engine's graph is watched node
-by node, so that every architecture it runs is covered, experts and per-head matrices too.
+The error of a quantized row w on an input x is (dw . x)^2. Its mean over uncorrelated inputs is the sum of
+dw_i^2 * E[x_i^2], so quantization should weigh errors by E[x_i^2] (ggml-org/llama.cpp pull request 4861;
+tools/imatrix there). A callback sees every node of llama.cpp's graph, so that all its architectures are
+covered, experts and per-head matrices too.
 
 Runs in a child process: edgekv.backends.isolated.quantizer_child.
 """
@@ -11,23 +11,22 @@ Runs in a child process: edgekv.backends.isolated.quantizer_child.
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekv.backends.llama_cpp.library import LOG, llama, repacking_is_safe
+from edgekv.backends.llama_cpp.library import LOG, llama, load_model, logits_rows, repacking_is_safe
 from edgekv.errors import BackendError
 from edgekv.progress import Progress
 from edgekv.reference.sample import write_on
 from edgekv.source import Array
 
-LOGITS_EVERY = 8  # tokens: only where logits are asked for does the output matrix run
-FLOOR = 1e-6  # of the mean importance: a channel that was always zero still gets a say
+LOGITS_EVERY = 8  # tokens: the output matrix runs only where logits are asked for
+FLOOR = 1e-6  # of the mean importance: channels that were always zero must not be quantized at random
 F32, I32 = 0, 26  # enum ggml_type
 MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 
@@ -55,7 +54,7 @@ Tensor._fields_ = [
 class Importance:
     """Sums of squared inputs by weight name; `watch` is a ggml_backend_sched_eval_callback.
 
-    `error` holds what went wrong in the callback, where nothing can be raised.
+    `error` holds an exception of the callback, which cannot be raised through native code.
     """
 
     def __init__(self) -> None:
@@ -70,7 +69,7 @@ class Importance:
         self.error: Exception | None = None
 
     def watch(self, address: int, ask: bool, _: object) -> bool:
-        """Asked of each node whether its data are wanted, then called again with them."""
+        """Called twice per graph node: whether its data are wanted (`ask`), then once they are computed."""
         try:
             node = Tensor.from_address(address)
             if not self._checked:
@@ -88,9 +87,9 @@ class Importance:
             return False
 
     def finish(self) -> dict[str, Array]:
-        """E[x^2] by weight name, (matrices * columns,) each: the layout that llama_model_quantize takes.
+        """E[x^2] by weight name, (matrices * columns,) each, as llama_model_quantize takes it.
 
-        An expert that no token reached gets the mean of the others.
+        An expert that no token was routed to gets the mean of the others.
         """
         found = {}
         for name, sums in self._sums.items():
@@ -104,7 +103,7 @@ class Importance:
         expected = address + Tensor.name.offset
         if self._library.ggml_get_name(ctypes.c_void_p(address)) != expected:
             raise BackendError(
-                "this llama.cpp lays tensors out in another way; install llama-cpp-python 0.3.36"
+                "this llama.cpp has another struct ggml_tensor; pip install llama-cpp-python==0.3.36"
             )
         self._checked = True
 
@@ -135,7 +134,7 @@ class Importance:
 
 
 def _view(tensor: Tensor, dtype: Any) -> Any:
-    """The tensor's data in numpy order (ne3, ne2, ne1, ne0), by its own strides."""
+    """A view of the tensor's data in NumPy's order (ne3, ne2, ne1, ne0), by its own strides."""
     shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
     nbytes = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 4
     flat = np.frombuffer((ctypes.c_char * nbytes).from_address(tensor.data), np.uint8)
@@ -145,7 +144,7 @@ def _view(tensor: Tensor, dtype: Any) -> Any:
 def measure_importance(
     path: Path, windows: NDArray[np.int64], n_threads: int, progress: Progress
 ) -> dict[str, Array]:
-    """Run token windows (n, T) through the model; E[x^2] of every weight's input.
+    """E[x^2] of every weight's input, by weight name, over token windows (n, T).
 
     Raises:
         BackendError: the engine is not installed, refused the model or failed.
@@ -179,9 +178,7 @@ def sample_text(
 
         def step(tokens: NDArray[np.int64], position: int) -> Array:
             _decode(context, tokens, np.full(n, position), sequences, every)
-            pointer = ctypes.addressof(api.llama_get_logits_ith(context, 0).contents)
-            floats = (ctypes.c_float * (n * n_vocab)).from_address(pointer)
-            return np.frombuffer(memoryview(floats), np.float32).reshape(n, n_vocab)
+            return logits_rows(context, 0, n, n_vocab)
 
         return write_on(step, prompts, length, np.random.default_rng(seed), progress)
 
@@ -190,18 +187,14 @@ def sample_text(
 def _context(
     path: Path, n_ctx: int, n_sequences: int, n_threads: int, importance: Importance | None
 ) -> Iterator[Any]:
-    """A context on the CPU, closed with its model at the end."""
+    """A context on the CPU, freed with its model at the end."""
     api = llama()
-    model_params = api.llama_model_default_params()
-    model_params.n_gpu_layers = 0
-    model_params.use_extra_bufts = repacking_is_safe()
-    model = api.llama_model_load_from_file(os.fsencode(path), model_params)
-    if not model:
-        raise BackendError(f"llama.cpp could not load {path}: {LOG.cause()}")
-    try:
+    with ExitStack() as stack:
+        model = load_model(path, repacking_is_safe(), gpu=False)
+        stack.callback(api.llama_model_free, model)
         params = api.llama_context_default_params()
         params.n_ctx, params.n_seq_max = n_ctx, n_sequences
-        # src/models/plm.cpp hands V over in two dims: more tokens at once abort the process
+        # src/models/plm.cpp passes V with two dims: more tokens at once abort the process.
         params.n_ubatch = 1 if b"plm" in _architecture(api, model) else min(n_ctx, 512)
         params.n_batch = min(n_ctx, 2048)
         params.n_threads = params.n_threads_batch = n_threads
@@ -210,13 +203,9 @@ def _context(
             params.cb_eval = callback = api.ggml_backend_sched_eval_callback(importance.watch)  # noqa: F841
         context = api.llama_init_from_model(model, params)
         if not context:
-            raise BackendError(f"llama.cpp loaded {path} but gave no context: {LOG.cause()}")
-        try:
-            yield context
-        finally:
-            api.llama_free(context)
-    finally:
-        api.llama_model_free(model)
+            raise BackendError(f"llama.cpp loaded {path} but could not open a context: {LOG.cause()}")
+        stack.callback(api.llama_free, context)
+        yield context
 
 
 def _architecture(api: Any, model: Any) -> bytes:
@@ -246,5 +235,5 @@ def _decode(
         status = api.llama_decode(context, batch)
     finally:
         api.llama_batch_free(batch)
-    if status not in (0, 2):  # 2: the callback stopped it, and knows why
+    if status not in (0, 2):  # 2: the callback stopped it and holds the error
         raise BackendError(f"llama.cpp failed with status {status}: {LOG.cause()}")

@@ -1,4 +1,4 @@
-"""The vocabulary that llama.cpp already holds, as an edgekv.tokenizer.language.Language."""
+"""The vocabulary of a model that llama.cpp has loaded, as an edgekv.tokenizer.language.Language."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _UNKNOWN, _CONTROL = 1, 8  # bits of enum llama_token_attr (include/llama.h)
 
 
 class LlamaLanguage:
-    """Asks a loaded model; use it no longer than the model is open.
+    """A loaded model's vocabulary; usable only while the model is open.
 
     Args:
         api: the module llama_cpp.llama_cpp.
@@ -36,14 +36,14 @@ class LlamaLanguage:
         """Tokens of a text; see edgekv.tokenizer.tokenizer.Tokenizer.encode.
 
         Raises:
-            BackendError: llama.cpp cannot split it (over 2**31 tokens).
+            BackendError: llama.cpp cannot tokenize it (over 2**31 tokens).
         """
         data = without_surrogates(text).encode()
-        room = len(data) + 8  # no token is shorter than a byte; the rest is for those that are added
+        room = len(data) + 8  # a token is at least one byte; 8 more for special tokens that are added
         ids = (ctypes.c_int32 * room)()
         count = self._api.llama_tokenize(self._vocab, data, len(data), ids, room, add_special, parse_special)
         if count < 0:
-            raise BackendError(f"llama.cpp could not split a text of {len(data)} bytes into tokens")
+            raise BackendError(f"llama.cpp could not tokenize a text of {len(data)} bytes; shorten it")
         return list(ids[:count])
 
     def token_bytes(self, token: int) -> bytes:
@@ -63,5 +63,5 @@ class LlamaLanguage:
             size = -count
 
     def is_control(self, token: int) -> bool:
-        """Whether the token steers the model and is not part of the text."""
+        """Whether this is a control token, such as the end of a turn, and not text."""
         return bool(self._api.llama_vocab_get_attr(self._vocab, token) & (_CONTROL | _UNKNOWN))

@@ -1,10 +1,11 @@
-"""The llama_cpp module, imported here alone: its low-level functions, its log, and what differs by machine."""
+"""The llama_cpp module, imported here alone: low-level functions, its log, choices that depend on the CPU."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import importlib.util
+import os
 import re
 import sys
 import types
@@ -12,32 +13,32 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edgekv.errors import BackendError, InputError
 from edgekv.host.isa import cpu_flags, require_runnable
 from edgekv.quant.formats import CACHE_TYPES, FORMATS
+from edgekv.source import Array
 
 _LOG_DEBUG, _LOG_ERROR, _LOG_CONTINUED = 1, 4, 5  # enum ggml_log_level
 
 
 class EngineLog:
-    """What llama.cpp logs, kept instead of printed: its last lines, errors marked.
+    """The last lines of llama.cpp's log, kept with their levels instead of printed; one log per process."""
 
-    The engine has one log for the whole process.
-    """
-
-    def __init__(self, capacity: int = 400) -> None:
-        self._lines: deque[tuple[int, str]] = deque(maxlen=capacity)
+    def __init__(self) -> None:
+        self._lines: deque[tuple[int, str]] = deque(maxlen=400)
         self._level = 0
 
     def write(self, level: int, text: bytes) -> None:
-        """Take one message; debug messages are dropped (hundreds for each graph that is built)."""
+        """Keep a message; debug messages are dropped, as every graph that is built writes hundreds."""
         if level != _LOG_CONTINUED:
             self._level = level
         if self._level != _LOG_DEBUG:
             self._lines.append((self._level, text.decode("utf-8", "replace").rstrip("\n")))
 
     def clear(self) -> None:
-        """Forget what was logged so far."""
+        """Drop all lines."""
         self._lines.clear()
 
     def text(self) -> str:
@@ -45,24 +46,24 @@ class EngineLog:
         return "\n".join(line for _, line in self._lines)
 
     def cause(self) -> str:
-        """The last error lines, else the last lines, joined to one."""
+        """The last three error lines, or else the last two lines, joined to one."""
         errors = [line for level, line in self._lines if level == _LOG_ERROR]
         lines = errors[-3:] or [line for _, line in self._lines if line.strip(". ")][-2:]
         return "; ".join(line.strip() for line in lines) or "it gave no reason"
 
     def cache_nbytes(self) -> int:
-        """Sum of the "KV buffer size" lines, which round to 0.01 MiB each; 0 if there are none."""
+        """Sum of the "KV buffer size" lines, each rounded to 0.01 MiB; 0 without such lines."""
         sizes = re.findall(r"KV buffer size =\s*([\d.]+) MiB", self.text())
         return round(sum(map(float, sizes)) * 2**20)
 
 
 LOG = EngineLog()
-_keep_alive: list[object] = []  # callbacks that native code holds, and ctypes does not count
+_keep_alive: list[object] = []  # callbacks that only native code refers to, where ctypes does not see it
 
 
 @functools.cache
 def llama() -> Any:
-    """The module llama_cpp.llama_cpp, its engine started and its log taken over.
+    """The module llama_cpp.llama_cpp, initialized, with its log in LOG.
 
     Raises:
         BackendError: llama-cpp-python is not installed, or was built for another CPU.
@@ -72,8 +73,8 @@ def llama() -> Any:
         module = _low_level()
     except ImportError as error:
         raise BackendError(
-            "the llama.cpp engine is not installed: pip install 'edgekv[llama]' (it compiles for some "
-            f"minutes and needs cmake and a C++ compiler) [{error}]"
+            "the llama.cpp engine is not installed; pip install 'edgekv[llama]' (compiling takes minutes, and "
+            f"needs cmake and a C++ compiler) [{error}]"
         ) from error
     callback = module.llama_log_callback(lambda level, text, _: LOG.write(level, text))
     module.llama_log_set(callback, None)
@@ -83,8 +84,8 @@ def llama() -> Any:
 
 
 def _low_level() -> Any:
-    """llama_cpp.llama_cpp without its package's __init__, which imports the high-level API, jinja2, diskcache
-    and sqlite3 for 9 MB. Who imports llama_cpp afterwards gets it whole."""
+    """llama_cpp.llama_cpp without its package's __init__, which imports the high-level API, jinja2,
+    diskcache and sqlite3: 9 MB. A later `import llama_cpp` still gives the whole package."""
     name = "llama_cpp"
     spec = importlib.util.find_spec(name)
     if name in sys.modules or spec is None:
@@ -98,11 +99,7 @@ def _low_level() -> Any:
 
 
 def ggml_type(cache_type: str) -> int:
-    """The number of a cache type in enum ggml_type.
-
-    Raises:
-        InputError: unknown.
-    """
+    """The number of a cache type in enum ggml_type; InputError for an unknown one."""
     if cache_type not in CACHE_TYPES:
         raise InputError(f"unknown cache type {cache_type!r}; llama.cpp has {', '.join(CACHE_TYPES)}")
     return FORMATS[cache_type].ggml_id
@@ -110,21 +107,44 @@ def ggml_type(cache_type: str) -> int:
 
 @functools.cache
 def repacking_is_safe(root: Path = Path("/")) -> bool:
-    """Whether llama.cpp may repack weights for this CPU: yes, save on x86 with AMX.
+    """Whether llama.cpp may repack weights for this CPU: yes, except on x86 with AMX.
 
-    Compiled by GCC 12 its AMX kernels load a tile configuration that the compiler optimized away, and the
+    Compiled by GCC 12, its AMX kernels load a tile configuration that the compiler optimized away, and the
     process dies in ggml_backend_amx_mul_mat on the first prompt (ggml-org/llama.cpp issue 20824, pull
-    request 26954). AVX-512 runs the plain weights; Arm repacking is not touched. `root` holds proc.
+    request 26954). AVX-512 then runs the plain weights. `root` holds proc.
     """
     return "amx_tile" not in cpu_flags(root)
+
+
+def load_model(path: Path, repack: bool, gpu: bool = True) -> Any:
+    """A llama_model, to be freed with llama_model_free; BackendError if llama.cpp refuses the file."""
+    api = llama()
+    params = api.llama_model_default_params()
+    params.use_extra_bufts = repack
+    if not gpu:
+        params.n_gpu_layers = 0
+    LOG.clear()
+    model = api.llama_model_load_from_file(os.fsencode(path), params)
+    if not model:
+        raise BackendError(f"llama.cpp could not load {path}: {LOG.cause()}")
+    return model
+
+
+def logits_rows(context: Any, row: int, count: int, n_vocab: int) -> Array:
+    """Logits (count, n_vocab) from output `row` on, as a view; waits until they are computed."""
+    pointer = llama().llama_get_logits_ith(context, row)
+    if not pointer:
+        raise BackendError(f"llama.cpp gave no logits: {LOG.cause()}")
+    floats = (ctypes.c_float * (count * n_vocab)).from_address(ctypes.addressof(pointer.contents))
+    return np.frombuffer(memoryview(floats), np.float32).reshape(count, n_vocab)
 
 
 def abort_callback() -> Any:
     """A native abort callback whose data is a C string: true while the string is not empty.
 
-    llama.cpp asks it before every node of the graph, about a thousand times per token, so a Python function
-    would cost a millisecond of GIL per token. libc's strlen has the fitting shape: pointer in, and the low
-    byte of its result, 0 or 1 here, is the bool.
+    llama.cpp calls it before every node of the graph, about a thousand times per token, so a Python function
+    would hold the GIL for a millisecond per token. libc's strlen fits: it takes a pointer, and the low byte
+    of its result, 0 or 1 here, is the bool.
     """
     return ctypes.cast(ctypes.CDLL(None).strlen, llama().ggml_abort_callback)
 
@@ -133,7 +153,7 @@ def exact_cache_nbytes(memory: int) -> int | None:
     """Bytes that a plain llama_kv_cache allocated; None for other kinds of memory or hidden symbols.
 
     The public API has no sizes, so this calls the exported C++ method llama_kv_cache::total_size() const
-    (src/llama-kv-cache.h), after a look at the object's vtable that it is one.
+    (src/llama-kv-cache.h), after checking the object's class by its vtable.
     """
     library = llama()._lib
     try:

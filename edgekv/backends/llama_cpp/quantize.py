@@ -1,4 +1,4 @@
-"""llama.cpp's own quantization, in this process: call it from edgekv.backends.isolated.quantizer_child."""
+"""llama.cpp's quantization, run in this process: only edgekv.backends.isolated.quantizer_child calls it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from edgekv.errors import BackendError, OutputError
 from edgekv.progress import Progress
 from edgekv.source import Array
 
-MAX_BUFFER_NBYTES = 256 * 2**20  # of rows in memory at once; llama.cpp's default is 8 GiB
-# Told before the tensor's data are read: src/llama-quant.cpp, the main loop of llama_model_quantize_impl.
+MAX_BUFFER_NBYTES = 256 * 2**20  # rows in memory at once; llama.cpp's default is 8 GiB
+# Logged before the tensor's data are read: src/llama-quant.cpp, the main loop of llama_model_quantize_impl.
 _TENSOR_LINE = re.compile(r"\[\s*(\d+)/\s*(\d+)\]\s+(\S+)")
 
 
@@ -29,12 +29,12 @@ def quantize_file(
     progress: Progress,
     ready: Callable[[str], None] | None = None,
 ) -> None:
-    """llama_model_quantize.
+    """Write a quantized copy of a GGUF file with llama_model_quantize.
 
     Args:
         file_type: enum llama_ftype.
-        importance: E[x^2] of inputs by tensor name; may be empty.
-        keep: ggml type by tensor name, where the preset's choice must not count.
+        importance: E[x^2] of the inputs of tensors, by tensor name; may be empty.
+        keep: ggml type by tensor name, for tensors whose type the file type must not choose.
         ready: called with each tensor's name before its data are read; may wait until they are written.
 
     Raises:
@@ -65,12 +65,11 @@ def quantize_file(
     api.llama_log_set(callback, None)
     LOG.clear()
     status = api.llama_model_quantize(os.fsencode(source), os.fsencode(output), ctypes.byref(params))
-    if status == 0:
-        return
-    cause = LOG.cause()
-    if "iostream error" in cause or "basic_ios" in cause:
-        raise OutputError(f"writing {output} failed, the disk may be full; free some space and try again")
-    raise BackendError(f"llama.cpp could not quantize {source}: {cause}")
+    if status != 0:
+        cause = LOG.cause()
+        if "iostream error" in cause or "basic_ios" in cause:
+            raise OutputError(f"writing {output} failed, the disk may be full; free some space and try again")
+        raise BackendError(f"llama.cpp could not quantize {source}: {cause}")
 
 
 def _importance_data(api: Any, importance: Mapping[str, Array]) -> Any:

@@ -1,4 +1,4 @@
-"""Showing an answer while it is made, and its figures afterwards."""
+"""Output of an answer while it is generated, and its figures afterwards."""
 
 from __future__ import annotations
 
@@ -8,39 +8,25 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 import click
 
-if TYPE_CHECKING:
-    from types import FrameType
+from edgekv.backends.isolated.backend import IsolatedBackend
+from edgekv.chat.generate import Generator, Step, Timings
+from edgekv.chat.session import ChatSession, Dropped
+from edgekv.host.proc import peak_rss_nbytes
 
-    from edgekv.backends.isolated.backend import IsolatedBackend
-    from edgekv.chat.generate import Finish, Generator, Step, Timings
-    from edgekv.chat.session import ChatSession, Dropped
-
-# A model's text must not move the cursor, set the title or write the clipboard (escape sequences).
+# Escape sequences in a model's text could move the cursor, set the title or write the clipboard.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A finished answer."""
-
-    text: str
-    finish: Finish
-    timings: Timings
-
-
-def show_answer(session: ChatSession, events: Iterator[Step | Dropped], *, visible: bool = True) -> Answer:
-    """Run an answer to its end, printing its text as it comes; Ctrl-C ends it.
+def show_answer(session: ChatSession, events: Iterator[Step | Dropped], *, visible: bool = True) -> Step:
+    """Print an answer as it comes, until its end or Ctrl-C; returns its last step, with all the text.
 
     Raises:
-        BackendError: the engine failed; what was printed is followed by a line break.
+        BackendError: the engine failed; the text printed so far ends with a line break.
     """
-    from edgekv.chat.session import Dropped
-
     texts: list[str] = []
     last: Step | None = None
     to_terminal = sys.stdout.isatty()
@@ -48,34 +34,28 @@ def show_answer(session: ChatSession, events: Iterator[Step | Dropped], *, visib
         try:
             for event in events:
                 if isinstance(event, Dropped):
-                    notice(f"the context is full: forgot the oldest {_count(event.n_turns, 'turn')}")
+                    turns = "turn" if event.n_turns == 1 else f"{event.n_turns} turns"
+                    notice(f"the context is full: forgot the oldest {turns}")
                     continue
                 last = event
                 texts.append(event.text)
                 if visible and event.text:
-                    shown = (
-                        _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", event.text) if to_terminal else event.text
-                    )
-                    click.echo(shown, nl=False)
+                    safe = _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", event.text)
+                    click.echo(safe if to_terminal else event.text, nl=False)
                     sys.stdout.flush()
         finally:
             if visible:
                 click.echo()
     assert last is not None
-    assert last.finish is not None
     if last.finish == "context":
-        notice("the context is full, and nothing is left to forget: start with a larger --ctx-size")
-    return Answer("".join(texts), last.finish, last.timings)
+        notice("the context is full and no older turn is left to drop; restart with a larger --ctx-size")
+    return replace(last, text="".join(texts))
 
 
 @contextlib.contextmanager
 def interrupting(generator: Generator) -> Iterator[None]:
     """While the block runs, Ctrl-C ends the generation and nothing else."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        generator.interrupt()
-
-    before = signal.signal(signal.SIGINT, stop)
+    before = signal.signal(signal.SIGINT, lambda number, frame: generator.interrupt())
     try:
         yield
     finally:
@@ -83,14 +63,12 @@ def interrupting(generator: Generator) -> Iterator[None]:
 
 
 def notice(text: str) -> None:
-    """A line about the conversation, apart from it: on standard error, dim where that shows."""
+    """Print a line about the conversation to standard error, in dim letters."""
     click.secho(f"[{text}]", err=True, dim=True)
 
 
 def figures(timings: Timings, engine: IsolatedBackend) -> dict[str, float | int | None]:
     """Figures of an answer under the names of the JSON output."""
-    from edgekv.host.proc import peak_rss_nbytes
-
     return {
         "n_reused": timings.n_reused,
         "n_prefilled": timings.n_prefilled,
@@ -106,16 +84,9 @@ def figures(timings: Timings, engine: IsolatedBackend) -> dict[str, float | int 
 
 
 def stats_line(timings: Timings, engine: IsolatedBackend) -> str:
-    """The same figures for people."""
-    values = figures(timings, engine)
-    rss = [
-        f"{name} {nbytes / 1e6:.0f} MB"
-        for name, nbytes in (
-            ("engine", values["engine_peak_rss_nbytes"]),
-            ("chat", values["chat_peak_rss_nbytes"]),
-        )
-        if nbytes is not None
-    ]
+    """The same figures for people, in one line."""
+    peaks = {"engine": engine.peak_rss_nbytes(), "chat": peak_rss_nbytes(os.getpid())}
+    rss = [f"{name} {nbytes / 1e6:.0f} MB" for name, nbytes in peaks.items() if nbytes is not None]
     reused = f" (+{timings.n_reused} in cache)" if timings.n_reused else ""
     return click.style(
         f"[first token {timings.ttft_s:.2f} s | prefill {timings.n_prefilled} tokens{reused} "
@@ -125,7 +96,3 @@ def stats_line(timings: Timings, engine: IsolatedBackend) -> str:
         + "]",
         dim=True,
     )
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}s" if n != 1 else noun

@@ -1,4 +1,4 @@
-"""Reading a person's messages: history, blocks of several lines, and pasted text."""
+"""Input of messages at a terminal: line editing, history, messages of several lines, pasted text."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from platformdirs import user_state_path
 
 CONTINUED = ". "
 HISTORY_LENGTH = 1000
-PASTE_GAP_S = 0.02  # a paste's next line is there at once; nobody types that fast
+PASTE_GAP_S = 0.02  # the next line of a paste comes sooner; nobody types that fast
 
 
 def history_path() -> Path:
-    """Where the history is kept."""
+    """The file of the history."""
     return user_state_path("edgekv") / "chat_history"
 
 
 class MessageReader:
-    """Reads messages with line editing and history where Python has readline.
+    """Reads messages, with line editing and history where Python has readline.
 
-    A message is one line, unless it ends with a backslash, starts with \\"\\"\\" (and then goes on to the
-    line that ends with it), or is pasted: readline 8.1 and later takes a bracketed paste as one edit, and elsewhere
-    lines that follow without a pause belong together.
+    A message is one line, unless that ends with a backslash, or starts with \\"\\"\\" (the message then ends
+    with the line that ends with it), or is pasted: readline 8.1 and later reads a bracketed paste as one
+    line, and otherwise lines that follow without a pause belong to the same message.
     """
 
     def __init__(self, history: Path) -> None:
@@ -44,8 +44,8 @@ class MessageReader:
         """The next message.
 
         Raises:
-            EOFError: the input is over.
-            KeyboardInterrupt: Ctrl-C; what was typed of the message is gone.
+            EOFError: the input has ended.
+            KeyboardInterrupt: Ctrl-C; the text typed so far is dropped.
         """
         message = assemble(input, prompt, _more_is_waiting)
         if message.strip():
@@ -53,18 +53,18 @@ class MessageReader:
         return message
 
     def _remember(self, message: str) -> None:
-        """Add to the history and its file, which only its owner may read."""
+        """Add a message to the history and its file, which only its owner may read."""
         if self._readline is None:
             return
         self._readline.add_history(message)
-        with contextlib.suppress(OSError):  # a read-only home is no reason to stop talking
+        with contextlib.suppress(OSError):  # chatting goes on with a read-only home
             self._history.parent.mkdir(parents=True, exist_ok=True)
             self._history.touch(mode=0o600)
             self._readline.write_history_file(self._history)
 
 
 def assemble(read_line: Callable[[str], str], prompt: str, more: Callable[[], bool]) -> str:
-    """One message out of lines; `more` tells whether the next line is there already."""
+    """One message, joined from lines; `more` returns whether the next line is waiting already."""
     line = read_line(prompt)
     if line.lstrip().startswith('"""'):
         text = line.lstrip()[3:]

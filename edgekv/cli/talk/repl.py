@@ -1,21 +1,18 @@
-"""The conversation of `edgekv chat`: messages, commands, and what happens when the engine dies."""
+"""The Repl of `edgekv chat`: messages, commands, and recovery when the engine dies."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import click
 
+from edgekv.backends.isolated.backend import IsolatedBackend
+from edgekv.chat.generate import Step, Timings
+from edgekv.chat.session import ChatSession, Dropped
 from edgekv.cli.talk.answers import notice, show_answer, stats_line
 from edgekv.cli.talk.line_input import MessageReader, history_path
 from edgekv.errors import BackendError, InputError
-
-if TYPE_CHECKING:
-    from edgekv.backends.isolated.backend import IsolatedBackend
-    from edgekv.chat.generate import Step, Timings
-    from edgekv.chat.session import ChatSession, Dropped
 
 HELP = """\
 /regen          answer the last message again
@@ -48,7 +45,7 @@ class Repl:
         }
         click.echo(
             f"{model_name} in {engine.name}: {engine.n_ctx} tokens of context in "
-            f"{engine.cache_nbytes() / 1e6:.1f} MB of cache. /help tells more, Ctrl-D leaves.",
+            f"{engine.cache_nbytes() / 1e6:.1f} MB of cache. /help lists the commands, Ctrl-D leaves.",
             err=True,
         )
 
@@ -56,7 +53,7 @@ class Repl:
         """Read and answer until /exit or the end of the input."""
         signal.signal(
             signal.SIGINT, signal.default_int_handler
-        )  # a shell's background job starts with it ignored
+        )  # background jobs of a shell start with it ignored
         while True:
             try:
                 message = self._reader.read("> ")
@@ -70,16 +67,13 @@ class Repl:
             if message.startswith("/"):
                 if name == "/exit":
                     return
-                self._run_command(name, rest.strip())
+                if name in self._commands:
+                    self._commands[name](rest.strip())
+                else:
+                    click.echo(f"there is no {name}; /help lists the commands", err=True)
             elif message.strip():
                 text = message.strip()
                 self._answer(lambda text=text: self._session.ask(text))  # type: ignore[misc]
-
-    def _run_command(self, name: str, rest: str) -> None:
-        if name not in self._commands:
-            click.echo(f"there is no {name}; /help lists the commands", err=True)
-            return
-        self._commands[name](rest)
 
     def _answer(self, events: Callable[[], Iterator[Step | Dropped]]) -> None:
         """Print an answer; an error ends the answer and not the conversation."""
@@ -91,7 +85,7 @@ class Repl:
         except BackendError as error:
             self._recover(error)
             return
-        except KeyboardInterrupt:  # in the instant before the answer began to listen for it
+        except KeyboardInterrupt:  # before `show_answer` began to handle it
             notice("stopped")
             return
         self._last = answer.timings
@@ -101,11 +95,11 @@ class Repl:
             self._stats("")
 
     def _recover(self, error: BackendError) -> None:
-        """Tell what happened; a dead engine is opened again, and prefills what was said when it is asked."""
+        """Print the error; reopen a dead engine, which prefills the conversation at the next question."""
         click.echo(f"error: {error}", err=True)
         if not self._engine.alive:
             self._engine.restart()
-            notice("the engine is started again and the conversation is kept; /regen asks again")
+            notice("the engine was restarted and the conversation is kept; /regen asks again")
 
     def _clear(self, _: str) -> None:
         self._session.clear()
