@@ -47,7 +47,7 @@ class TensorSource(Protocol):
         """
 
     def raw(self, name: str) -> NDArray[np.uint8] | None:
-        """The tensor's stored bytes, shape (..., bytes a row), or None where it is computed."""
+        """The tensor's stored bytes, shape (..., bytes per row), or None where it is computed."""
 
 
 class SizedSource(TensorSource, Protocol):
@@ -61,18 +61,10 @@ class LazySource:
     """A source made of functions: each tensor is computed when it is asked for."""
 
     def __init__(self, spec: ModelSpec, metadata: Metadata) -> None:
-        self._spec = spec
-        self._metadata = metadata
+        self.spec = spec
+        self.metadata = metadata
         self._tensors: dict[str, tuple[tuple[int, ...], Callable[[], Array]]] = {}
         self._borrowed: dict[str, TensorSource] = {}
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self._spec
-
-    @property
-    def metadata(self) -> Metadata:
-        return self._metadata
 
     def add(self, name: str, shape: tuple[int, ...], load: Callable[[], Array]) -> None:
         """Add a tensor that `load` computes in float32, or put it in the place of another."""
@@ -110,7 +102,7 @@ class LazySource:
 
     def _entry(self, name: str) -> tuple[tuple[int, ...], Callable[[], Array]]:
         if name not in self._tensors:
-            raise no_such_tensor(self._spec.name, name)
+            raise no_such_tensor(self.spec.name, name)
         return self._tensors[name]
 
 

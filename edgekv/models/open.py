@@ -1,4 +1,4 @@
-"""Opening a model: the one place that chooses a reader for a path."""
+"""The door to model files: the one place that chooses a reader for a path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Balanced scales, which the student's function does not depend on, so that training treats both sides alike.
+"""Balanced scales between pairs of weights whose product alone counts, so that training treats both alike.
 
 A latent channel times g, and what reads it divided by g, is the same model; so are a head's no-rope query and
 its k_b, its value and W_o, and the rope key and the queries that meet it. A conversion leaves such pairs far apart (its

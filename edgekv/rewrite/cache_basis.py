@@ -69,7 +69,7 @@ def in_cache_basis(layer: Mapping[str, Array], inputs: Array, mla: MLA) -> dict[
 
 
 def spread(n_windows: int) -> NDArray[np.int64]:
-    """The windows, of so many, whose inputs are enough to choose a basis by."""
+    """Which of `n_windows` windows give enough inputs to choose a basis by."""
     return np.unique(np.linspace(0, n_windows - 1, SAMPLED_WINDOWS).round().astype(np.int64))
 
 

@@ -1,4 +1,4 @@
-"""The few matrix functions that the conversion is made of, in float64."""
+"""Matrix functions of the conversion, in float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 Matrix = NDArray[np.float64]
 Floats = TypeVar("Floats", NDArray[np.float32], NDArray[np.float64])
-RANK_STEP = 32  # between the ranks for which the conversion tells what a latent would keep
+RANK_STEP = 32  # between the ranks for which a conversion reports what a latent keeps
 
 
 def sqrt_and_inverse(covariance: Matrix, floor: float = 1e-7) -> tuple[Matrix, Matrix]:

@@ -92,7 +92,7 @@ def word_splitter(vocab: Vocab, kind: PreType) -> pre_tokenizers.PreTokenizer:
 
 
 class Merges:
-    """Pairs of tokens that become one, by rank: sorted arrays, 16 bytes a merge."""
+    """Pairs of tokens that become one, by rank: sorted arrays, 16 bytes per merge."""
 
     def __init__(self, ids: Mapping[str, int], lines: Sequence[object]) -> None:
         """`lines` are "left right", the most urgent first; of two equal ones the first counts."""

@@ -1,4 +1,4 @@
-"""How text is cut into words before byte-pair merging: `tokenizer.ggml.pre`, as llama.cpp does it.
+"""Pre-tokenizers: how text is cut into words before byte-pair merging (`tokenizer.ggml.pre`), as llama.cpp does.
 
 The expressions are those of src/llama-vocab.cpp (llm_tokenizer_bpe), rewritten where llama.cpp's regex
 engine means something else than Oniguruma, which Hugging Face's `tokenizers` uses:
@@ -52,7 +52,7 @@ _BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
 def _words(
     numbers: str, head: str = _CONTRACTION + "|", letters: str = r"\p{L}", after: str = r"[\r\n]*"
 ) -> str:
-    """Llama 3's expression and its kin: words with one character before them, numbers, the rest."""
+    """Llama 3's expression and those made from it: words with one character before them, numbers, the rest."""
     other = letters if letters != r"\p{L}" else ""
     return (
         rf"{head}[^\r\n\p{{L}}\p{{N}}]?[{letters}]+|{numbers}| ?[^\s\p{{L}}{other}\p{{N}}]+{after}|" + _LINES
@@ -60,7 +60,7 @@ def _words(
 
 
 def _cased(numbers: str, tail: str = "") -> str:
-    """GPT-4o's expression and its kin: a word ends before a capital; only a-z and A-Z have case here."""
+    """GPT-4o's expression and those made from it: a word ends before a capital; only a-z and A-Z have case here."""
     upper, lower, before = r"[\p{L}&&[^a-z]]", r"[\p{L}&&[^A-Z]]", r"[^\r\n\p{L}\p{N}]?"
     return (
         rf"{before}{upper}*{lower}+{tail}|{before}{upper}+{lower}*{tail}|{numbers}"

@@ -1,8 +1,8 @@
-"""Text to tokens and back from a GGUF's own vocabulary, for the paths without llama.cpp.
+"""The tokenizer of a GGUF: text to tokens and back with the file's own vocabulary, where llama.cpp does not run.
 
-Byte-level BPE (`tokenizer.ggml.model` gpt2) runs on Hugging Face's `tokenizers`; SentencePiece's BPE
-(`llama`) is written out here, since merging by score with byte fallback over unsplit text is something else
-than merging by rank. Both give llama.cpp's tokens, every one: src/llama-vocab.cpp, and the tests.
+Special tokens are cut out here; what lies between them goes through one of the two encodings of
+edgekv.tokenizer.bpe (`tokenizer.ggml.model`: gpt2 or llama). All tokens are llama.cpp's: src/llama-vocab.cpp, and
+the tests.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from edgekv.errors import ModelFileError, UnsupportedError
 from edgekv.tokenizer.bpe import ByteLevel, SentencePiece
-from edgekv.tokenizer.language import TokenStream, without_surrogates
+from edgekv.tokenizer.language import without_surrogates
 from edgekv.tokenizer.pre_tokenize import PRE_TYPES
 from edgekv.tokenizer.vocab import (
     BYTE,
@@ -36,8 +36,7 @@ _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 class Tokenizer:
     """Encodes and decodes as llama.cpp does with the same file.
 
-    `bos_id` and `eos_id` are None if the model has none. `stop_ids` are the tokens that end generation,
-    `eot_ids` those that end a turn or a message (part of `stop_ids`).
+    `bos_id` and `eos_id` are None if the model has none. `stop_ids` are the tokens that end generation.
     """
 
     def __init__(
@@ -51,7 +50,6 @@ class Tokenizer:
         self.chat_template = template if isinstance(template, str) else None
         self.bos_id = vocab.roles.get("bos")
         self.eos_id = vocab.roles.get("eos")
-        self.eot_ids = frozenset(vocab.roles[role] for role in ("eot", "eom") if role in vocab.roles)
         self.stop_ids = vocab.stop_ids
         self._add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos))
         self._add_eos = bool(metadata.get("tokenizer.ggml.add_eos_token", False))
@@ -141,10 +139,6 @@ class Tokenizer:
     def is_control(self, token: int) -> bool:
         """Whether the token steers the model and is not part of the text."""
         return bool(self._attributes[token] & (CONTROL | UNKNOWN))
-
-    def stream(self, special: bool = False) -> TokenStream:
-        """A decoder for tokens that come one by one."""
-        return TokenStream(self, special)
 
     def _partition(self, text: str, parse_special: bool) -> Iterator[str | int]:
         """Text between special tokens, and their ids: longest first, as tokenizer_st_partition does."""

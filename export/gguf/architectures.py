@@ -23,7 +23,7 @@ from edgekv.models.gguf.spec import JOINT_KV_B, minicpm3_scales
 from edgekv.spec import GQA, MLA, MetaValue, ModelSpec, RopeSpec
 
 WITH_WINDOWS = tuple(LOCAL_EVERY)
-LITE_LAYERS = (26, 27)  # deepseek2.cpp reads no q_lora_rank for so many, and for 48 with 128256 tokens
+LITE_LAYERS = (26, 27)  # deepseek2.cpp reads no q_lora_rank with this many, nor with 48 with 128256 tokens
 
 
 def gguf_arch(spec: ModelSpec) -> str:

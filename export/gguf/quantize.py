@@ -166,7 +166,7 @@ def _quantize(
     staged.go_on_to("")
     if staged.unread:
         raise BackendError(
-            "this llama.cpp does not log what it reads; install llama-cpp-python 0.3.36, or export the model as "
+            "this llama.cpp does not report what it reads; install llama-cpp-python 0.3.36, or export the model as "
             "a GGUF first and quantize that"
         )
 

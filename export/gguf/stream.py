@@ -1,10 +1,12 @@
-"""A model on its way through llama.cpp's quantization: a GGUF beside the output that fills while it is read.
+"""A stream in the form of a file: a GGUF that llama.cpp reads while EdgeKV writes it.
 
-llama_model_quantize takes a file. Its header is here at once and its tensors follow in the order in which
-they are read, so that reading a Hugging Face folder and quantizing it take the time of the slower, not of both.
-What was read gives its room back, but for the rows that are compared afterwards: the file takes a few hundred
-megabytes, whatever its length says, and is kept in memory if nobody needs it as a whole (Linux; elsewhere it
-takes the room of the model on the disk).
+llama_model_quantize takes a path. The file behind it has its header and its full length from the start; a thread
+writes the tensors in the order in which llama.cpp reads them, and every read waits for its tensor (StagedGGUF.wait).
+So reading a Hugging Face folder and quantizing it take the time of the slower one, not of both.
+
+After a tensor was read, its pages are given back (a hole is punched into the file), but for the rows that are compared
+afterwards. The file therefore takes a few hundred megabytes, whatever its length says. It lies in memory if nobody
+needs it as a whole (Linux; elsewhere it takes the room of the model on the disk).
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ _BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
 class StagedGGUF:
-    """A GGUF at `path` whose tensors are being written."""
+    """A GGUF at `path` whose tensors are being written by a thread of its own, until `stop`."""
 
     def __init__(self, path: Path, source: TensorSource, plan: Mapping[str, QuantType]) -> None:
         self.path = path
@@ -76,7 +78,7 @@ class StagedGGUF:
                 raise self._error
 
     def wait_all(self, progress: Progress) -> None:
-        """Return when all of them are; raises as `wait` does."""
+        """Return when all tensors are in the file; raises as `wait` does."""
         self._limit_nbytes = inf
         for done, name in enumerate(_reading_order(self._plan), start=1):
             self.wait(name)
@@ -88,9 +90,9 @@ class StagedGGUF:
         return set(self._plan) - self._read
 
     def go_on_to(self, name: str) -> None:
-        """As `wait`, and what was gone on to before was read, but for the rows that relative_error compares.
+        """As `wait`, for a reader that goes through the tensors: the one before is read, and its pages are given back.
 
-        "" ends the last one.
+        "" says that the last one is read, too.
         """
         if self._reading:
             self._free(self._reading)
@@ -119,9 +121,8 @@ class StagedGGUF:
         self._file.close()
 
     def _counted(self, name: str) -> int:
-        return (
-            0 if name.endswith(LATENT_ENCODER) else self._sizes[name]
-        )  # those are written before all others
+        """Bytes of a tensor that count as written ahead; latent encoders are written before anything is read."""
+        return 0 if name.endswith(LATENT_ENCODER) else self._sizes[name]
 
     def _may_write(self) -> bool:
         behind = bool(self._wanted) and self._wanted not in self._written
@@ -148,11 +149,11 @@ class StagedGGUF:
 
 @contextmanager
 def staged_gguf(source: TensorSource, output: Path, whole: bool = False) -> Iterator[StagedGGUF]:
-    """A source as a GGUF, its weights as they are stored, until the end of the block.
+    """A source as a GGUF that is written while it is read, its weights as they are stored; gone after the block.
 
     Args:
-        output: what is made of it; files of the disk are hidden ones beside it.
-        whole: somebody reads it before it is quantized (wait_all).
+        output: the file that will be made of it: where the stream lies on the disk, it is a hidden file beside that.
+        whole: keep every tensor until the end, for a reader that comes before the quantization (wait_all).
 
     Raises:
         OutputError: the folder is not writable, or there is no room for the file.

@@ -113,7 +113,7 @@ def through_gguf_layout(source: TensorSource) -> TensorSource:
 CASES: dict[str, tuple[Rewrite, GQA | MLA, dict[str, object]]] = {
     # name: (rewrite, attention of the model, what else sets its spec apart)
     "norm_trick": (folded_to_latent, GQA(HEADS, 1, 16, NEIGHBOURS), {}),
-    "norm_eps": (partial(with_norm_eps, eps=1e-6), LATENT, {}),
+    "norm_eps": (partial(with_norm_eps, eps=1e-6), LATENT, {"linear": True}),
     "norm_eps, untied": (partial(with_norm_eps, eps=3e-5), LATENT, {"tied_embeddings": False}),
     "norm_eps, low-rank queries": (partial(with_norm_eps, eps=1e-6), LOW_RANK_QUERIES, {}),
     "value_scales": (with_balanced_values, LATENT, {}),

@@ -13,6 +13,7 @@ import pytest
 from edgekv.errors import ModelFileError, UnsupportedError
 from edgekv.models.gguf.header import read_header
 from edgekv.tokenizer.bpe import BYTE_OF_LETTER
+from edgekv.tokenizer.language import TokenStream
 from edgekv.tokenizer.tokenizer import Tokenizer
 from edgekv.tokenizer.vocab import PackedTexts, TokenType, read_vocab, text_tokens
 
@@ -133,14 +134,14 @@ def test_decoding_gives_the_text_back(smollm2: Path, mixed_text: Callable[..., s
 def test_stream_gives_whole_characters_only(smollm2: Path) -> None:
     tokenizer = Tokenizer.from_metadata(read_header(smollm2).metadata)
     ids = tokenizer.encode("Zoë 🏳️‍🌈 你好 <|im_end|> x", parse_special=True)
-    stream = tokenizer.stream()
+    stream = TokenStream(tokenizer)
     parts = [stream.push(token) for token in ids]
     assert "".join(parts) == tokenizer.decode(ids)
     assert not any("\ufffd" in part for part in parts)
     assert "" in parts, "an emoji takes several tokens"
     assert stream.finish() == ""
     cut = tokenizer.encode("🏳")[:1]
-    stream = tokenizer.stream()
+    stream = TokenStream(tokenizer)
     assert stream.push(cut[0]) == ""
     assert stream.finish() == tokenizer.decode(cut) == "\ufffd"
 

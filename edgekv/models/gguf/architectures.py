@@ -1,4 +1,4 @@
-"""The layers that a GGUF's keys describe, one reader an architecture.
+"""Readers of a GGUF's layers: one function per architecture makes a LayerSpec of the keys.
 
 What a key does, and what holds without it: llama.cpp src/models/<architecture>.cpp.
 """
@@ -222,7 +222,7 @@ def _geglu(keys: Keys, attention: GQA) -> LayerSpec:
 
 
 def _is_local(keys: Keys, layer: int) -> bool:
-    """Whether a layer has a sliding window: as a list says, or all but the last of each so many."""
+    """Whether a layer has a sliding window: as a list says, or all but the last of LOCAL_EVERY."""
     given = keys.optional("attention.sliding_window_pattern")
     if isinstance(given, list):
         if layer >= len(given):

@@ -13,7 +13,7 @@ from edgekv.models.gguf.header import read_header
 from edgekv.models.gguf.layout import TensorInfo
 from edgekv.models.gguf.spec import ROPE_FACTORS, ROPE_FREQS, spec_from_gguf, with_rope_factors
 from edgekv.source import Array, no_such_tensor
-from edgekv.spec import Metadata, ModelSpec
+from edgekv.spec import Metadata
 
 
 class GGUFSource:
@@ -32,21 +32,13 @@ class GGUFSource:
     def __init__(self, path: Path) -> None:
         header = read_header(path)
         self.path = path
-        self._metadata = header.metadata
+        self.metadata: Metadata = header.metadata
         self._tensors = {tensor.name: tensor for tensor in header.tensors}
-        self._spec = spec_from_gguf(self._metadata, {n: self.shape(n) for n in self._tensors}, path)
+        self.spec = spec_from_gguf(self.metadata, {n: self.shape(n) for n in self._tensors}, path)
         self._data: NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r")
         for name in (ROPE_FREQS, ROPE_FACTORS[0]):
             if name in self._tensors:
-                self._spec = with_rope_factors(self._spec, self.load(name).tolist())
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self._spec
-
-    @property
-    def metadata(self) -> Metadata:
-        return self._metadata
+                self.spec = with_rope_factors(self.spec, self.load(name).tolist())
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._tensors)

@@ -1,4 +1,4 @@
-"""From GGUF keys to a ModelSpec, and the tensors that a spec promises.
+"""Specs of GGUF files: a ModelSpec read from the keys, and the tensors that it promises.
 
 Key names: ggml-org/llama.cpp gguf-py/gguf/constants.py. A key of the architecture that EdgeKV does not know
 is an error: what it says about the model would be dropped without a word.

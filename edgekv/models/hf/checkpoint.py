@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face folder: safetensors in one file or in shards, read one tensor at a time.
+"""Tensors of a Hugging Face folder as it stores them: safetensors in one file or in shards, read one tensor at a time.
 
 Reads with plain file reads, not through a map: what passes through leaves no pages behind, so that a
 checkpoint larger than RAM can be converted in little memory.
@@ -24,7 +24,7 @@ from edgekv.source import Array
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-CHUNK_VALUES = 2**17  # checked at once: what fits the cache is quick
+CHUNK_VALUES = 2**17  # checked at once: they fit the processor's cache
 DTYPES: Mapping[str, type[np.generic]] = MappingProxyType(  # as stored; BF16 has no numpy type of its own
     {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 )
@@ -55,7 +55,7 @@ class Checkpoint:
         if index.is_file():
             self._read_index(index)
         elif (folder / SINGLE).is_file():
-            self._tensors = read_header(folder / SINGLE)
+            self._tensors = stored_tensors(folder / SINGLE)
         else:
             raise _no_weights(folder)
 
@@ -71,12 +71,8 @@ class Checkpoint:
         return self._tensors[name]
 
     def read(self, name: str) -> NDArray[Any]:
-        """The tensor as stored, in its shape; BF16 as uint16.
-
-        Raises:
-            UnsupportedError: it is stored in something else than F32, F16 or BF16.
-        """
-        tensor = self._readable(name)
+        """The tensor as stored, one of DTYPES, in its shape; BF16 as uint16."""
+        tensor = self.tensor(name)
         count = prod(tensor.shape)
         values = np.fromfile(tensor.path, DTYPES[tensor.dtype], count, offset=tensor.offset)
         if values.size != count:
@@ -85,19 +81,10 @@ class Checkpoint:
 
     def mapped(self, name: str) -> NDArray[Any]:
         """As `read`, but mapped, for bytes that are only passed on: with the array goes its memory."""
-        tensor = self._readable(name)
+        tensor = self.tensor(name)
         if tensor.path.stat().st_size < tensor.offset + prod(tensor.shape) * DTYPES[tensor.dtype]().itemsize:
             raise ModelFileError(f"{tensor.path}: was cut short inside {name}; download it again")
         return np.memmap(tensor.path, DTYPES[tensor.dtype], "r", tensor.offset, tensor.shape)
-
-    def _readable(self, name: str) -> StoredTensor:
-        tensor = self.tensor(name)
-        if tensor.dtype not in DTYPES:
-            raise UnsupportedError(
-                f"{tensor.path}: tensor {name} is stored as {tensor.dtype}, EdgeKV reads F32, F16 and BF16; "
-                "choose a checkpoint in bfloat16, or convert this one with the script its authors give"
-            )
-        return tensor
 
     def _read_index(self, index: Path) -> None:
         files = read_json(index).get("weight_map")
@@ -114,7 +101,7 @@ class Checkpoint:
                     raise ModelFileError(
                         f"{self.folder}: the shard {file} is missing; download it into the folder"
                     )
-                shards[file] = read_header(self.folder / file)
+                shards[file] = stored_tensors(self.folder / file)
             if name not in shards[file]:
                 raise ModelFileError(
                     f"{index}: says that {file} holds {name}, and it does not; download both again"
@@ -130,7 +117,7 @@ def widen(values: NDArray[Any], dtype: str) -> Array:
 
 
 def all_finite(values: NDArray[Any]) -> bool:
-    """Whether no stored value is NaN or infinite, told from its bits, without widening.
+    """Whether no stored value is NaN or infinite, by its bits, without widening.
 
     Twice the bits drops the sign; what has all ones in its exponent is then largest.
     """
@@ -142,7 +129,7 @@ def all_finite(values: NDArray[Any]) -> bool:
     )
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """Where each tensor of a safetensors file lies; the `safetensors` library checks the file first.
 
     Raises:

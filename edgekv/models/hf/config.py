@@ -1,4 +1,4 @@
-"""From config.json to a ModelSpec, one function an architecture family.
+"""Readers of config.json: one function per architecture family gives a layer's spec.
 
 Field names and defaults: transformers src/transformers/models/*/configuration_*.py.
 """
@@ -11,6 +11,7 @@ from math import sqrt
 from pathlib import Path
 from types import MappingProxyType
 
+from edgekv.models.gguf.architectures import LOCAL_EVERY, is_local
 from edgekv.models.gguf.spec import MAX_LAYERS
 from edgekv.models.hf.config_fields import ConfigFields
 from edgekv.models.hf.rope import attention_scale_of_yarn, read_rope, trained_context
@@ -98,7 +99,7 @@ def _smollm3(config: ConfigFields, layer: int) -> LayerSpec:
 def _gemma2(config: ConfigFields, layer: int) -> LayerSpec:
     """Gemma 2 (arXiv 2408.00118): every other layer is local, starting with the first."""
     attention = _gemma_attention(config, "")
-    window = config.integer("sliding_window", 4096) if _is_local(config, layer, 2) else 0
+    window = config.integer("sliding_window", 4096) if _is_local(config, layer, LOCAL_EVERY["gemma2"]) else 0
     cap = config.values.get("attn_logit_softcapping")
     return _geglu(config, replace(attention, window=window, softcap=float(cap or 0.0)))
 
@@ -107,8 +108,9 @@ def _gemma3(config: ConfigFields, layer: int) -> LayerSpec:
     """Gemma 3 (arXiv 2503.19786): five local layers, with a RoPE of their own, before each global one."""
     config.require("attn_logit_softcapping", (), "Gemma 3 with attention softcapping")
     config.require("use_bidirectional_attention", (False,), "attention to tokens to come")
-    pattern = config.integer("sliding_window_pattern", config.values.get("_sliding_window_pattern", 6))
-    local = _is_local(config, layer, pattern)
+    every = config.values.get("_sliding_window_pattern", LOCAL_EVERY["gemma3"])
+    every = config.integer("sliding_window_pattern", every)
+    local = _is_local(config, layer, every)
     attention = _gemma_attention(config, "sliding_attention" if local else "full_attention")
     if local and "rope_parameters" not in config.values:  # before transformers 5
         theta = config.number("rope_local_base_freq", 10000.0)
@@ -224,11 +226,11 @@ def _qwen_window(config: ConfigFields, layer: int) -> int:
     return config.integer("sliding_window", 4096) if layer >= from_layer else 0
 
 
-def _is_local(config: ConfigFields, layer: int, pattern: int) -> bool:
+def _is_local(config: ConfigFields, layer: int, every: int) -> bool:
     types = config.values.get("layer_types")
     if isinstance(types, list) and layer < len(types):
         return bool(types[layer] == "sliding_attention")
-    return (layer + 1) % pattern != 0
+    return is_local(layer, every)
 
 
 def _scaled(spec: ModelSpec, config: ConfigFields) -> ModelSpec:

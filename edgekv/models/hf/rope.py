@@ -1,4 +1,4 @@
-"""Rotary embeddings as config.json describes them, in today's `rope_parameters` and in the older fields.
+"""Rotary embeddings as config.json describes them, in `rope_parameters` (transformers 5) or `rope_scaling`.
 
 Formulas: transformers src/transformers/modeling_rope_utils.py.
 """

@@ -15,7 +15,7 @@ from edgekv.models.hf.checkpoint import DTYPES, Checkpoint, all_finite, widen
 from edgekv.models.hf.config import read_spec
 from edgekv.models.hf.tensors import Recipe, recipes
 from edgekv.source import Array
-from edgekv.spec import Metadata, ModelSpec
+from edgekv.spec import Metadata
 from edgekv.tensors import model_tensor_shapes
 
 
@@ -29,28 +29,24 @@ class HFSource:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._spec = read_spec(folder)
+        self.spec = read_spec(folder)
         self._checkpoint = Checkpoint(folder)
-        self._shapes = model_tensor_shapes(self._spec)
-        self._recipes, unknown = recipes(self._checkpoint, self._spec)
+        self._shapes = model_tensor_shapes(self.spec)
+        self._recipes, unknown = recipes(self._checkpoint, self.spec)
         unknown += [name for name in self._recipes if name not in self._shapes]
         if unknown:
             raise UnsupportedError(
-                f"{folder}: tensor {unknown[0]} has no place in a plain {self._spec.arch!r} model, EdgeKV would "
+                f"{folder}: tensor {unknown[0]} has no place in a plain {self.spec.arch!r} model, EdgeKV would "
                 "drop it; choose a model without it"
             )
         for name, shape in self._shapes.items():
             self._check(name, shape)
 
-    @property
-    def spec(self) -> ModelSpec:
-        return self._spec
-
     @cached_property
     def metadata(self) -> Metadata:
         from edgekv.models.hf.tokenizer_json import read_tokenizer
 
-        return {"general.name": self._spec.name} | read_tokenizer(self.folder, self._spec.vocab)
+        return {"general.name": self.spec.name} | read_tokenizer(self.folder, self.spec.vocab)
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._shapes)

@@ -1,4 +1,4 @@
-"""What every kind of tokenizer brings along: special tokens, chat templates, and the proof that llama.cpp agrees."""
+"""Special tokens and chat templates of a folder's tokenizer, and the proof that llama.cpp gives its tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which stored tensors make up each canonical tensor, and what has to be done to them.
+"""Recipes of the canonical tensors: which stored ones make up each, and what has to be done to them.
 
 Names are mapped by gguf-py (gguf/tensor_mapping.py). Almost everything is a choice of rows, which works on
 stored bytes as well as on values, so that a checkpoint passes through bit by bit.

@@ -1,4 +1,4 @@
-"""From a folder's tokenizer to the key-value pairs that a GGUF keeps it in; tokenizer.json is read here.
+"""Tokenizers of Hugging Face folders as the key-value pairs of a GGUF; tokenizer.json is read here.
 
 Special tokens, merges and chat template are read by gguf-py (gguf.SpecialVocab). Which of llama.cpp's
 pre-tokenizers a tokenizer has is found by what it does to a text that tells them apart, and the outcome is
@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from gguf import TokenType
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import pre_tokenizers
 
@@ -99,18 +100,17 @@ def _texts(tokenizer: HFTokenizer, n_vocab: int, path: Path) -> list[str]:
 
 def _types(texts: list[str], tokenizer: HFTokenizer, document: dict[str, Any]) -> list[int]:
     ids = tokenizer.get_vocab(with_added_tokens=True)
-    kinds: list[int] = [TokenType.UNUSED] * len(texts)
+    kinds = [int(TokenType.UNUSED)] * len(texts)
     fallback = bool(document["model"].get("byte_fallback"))
     for text, i in ids.items():
         is_byte = fallback and len(text) == 6 and text.startswith("<0x") and text.endswith(">")
-        kinds[i] = TokenType.BYTE if is_byte else TokenType.NORMAL
+        kinds[i] = int(TokenType.BYTE if is_byte else TokenType.NORMAL)
     for i, token in tokenizer.get_added_tokens_decoder().items():
-        kinds[i] = (
-            TokenType.CONTROL if token.special or looks_special(token.content) else TokenType.USER_DEFINED
-        )
+        control = token.special or looks_special(token.content)
+        kinds[i] = int(TokenType.CONTROL if control else TokenType.USER_DEFINED)
     unknown = document["model"].get("unk_token")
     if fallback and unknown in ids:
-        kinds[ids[unknown]] = TokenType.UNKNOWN
+        kinds[ids[unknown]] = int(TokenType.UNKNOWN)
     return kinds
 
 

@@ -1,4 +1,4 @@
-"""From tokenizer.model, SentencePiece's own file, to the key-value pairs that a GGUF keeps a tokenizer in.
+"""SentencePiece's tokenizer.model as the key-value pairs that a GGUF keeps a tokenizer in.
 
 Read with the `sentencepiece` library, an extra. Its kinds of pieces are GGUF's kinds of tokens, by number
 (google/sentencepiece src/sentencepiece_model.proto, ModelProto.SentencePiece.Type). gguf-py's
@@ -37,10 +37,27 @@ def read_sentencepiece(folder: Path, n_vocab: int) -> dict[str, MetaValue]:
     path = folder / NAME
     processor, model = _load(path)
     _check(model, path)
+    texts, scores, kinds = _tokens(model, folder, n_vocab)
+    pairs: dict[str, MetaValue] = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": texts,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.add_space_prefix": bool(model.normalizer_spec.add_dummy_prefix),
+    }
+    pairs |= special_pairs(folder, texts, _special(folder, texts, model), {"bos": True, "eos": False})
+    text = PROBE + _COMPATIBLE
+    prove(pairs, processor.EncodeAsIds(text), path, text)
+    return pairs
+
+
+def _tokens(model: Any, folder: Path, n_vocab: int) -> tuple[list[str], list[float], list[int]]:
+    """Text, score and gguf.TokenType of every id: the model's pieces, padding, and what was added afterwards."""
     if len(model.pieces) > n_vocab:
         raise ModelFileError(
-            f"{path}: has {len(model.pieces)} tokens and the model {n_vocab}; tokenizer and weights are not of "
-            "one model: download both again"
+            f"{folder / NAME}: has {len(model.pieces)} tokens and the model {n_vocab}; tokenizer and weights are not "
+            "of one model: download both again"
         )
     padding = range(len(model.pieces), n_vocab)
     texts = [piece.piece for piece in model.pieces] + [f"[PAD{i}]" for i in padding]
@@ -54,18 +71,7 @@ def read_sentencepiece(folder: Path, n_vocab: int) -> dict[str, MetaValue]:
             continue
         texts[i], scores[i] = (text if control else text.replace(SPACE, " ")), _SCORE_ADDED
         kinds[i] = int(TokenType.CONTROL if control else TokenType.USER_DEFINED)
-    pairs: dict[str, MetaValue] = {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.tokens": texts,
-        "tokenizer.ggml.scores": scores,
-        "tokenizer.ggml.token_type": kinds,
-        "tokenizer.ggml.add_space_prefix": bool(model.normalizer_spec.add_dummy_prefix),
-    }
-    pairs |= special_pairs(folder, texts, _special(folder, texts, model), {"bos": True, "eos": False})
-    text = PROBE + _COMPATIBLE
-    prove(pairs, processor.EncodeAsIds(text), path, text)
-    return pairs
+    return texts, scores, kinds
 
 
 def _load(path: Path) -> tuple[Any, Any]:

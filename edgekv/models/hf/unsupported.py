@@ -1,4 +1,4 @@
-"""Model types near to those that are read: why they are not, and what their user can do.
+"""Unsupported model types: the reason, and what to use instead.
 
 Graphs: llama.cpp src/models of the release that llama-cpp-python 0.3.36 carries. Models: transformers 5.23,
 src/transformers/models.
@@ -15,7 +15,7 @@ _INDEXER = (
     "an indexer picks the cached tokens that a query attends to, and llama.cpp's 'deepseek2' attends to all"
 )
 _LINEAR = "some of its layers have linear attention, which keeps a state and no cache of tokens"
-_KIN: Mapping[str, tuple[str, str]] = MappingProxyType(
+_KNOWN: Mapping[str, tuple[str, str]] = MappingProxyType(
     {  # model_type: (what keeps it out, what to do)
         "deepseek_v32": (_INDEXER, _ELSEWHERE),
         "glm_moe_dsa": (_INDEXER, _ELSEWHERE),
@@ -33,7 +33,7 @@ _KIN: Mapping[str, tuple[str, str]] = MappingProxyType(
 
 def why_not(kind: str, families: tuple[str, ...]) -> tuple[str, str]:
     """What about a model type is not supported, and what to do."""
-    if kind in _KIN:
-        why, remedy = _KIN[kind]
+    if kind in _KNOWN:
+        why, remedy = _KNOWN[kind]
         return f"model type {kind!r} ({why})", remedy
     return f"model type {kind!r}", f"EdgeKV reads {', '.join(families)}; choose one of these"

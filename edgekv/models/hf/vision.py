@@ -1,4 +1,4 @@
-"""The language model inside a folder of a model that also reads pictures: its config, its tensors' names."""
+"""The language part of a vision model's folder: its config, and its tensors' names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Places of the weights outside an ONNX file, read from its bytes: no `onnx` package needed, nothing trusted.
+"""External data of ONNX files: where they say that their weights are, read without the `onnx` package.
 
 A reader of just enough protobuf (onnx/onnx.proto) to find every tensor with external data, in subgraphs and
 functions too. Names in external data have led readers out of the model's folder (CVE-2022-25882,

@@ -16,6 +16,7 @@ import pytest
 from edgekv.errors import InputError, ModelFileError, UnsupportedError
 from edgekv.models.gguf.header import read_header
 from edgekv.models.gguf.source import GGUFSource
+from edgekv.source import LazySource
 from edgekv.spec import MLA, RopeSpec
 
 
@@ -84,6 +85,9 @@ def test_tiny_model_opens(tmp_path: Path) -> None:
     for name, shape in TINY_SHAPES.items():
         assert source.shape(name) == shape
         assert np.array_equal(source.load(name), np.full(shape, 0.5))
+    for model in (source, LazySource(source.spec, source.metadata)):
+        with pytest.raises(ModelFileError, match=r"there is no tensor 'typo'; names\(\) lists"):
+            model.load("typo")
 
 
 CONTRADICTIONS: dict[str, tuple[dict[str, Any], type[InputError], str]] = {

@@ -1,0 +1,67 @@
+"""Typed values of model files: what is refused, and the remedy that fits the kind of file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgekv.errors import ModelFileError, UnsupportedError
+from edgekv.models.fields import Fields
+from edgekv.models.gguf.keys import Keys
+from edgekv.models.hf.config_fields import ConfigFields
+
+PATH = Path("model")
+VALUES: dict[str, Any] = {"a": 4, "zero": 0, "flag": True, "word": "x", "half": 0.5, "nan": float("nan")}
+VALUES |= {"huge": 2**31, "many": [1, 2], "null": None}
+
+
+def keys() -> Fields:
+    return Keys(
+        {f"llama.{name}": value for name, value in VALUES.items()} | {"a": 1, "gemma.b": 2}, PATH, "llama"
+    )
+
+
+def config() -> Fields:
+    return ConfigFields(VALUES, PATH, "text_config.")
+
+
+@pytest.mark.parametrize("make", [keys, config])
+def test_what_is_there_and_what_is_not(make: Callable[[], Fields]) -> None:
+    fields = make()
+    assert fields.integer("a") == 4
+    assert fields.integer("none", 7) == fields.integer("null", 7) == 7
+    assert fields.integer("zero", least=0) == 0
+    assert (fields.number("a"), fields.number("half"), fields.number("none", 2.0)) == (4.0, 0.5, 2.0)
+    assert (fields.optional("many"), fields.optional("none"), fields.optional("b")) == ([1, 2], None, None)
+
+
+@pytest.mark.parametrize(
+    ("make", "start", "remedy"),
+    [
+        (keys, "model: key llama.", "; download another GGUF of the model, or make one with llama.cpp's "),
+        (config, "model: field text_config.", "; download config.json again"),
+    ],
+)
+def test_refusals_name_the_value_and_a_remedy(make: Callable[[], Fields], start: str, remedy: str) -> None:
+    for name in ("none", "zero", "flag", "word", "half", "huge"):
+        with pytest.raises(ModelFileError) as caught:
+            make().integer(name)
+        found = "missing" if name == "none" else repr(VALUES[name])
+        wanted = f"{name} is {found}, a whole number of at least 1 was expected"
+        assert str(caught.value).startswith(start + wanted + remedy)
+    for name in ("none", "zero", "flag", "word", "nan", "many"):
+        with pytest.raises(ModelFileError, match=f"{name} is .*, a positive number was expected"):
+            make().number(name)
+
+
+def test_a_sound_file_of_an_odd_model_is_not_to_be_downloaded_again() -> None:
+    for fields in (keys(), config()):
+        with pytest.raises(
+            UnsupportedError, match=r"^model: a flying model is not supported; choose another model$"
+        ):
+            fields.unsupported("a flying model")
+    with pytest.raises(UnsupportedError, match=r"a different llama.many in each layer is not supported"):
+        keys().integer("many")
