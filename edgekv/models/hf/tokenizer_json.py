@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gguf import TokenType
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import pre_tokenizers
 
