@@ -10,12 +10,11 @@ import torch
 from edgekv.heal.cache_rounding import ROUND_TRIPS, straight_through
 from edgekv.heal.recipe import CacheType
 
+TYPES = {name: gguf.GGMLQuantizationType[name.upper()] for name in ROUND_TRIPS}
+
 
 def test_all_cache_types_of_a_recipe_are_simulated():
     assert get_args(CacheType) == ("f16", *ROUND_TRIPS)
-
-
-TYPES = {name: gguf.GGMLQuantizationType[name.upper()] for name in ROUND_TRIPS}
 
 
 @pytest.mark.parametrize("name", ["q8_0", "q5_0", "q4_0"])
