@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from edgekv.chat.generate import AnswerText, Finish, Generator, Step, Timings
+from edgekv.chat.pieces import PieceEncoder, token_name
 from edgekv.chat.sampling import Sampler
 from edgekv.chat.template import ChatTemplate
 from edgekv.errors import InputError
@@ -38,6 +40,7 @@ class PromptFormat:
     def __init__(self, tokenizer: Language, template: ChatTemplate | None) -> None:
         self._tokenizer = tokenizer
         self._template = template
+        self._pieces = PieceEncoder(tokenizer)
         first = tokenizer.encode("", add_special=True)[:1]
         self._bos = [token for token in first if token == tokenizer.bos_id]
 
@@ -50,7 +53,7 @@ class PromptFormat:
         """
         if tokenizer.chat_template is None:
             return cls(tokenizer, None)
-        bos, eos = _name(tokenizer, tokenizer.bos_id), _name(tokenizer, tokenizer.eos_id)
+        bos, eos = token_name(tokenizer, tokenizer.bos_id), token_name(tokenizer, tokenizer.eos_id)
         return cls(tokenizer, ChatTemplate(tokenizer.chat_template, bos, eos))
 
     @property
@@ -75,22 +78,22 @@ class PromptFormat:
         messages.append({"role": "user", "content": question})
         stand_ins = self._hide_control_names(messages)
         text = self._template.render(messages)
-        starts_with_bos = bool(self._bos) and text.startswith(_name(self._tokenizer, self._bos[0]))
+        starts_with_bos = bool(self._bos) and text.startswith(token_name(self._tokenizer, self._bos[0]))
         tokens = [] if starts_with_bos else list(self._bos)
         for part in re.split(f"([{''.join(stand_ins)}])", text) if stand_ins else [text]:
-            tokens += self._tokenizer.encode(stand_ins.get(part, part), parse_special=part not in stand_ins)
+            if part in stand_ins:
+                tokens += self._tokenizer.encode(stand_ins[part])
+            else:
+                tokens += self._pieces.encode(part)
         return tokens
 
     def _hide_control_names(self, messages: list[dict[str, str]]) -> dict[str, str]:
         """Replace the names of control tokens in the messages; returns {stand-in character: name}."""
         stand_ins: dict[str, str] = {}
         for message in messages:
-            for token in self._tokenizer.encode(message["content"], parse_special=True):
-                if self._tokenizer.is_control(token):
-                    name = _name(self._tokenizer, token)
-                    stand_in = chr(PRIVATE_USE + len(stand_ins))
-                    if name and name not in stand_ins.values():
-                        stand_ins[stand_in] = name
+            for name in self._pieces.control_names(message["content"]):
+                if name not in stand_ins.values():
+                    stand_ins[chr(PRIVATE_USE + len(stand_ins))] = name
         for stand_in, name in stand_ins.items():
             for message in messages:
                 message["content"] = message["content"].replace(name, stand_in)
@@ -199,12 +202,15 @@ class ChatSession:
                 f"this message takes {len(bare)} tokens and the context holds {n_ctx}; shorten it, or restart "
                 "with a larger --ctx-size"
             )
-        n_dropped = 0
-        while self.turns and len(prompt) + n_answer > n_ctx // 2:
-            del self.turns[0]
-            n_dropped += 1
-            prompt = self._format.tokens(self.system, self.turns, question)
-        return prompt, n_dropped
+
+        def is_enough(n: int) -> bool:
+            rest = self._format.tokens(self.system, self.turns[n:], question)
+            return len(rest) + n_answer <= n_ctx // 2
+
+        n_turns = len(self.turns)  # the more are dropped, the shorter the prompt
+        n_dropped = bisect_left(range(n_turns), True, lo=min(1, n_turns), key=is_enough)
+        del self.turns[:n_dropped]
+        return self._format.tokens(self.system, self.turns, question), n_dropped
 
 
 def _sum(first: Timings, then: Timings) -> Timings:
@@ -217,7 +223,3 @@ def _sum(first: Timings, then: Timings) -> Timings:
         prefill_s=first.prefill_s + then.prefill_s,
         decode_s=first.decode_s + then.decode_s,
     )
-
-
-def _name(tokenizer: Language, token: int | None) -> str:
-    return "" if token is None else tokenizer.token_bytes(token).decode("utf-8", "replace")
