@@ -129,10 +129,10 @@ def test_what_the_graph_does_not_know_is_refused(
 ) -> None:
     source = varied(make_llama(), qk_norm=what == "QK-norm")
     if what == "logit softcapping":
-        source._spec = replace(source.spec, logit_softcap=30.0)
+        source.spec = replace(source.spec, logit_softcap=30.0)
     elif what == "norms after":
         layer = replace(source.spec.layers[0], post_norms=True)
-        source._spec = replace(source.spec, layers=(layer,) * 3)
+        source.spec = replace(source.spec, layers=(layer,) * 3)
     with pytest.raises(UnsupportedError, match=what):
         export(source, tmp_path / "out")
 
