@@ -1,1 +1,1 @@
-"""Machines: what they are, what they did, what they would do."""
+"""Devices: sensors, benchmarks, board profiles, predictions, reports and the doctor."""

@@ -1,6 +1,6 @@
-"""Fitting the speed model's coefficients on public measurements, and the error on rows it never saw.
+"""Fit of the speed model's coefficients on public measurements, and errors on rows that the fit never saw.
 
-The rows are public_rows.csv beside this file: one measurement a line with its source, marked `train` or `test`.
+The rows are public_rows.csv beside this file: one measurement per line with its source, marked `train` or `test`.
 Each kind of machine is fitted on its train rows alone; mean |log(predicted / measured)| is what is minimized,
 so that one bad row weighs no more than it should.
 """
@@ -22,7 +22,7 @@ from edgekv.devices.predict.speed import Coefficients, Workload, decode_s, prefi
 
 ROWS = Path(__file__).with_name("public_rows.csv")
 
-# Where each kind starts, and which of its decode coefficients its train rows can tell.
+# Where each kind starts, and which of its decode coefficients its train rows determine.
 ARM_FREE = ("bandwidth_share", "decode_flops_per_cycle", "low_bit_cost")
 FREE: Mapping[str, tuple[str, ...]] = {
     "arm": ("bandwidth_share",),  # its rows are all limited by bandwidth
@@ -32,7 +32,7 @@ FREE: Mapping[str, tuple[str, ...]] = {
     "gpu": ("bandwidth_share", "layer_s", "attention_passes"),
     "gpu-hbm": ("bandwidth_share", "layer_s", "attention_passes"),
 }
-ATTENTION = {"gqa f16": 1.15, "gqa quantized": 3.4, "mla f16": 4.8, "mla quantized": 5.3}  # FLOPs a cycle
+ATTENTION = {"gqa f16": 1.15, "gqa quantized": 3.4, "mla f16": 4.8, "mla quantized": 5.3}  # FLOPs per cycle
 FAMILIES = ("f16", "q8", "q4", "k", "low")
 
 
@@ -116,7 +116,7 @@ def _start(kind: str) -> Coefficients:
 
     Attention over other caches than GQA in f16 follows ratios measured with SmolLM2-135M and its conversion
     on one AVX-512 core, depth 0 to 3072: GQA q8_0 takes 0.34 of the time of f16, MLA does 4.2 times the FLOPs
-    a second in f16 (its rows are long and all heads share them), and q8_0 gains 10 % there. Arm takes the x86
+    per second in f16 (its rows are long and all heads share them), and q8_0 gains 10 % there. Arm takes the x86
     rates, half of them without fp16 arithmetic (128-bit vectors, every f16 value is converted).
     """
     is_gpu, dotprod = kind in ("igpu", "gpu", "gpu-hbm"), kind == "arm-dotprod"
@@ -143,7 +143,7 @@ def _start(kind: str) -> Coefficients:
 
 
 def _prefill_rates(rows: Sequence[Row]) -> dict[str, float]:
-    """Median FLOPs a cycle and core of each weight family, from short prefills (attention hardly counts)."""
+    """Median FLOPs per cycle and core of each weight family, from short prefills (attention hardly counts)."""
     seen: dict[str, list[float]] = {}
     for row in rows:
         if row.prefill_tps and row.n_prompt <= 512:
@@ -156,7 +156,7 @@ def _prefill_rates(rows: Sequence[Row]) -> dict[str, float]:
 def _prefill_attention(rows: Sequence[Row]) -> tuple[float | None, float | None]:
     """Rate of attention in prefill as a share of the weights' rate, and the cost of a quantized cache.
 
-    One source's prefills of growing length give a line: time a token = weights / rate + depth x attention /
+    One source's prefills of growing length give a line: time per token = weights / rate + depth x attention /
     (rate x share). Its slope over its intercept holds no clock, no cores and no rate. A quantized cache
     steepens the line of the same model.
     """
@@ -188,7 +188,7 @@ def _median(values: Sequence[float]) -> float | None:
 
 
 def _search(c: Coefficients, free: Sequence[str], loss: Callable[[Coefficients], float]) -> Coefficients:
-    """Coordinate search over factors, each a whole line at a time, since a `max` in the model makes plateaus.
+    """Coordinate search over factors, a whole line at a time, since a `max` in the model makes plateaus.
 
     No gradient, no dependency, and the same result every time.
     """
@@ -227,7 +227,7 @@ def _loss(errors: Sequence[float]) -> float:
 
 
 def decode_errors(rows: Sequence[Row], coefficients: Mapping[str, Coefficients]) -> list[Error]:
-    """Decode speed, row by row, of those that measured it."""
+    """Errors of decode speed, of the rows that have it."""
     found = []
     for row in rows:
         if row.decode_tps:
@@ -238,7 +238,7 @@ def decode_errors(rows: Sequence[Row], coefficients: Mapping[str, Coefficients])
 
 
 def prefill_errors(rows: Sequence[Row], coefficients: Mapping[str, Coefficients]) -> list[Error]:
-    """Prefill speed, row by row, of those that measured it on an empty cache."""
+    """Errors of prefill speed on an empty cache, of the rows that have it."""
     found = []
     for row in rows:
         if row.prefill_tps:

@@ -10,7 +10,7 @@ MAX_NBYTES = 1024 * 2**20
 
 
 def working_set_nbytes(weights_nbytes: int, available_nbytes: int | None) -> int:
-    """Size of the array to read: that of the weights, within an eighth of the free memory.
+    """Bytes of the array to read: as many as the weights, but at most an eighth of the free memory.
 
     Reading as much as the model reads finds the level of the memory that really serves it: a model that
     fits a large last-level cache decodes from there and not from DRAM.
@@ -22,8 +22,8 @@ def working_set_nbytes(weights_nbytes: int, available_nbytes: int | None) -> int
 def read_bandwidth_gb_s(nbytes: int, threads: int, seconds: float = 0.6) -> float:
     """Best of several passes in which `threads` threads read an array of `nbytes` together, in GB/s.
 
-    numpy's integer maximum is a vector loop without the interpreter's lock; the best pass is the figure,
-    as STREAM does, since others on the machine only ever slow it down.
+    NumPy's integer maximum is a vector loop that releases the GIL. The best pass is the figure, as in STREAM,
+    since other programs can only slow a pass down.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""The bench: several models and cache types in turns, each in its own process, into one Report."""
+"""Bench: several models and cache types in turns, each in its own process, into one Report."""
 
 from __future__ import annotations
 
@@ -10,13 +10,7 @@ from datetime import UTC, datetime
 from msgspec import structs
 
 from edgekv.devices.bench.bandwidth import working_set_nbytes
-from edgekv.devices.bench.settings import (
-    BenchSettings,
-    Candidate,
-    check,
-    labels,
-    load_note,
-)
+from edgekv.devices.bench.settings import BenchSettings, Candidate, check, labels, load_note
 from edgekv.devices.bench.worker import WorkerProcess
 from edgekv.devices.boards.profile import known_memory
 from edgekv.devices.predict.model_info import (
@@ -30,7 +24,6 @@ from edgekv.devices.reporting.report import (
     VERSION,
     BenchRun,
     CacheInfo,
-    Machine,
     ModelInfo,
     Point,
     Report,
@@ -54,7 +47,7 @@ WORKER_NBYTES = 120 * 2**20  # interpreter, libraries and buffers beside weights
 
 @dataclass
 class _Lane:
-    """A candidate on its way: its process and what was measured so far."""
+    """A candidate under measurement: its process and the figures so far."""
 
     candidate: Candidate
     worker: WorkerProcess
@@ -129,9 +122,8 @@ class _Bench:
         for candidate, label in zip(self._candidates, labels(self._candidates), strict=True):
             model, cache = (_describe_onnx if candidate.engine == "onnx" else _describe_gguf)(candidate, s)
             if s.n_ctx > (model.context_length or s.n_ctx):
-                self._notes += (
-                    f"{label}: measured up to {s.n_ctx} tokens, trained for {model.context_length}",
-                )
+                note = f"{label}: measured up to {s.n_ctx} tokens, trained for {model.context_length}"
+                self._notes += (note,)
             runs.append(BenchRun(label, candidate.engine, model, cache))
         return runs
 
@@ -154,12 +146,12 @@ class _Bench:
         with ExitStack() as stack:
             lanes = []
             for candidate, run in group:
-                self._tell(f"{run.label}: memory bandwidth")
+                self._announce(f"{run.label}: memory bandwidth")
                 run = structs.replace(self._with_bandwidth(run), before=read_health())
                 worker = stack.enter_context(WorkerProcess(run.label))
                 lanes.append(_Lane(candidate, worker, run, EnergyMeter(self._energy)))
             for lane in lanes:
-                self._tell(f"{lane.run.label}: load")
+                self._announce(f"{lane.run.label}: load")
                 self._guard(lane, self._open)
             for depth in self._settings.depths:
                 self._measure_depth(lanes, depth)
@@ -195,27 +187,22 @@ class _Bench:
         lane.worker.ask("decode", n=min(8, s.n_gen))  # warms the decode path; not counted
         if on_card:
             self._features = tuple(lane.worker.ask("engine_features"))
-        if card_before is not None:
-            self._machine = self._machine_with_card()
+        if card_before is not None and (card := first_card()):
+            self._machine = structs.replace(self._machine, card=card.name, card_nbytes=card.total_nbytes)
             lane.card_nbytes = lane.worker.ask("card") - card_before
         lane.cache_nbytes, lane.repacked_nbytes = opened["cache_nbytes"], opened["repacked_nbytes"]
         lane.run = structs.replace(lane.run, load_s=opened["load_s"], first_ttft_s=first_ttft_s)
-        if lane.card_nbytes:  # it reads the card's memory: the cores' bandwidth is no ceiling to it
+        if lane.card_nbytes:  # decoding reads the card's memory: the cores' bandwidth is no ceiling
             lane.run = structs.replace(lane.run, bandwidth_gb_s=None, bandwidth_nbytes=None)
-
-    def _machine_with_card(self) -> Machine:
-        card = first_card()
-        assert card is not None, "the worker saw one"
-        return structs.replace(self._machine, card=card.name, card_nbytes=card.total_nbytes)
 
     def _measure_depth(self, lanes: list[_Lane], depth: int) -> None:
         for lane in lanes:
             lane.ttft, lane.decode, lane.joules = [], [], []
-            self._tell(f"{lane.run.label}: fill the cache to depth {depth}")
+            self._announce(f"{lane.run.label}: fill the cache to depth {depth}")
             self._guard(lane, lambda lane: lane.worker.ask("fill", depth=depth))
         for repeat in range(self._settings.repeats):
             for lane in lanes:
-                self._tell(f"{lane.run.label}: depth {depth}, sample {repeat + 1}")
+                self._announce(f"{lane.run.label}: depth {depth}, sample {repeat + 1}")
                 self._guard(lane, self._sample)
         for lane in lanes:
             if lane.run.error is None:
@@ -253,7 +240,7 @@ class _Bench:
         lane.run = structs.replace(lane.run, memory=memory, energy_source=lane.meter.name)
 
     def _guard(self, lane: _Lane, action: Callable[[_Lane], object]) -> None:
-        """Do something with a lane; a dead or refusing engine ends that lane and no other."""
+        """Run `action`; an engine that dies or refuses ends its own lane and no other."""
         if lane.run.error is not None:
             return
         try:
@@ -261,7 +248,7 @@ class _Bench:
         except BackendError as error:
             lane.run = structs.replace(lane.run, error=str(error))
 
-    def _tell(self, text: str) -> None:
+    def _announce(self, text: str) -> None:
         self._step += 1
         self._progress(self._step, self._steps, text)
 

@@ -1,4 +1,4 @@
-"""What a bench is asked to do, and what can be said before it runs."""
+"""Settings of a bench, their checks, and the names of its candidates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """What to measure. `cpus` empty: the big physical cores; `threads` 0: as many."""
+    """What to measure. `cpus` empty: the big physical cores; `threads` 0: one per CPU of these."""
 
     depths: tuple[int, ...] = (0, 512)
     n_prompt: int = 128
@@ -59,12 +59,15 @@ def labels(candidates: Sequence[Candidate]) -> list[str]:
 
 
 def check(candidates: Sequence[Candidate], settings: BenchSettings) -> None:
+    """Raises InputError without candidates, or if a setting is out of range."""
     if not candidates:
         raise InputError("nothing to bench: name at least one model file")
     s = settings
     if not s.depths or min(s.depths) < 0 or list(s.depths) != sorted(set(s.depths)):
         raise InputError(f"depths {s.depths}: give whole numbers from 0, each once, in rising order")
     if min(s.n_prompt, s.n_gen, s.repeats) < 1:
-        raise InputError("the prompt, the answer and the repeats must be at least 1")
+        raise InputError("tokens to prefill, tokens to decode and repeats must each be at least 1")
     if unknown := sorted(set(s.cpus) - set(allowed_cpus())):
-        raise InputError(f"CPU {unknown[0]} is not one that this process may use: {allowed_cpus()}")
+        raise InputError(
+            f"CPU {unknown[0]} is closed to this process; choose from {', '.join(map(str, allowed_cpus()))}"
+        )

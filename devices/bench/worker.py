@@ -1,4 +1,4 @@
-"""A model in a process of its own, as the bench asks it: its own resident set, and a crash ends only this one."""
+"""Worker processes of the bench: each model has its own resident set, and a crash ends only its own process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class WorkerProcess(Child):
         """Send one request and wait for its answer.
 
         Raises:
-            BackendError: the worker refused, or died; the message says of what.
+            BackendError: the worker refused or died; the message gives the cause.
         """
         try:
             return super().ask(do, on_message, **arguments)

@@ -1,4 +1,4 @@
-"""The child process of edgekv.devices.bench.worker: one model, its speed and its memory."""
+"""Child process of edgekv.devices.bench.worker: one model, its speed and its memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Worker:
     def open(
         self, path: str, engine: Kind, n_ctx: int, cache_type: str, threads: int, cpus: list[int]
     ) -> dict[str, Any]:
-        """Load the model; how long it took and what the engine says it allocated."""
+        """Load the model: seconds that it took, and bytes that the engine allocated."""
         from edgekv.backends.open import open_backend
 
         pin(cpus)
@@ -114,14 +114,11 @@ class Worker:
 
         if engine == "onnx":
             return read_manifest(self._path).model.weights_nbytes
-        return repacked_nbytes(engine_log()) if engine == "llama.cpp" else 0
+        if engine != "llama.cpp":
+            return 0
+        from edgekv.backends.llama_cpp.library import LOG
 
-
-def engine_log() -> str:
-    """What llama.cpp logged while it loaded."""
-    from edgekv.backends.llama_cpp.library import LOG
-
-    return LOG.text()
+        return repacked_nbytes(LOG.text())
 
 
 def repacked_nbytes(log: str) -> int:

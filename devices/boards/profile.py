@@ -1,4 +1,4 @@
-"""Board profiles: what a plan needs to know of a machine it does not run on, each number with its source."""
+"""Board profiles: the figures that plans need of machines they do not run on, each with its source."""
 
 from __future__ import annotations
 
@@ -8,29 +8,57 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Generic, Literal, TypeVar
 
+from msgspec import Meta
 from msgspec.structs import replace
 
+from edgekv import documents
 from edgekv.backends.llama_cpp.footprint import RUNTIME_NBYTES
 from edgekv.devices.reporting.report import Machine
+from edgekv.documents import Document, SchemaError
 from edgekv.errors import InputError
 
 PROFILES = Path(__file__).parent
 # Machines whose speed follows the same rules; each has its coefficients in speed.json.
-KINDS = ("arm", "arm-dotprod", "x86", "igpu", "gpu", "gpu-hbm")
-WORDS = ("name", "kind", "soc", "memory", "aliases", "isa", "matches")
-NUMBERS = ("ram_mib", "read_gb_s", "os_mib")
-CPU_NUMBERS = ("cores", "clock_ghz")  # needed where the model runs on the CPU
-OPTIONAL_NUMBERS = ("prefill_gflops", "decode_w")
+Kind = Literal["arm", "arm-dotprod", "x86", "igpu", "gpu", "gpu-hbm"]
 GPU_KINDS = ("igpu", "gpu", "gpu-hbm")
+T = TypeVar("T")
+
+
+class _Figure(Document, Generic[T], frozen=True):
+    value: T
+    source: Annotated[str, Meta(min_length=1)]
+
+
+class _Profile(Document, frozen=True, kw_only=True):
+    """A profile's TOML file; `cores` and `clock_ghz` are needed where the model runs on the CPU."""
+
+    name: str
+    kind: Kind
+    soc: str
+    memory: str
+    aliases: tuple[str, ...]
+    isa: tuple[str, ...]
+    matches: tuple[str, ...]
+    ram_mib: _Figure[tuple[int, ...]]
+    read_gb_s: _Figure[dict[str, float]]
+    os_mib: _Figure[int]
+    cores: _Figure[int] | None = None
+    clock_ghz: _Figure[float] | None = None
+    prefill_gflops: _Figure[float] | None = None
+    decode_w: _Figure[float] | None = None
+
+
+WORDS = ("name", "kind", "soc", "memory", "aliases", "isa", "matches")
+NUMBERS = tuple(name for name in _Profile.__struct_fields__ if name not in WORDS)
 
 
 @dataclass(frozen=True)
 class Board:
     """One machine.
 
-    `ram_mib` lists the sizes it is sold with; `read_gb_s` is the read bandwidth by number of threads (of
+    `ram_mib` lists the sizes that it is sold with; `read_gb_s` is the read bandwidth by number of threads (of
     the whole card for a GPU, where `cores` and `clock_ghz` play no part); `os_mib` is the memory that the
     system takes before any program starts; `prefill_gflops` is what a GPU's prefill reaches; `decode_w` is
     the power while decoding; `runtime_nbytes` is what a process holds there before any model.
@@ -45,13 +73,13 @@ class Board:
     isa: tuple[str, ...]
     matches: tuple[str, ...]
     ram_mib: tuple[int, ...]
-    cores: int
-    clock_ghz: float
     read_gb_s: Mapping[int, float]
     os_mib: int
-    prefill_gflops: float | None
-    decode_w: float | None
     sources: Mapping[str, str]
+    cores: int = 1
+    clock_ghz: float = 1.0
+    prefill_gflops: float | None = None
+    decode_w: float | None = None
     runtime_nbytes: int = RUNTIME_NBYTES
 
     @property
@@ -78,47 +106,21 @@ def parse_board(key: str, text: str) -> Board:
     """One profile from its TOML text.
 
     Raises:
-        InputError: a key is missing, unknown or without a source.
+        InputError: a key is missing, unknown, without a source, or holds the wrong kind of value.
     """
     try:
-        data = tomllib.loads(text)
+        profile = documents.decode(_Profile, tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"board profile {key}: not valid TOML: {error}") from error
-    if data.get("kind") not in KINDS:
-        raise InputError(f"board profile {key}: kind {data.get('kind')!r} is not one of {', '.join(KINDS)}")
-    required = {*WORDS, *NUMBERS} | (set() if data["kind"] in GPU_KINDS else {*CPU_NUMBERS})
-    if missing := sorted(required - data.keys()):
-        raise InputError(f"board profile {key}: {missing[0]} is missing")
-    if unknown := sorted(data.keys() - required - {*CPU_NUMBERS, *OPTIONAL_NUMBERS}):
-        raise InputError(f"board profile {key}: {unknown[0]} is not a known key")
-    sources = {}
-    for name in data.keys() - {*WORDS}:
-        if set(data[name]) != {"value", "source"} or not data[name]["source"]:
-            raise InputError(f"board profile {key}: {name} needs exactly a value and a source")
-        sources[name] = data[name]["source"]
-    return _board(key, data, sources)
-
-
-def _board(key: str, data: dict[str, Any], sources: dict[str, str]) -> Board:
-    value = {name: data[name]["value"] for name in sources}
-    return Board(
-        key=key,
-        name=data["name"],
-        kind=data["kind"],
-        soc=data["soc"],
-        memory=data["memory"],
-        aliases=tuple(data["aliases"]),
-        isa=tuple(data["isa"]),
-        matches=tuple(data["matches"]),
-        ram_mib=tuple(value["ram_mib"]),
-        cores=value.get("cores", 1),
-        clock_ghz=value.get("clock_ghz", 1.0),
-        read_gb_s={int(threads): gb_s for threads, gb_s in value["read_gb_s"].items()},
-        os_mib=value["os_mib"],
-        prefill_gflops=value.get("prefill_gflops"),
-        decode_w=value.get("decode_w"),
-        sources=sources,
-    )
+    except SchemaError as error:
+        raise InputError(f"board profile {key}: {error}") from error
+    figures = {name: found for name in NUMBERS if (found := getattr(profile, name)) is not None}
+    if profile.kind not in GPU_KINDS and (missing := {"cores", "clock_ghz"} - figures.keys()):
+        raise InputError(f"board profile {key}: {min(missing)}: missing")
+    values = {name: figure.value for name, figure in figures.items()}
+    values["read_gb_s"] = {int(threads): gb_s for threads, gb_s in profile.read_gb_s.value.items()}
+    words = {name: getattr(profile, name) for name in WORDS}
+    return Board(key=key, **words, **values, sources={name: each.source for name, each in figures.items()})
 
 
 def find_board(name: str) -> Board:
@@ -153,7 +155,7 @@ def match_board(machine: Machine) -> Board | None:
 
 
 def known_memory(machine: Machine, notes: tuple[str, ...]) -> tuple[Machine, tuple[str, ...]]:
-    """A probed machine and its notes, its memory type filled in from the board's profile where it tells none."""
+    """A probed machine and its notes, its memory type filled in from the board's profile if not known."""
     board = match_board(machine)
     if machine.memory_type is not None or board is None or board.is_gpu:
         return machine, notes

@@ -1,1 +1,1 @@
-"""Checks whether this machine is ready."""
+"""Doctor: checks whether this machine is ready."""

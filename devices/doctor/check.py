@@ -1,4 +1,4 @@
-"""One finding of the doctor."""
+"""Check: one finding of the doctor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is this machine ready: one check a function, each with what was found and what to do about it."""
+"""Checks whether this machine is ready, one per function: what was found, and what to do about it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 import platform
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from edgekv.devices.bench.worker import WorkerProcess
@@ -26,17 +26,8 @@ HOT_C = 75.0
 
 def examine() -> list[Check]:
     """All checks, in the order in which trouble would show."""
-    checks = [
-        check_python(),
-        *check_packages(),
-        check_wheels(),
-        check_engine(),
-        *check_memory(),
-        check_cores(),
-        check_governor(),
-        *check_heat(),
-    ]
-    return [*checks, check_comfort()]
+    system = [check_python(), *check_packages(), check_wheels(), check_engine()]
+    return [*system, *check_memory(), check_cores(), check_governor(), *check_heat(), check_comfort()]
 
 
 def check_python() -> Check:
@@ -70,35 +61,28 @@ def check_packages() -> list[Check]:
 
 
 # Wheels on PyPI as of numpy 2.4, onnxruntime 1.32, tokenizers 0.23, safetensors 0.8, psutil 7.2.
+_ALL = ("numpy", "onnxruntime", "tokenizers", "safetensors", "psutil")
 WHEELS = {
-    ("x86_64", "glibc"): ("numpy", "onnxruntime", "tokenizers", "safetensors", "psutil"),
-    ("aarch64", "glibc"): ("numpy", "onnxruntime", "tokenizers", "safetensors", "psutil"),
-    ("x86_64", "musl"): ("numpy", "tokenizers", "safetensors", "psutil"),
-    ("aarch64", "musl"): ("numpy", "tokenizers", "safetensors", "psutil"),
+    **dict.fromkeys([("x86_64", "glibc"), ("aarch64", "glibc")], _ALL),
+    **dict.fromkeys([("x86_64", "musl"), ("aarch64", "musl")], ("numpy", *_ALL[2:])),
     ("armv7l", "glibc"): ("tokenizers", "safetensors"),
 }
 
 
 def check_wheels() -> Check:
-    """What pip finds ready-made for this platform, and whether the rest can be compiled."""
+    """Wheels on PyPI for this platform, and whether the rest can be compiled."""
     libc = "glibc" if platform.libc_ver()[0] == "glibc" else "musl"
     wheels = WHEELS.get((platform.machine(), libc))
     where = f"{platform.machine()} {libc}"
     tools = [tool for tool in ("cmake", "c++") if shutil.which(tool) is None]
     missing = f"; {' and '.join(tools)} not found" if tools else ""
     if wheels is None:
-        return Check(
-            "wheels", "unknown", f"{where}: no list for this platform", "pip tells what it has to compile"
-        )
+        advice = "`pip install` shows what it has to compile"
+        return Check("wheels", "unknown", f"{where}: no list for this platform", advice)
     found = f"{where}: {', '.join(wheels)}; llama-cpp-python is compiled{missing}"
-    absent = sorted(set(WHEELS["x86_64", "glibc"]) - set(wheels))
-    if absent:
-        return Check(
-            "wheels",
-            "warn",
-            found,
-            f"no wheel of {', '.join(absent)}: pip compiles it, or use a 64-bit glibc system",
-        )
+    if absent := sorted(set(_ALL) - set(wheels)):
+        advice = f"no wheel of {', '.join(absent)}: pip compiles it, or use a 64-bit glibc system"
+        return Check("wheels", "warn", found, advice)
     if tools and package_version("llama-cpp-python") is None:
         return Check("wheels", "warn", found, "apt-get install build-essential cmake")
     return Check("wheels", "ok", found)
@@ -106,11 +90,9 @@ def check_wheels() -> Check:
 
 def check_engine() -> Check:
     """Whether the llama.cpp build runs on this CPU; its code is only executed in a child process."""
-    library = engine_library()
+    name, library = "llama.cpp on this CPU", engine_library()
     if library is None:
-        return Check(
-            "llama.cpp on this CPU", "unknown", "llama.cpp is not installed", "see llama-cpp-python above"
-        )
+        return Check(name, "unknown", "llama.cpp is not installed", "see llama-cpp-python above")
     flags = cpu_flags()
     used = arm_flags_used(library.read_bytes())
     lacking = sorted(flag for flag in used if flag not in flags) if flags else []
@@ -120,20 +102,16 @@ def check_engine() -> Check:
             with WorkerProcess("llama.cpp") as worker:
                 features = worker.ask("engine_features")
         except BackendError as error:
-            return Check("llama.cpp on this CPU", "fail", str(error), REBUILD)
+            return Check(name, "fail", str(error), REBUILD)
         lacking = missing_features(features, flags) if flags else []
     if lacking:
-        found = (
-            f"the build uses {', '.join(lacking)}, which this CPU lacks: it dies of an illegal instruction"
-        )
-        return Check("llama.cpp on this CPU", "fail", found, REBUILD)
+        words = ", ".join(lacking)
+        found = f"the build uses {words}, which this CPU lacks: it dies of an illegal instruction"
+        return Check(name, "fail", found, REBUILD)
+    used_words = " ".join(features)
     if not flags:
-        return Check(
-            "llama.cpp on this CPU",
-            "unknown",
-            f"the build uses {' '.join(features)}; the CPU's flags are not readable",
-        )
-    return Check("llama.cpp on this CPU", "ok", f"build uses {' '.join(features)}; the CPU has them")
+        return Check(name, "unknown", f"the build uses {used_words}; the CPU's flags are not readable")
+    return Check(name, "ok", f"build uses {used_words}; the CPU has them")
 
 
 def check_memory(root: Path = Path("/")) -> list[Check]:
@@ -149,19 +127,11 @@ def check_memory(root: Path = Path("/")) -> list[Check]:
     low = free < MIN_RAM_NBYTES
     advice = f"close programs: the smallest model needs about {MIN_RAM_NBYTES / MIB:.0f} MiB" if low else ""
     swap = memory.get("SwapTotal", 0)
-    checks = [Check("memory", "fail" if low else "ok", found, advice)]
+    swap_check = Check("swap", "ok", f"{swap / MIB:,.0f} MiB")
     if swap == 0 and total < 4 * 2**30:
-        checks.append(
-            Check(
-                "swap",
-                "warn",
-                "none",
-                "a tight fit ends in the OOM killer: add zram (apt-get install zram-tools)",
-            )
-        )
-    else:
-        checks.append(Check("swap", "ok", f"{swap / MIB:,.0f} MiB"))
-    return checks
+        add_zram = "a tight fit ends in the OOM killer: add zram (apt-get install zram-tools)"
+        swap_check = Check("swap", "warn", "none", add_zram)
+    return [Check("memory", "fail" if low else "ok", found, advice), swap_check]
 
 
 def check_cores() -> Check:
@@ -170,13 +140,11 @@ def check_cores() -> Check:
     kinds = ", ".join(f"{len(group.cpus)} x {group.name}" for group in machine.cores)
     quota = cpu_quota()
     if quota is not None and quota < len(allowed_cpus()):
-        return Check(
-            "cores", "warn", f"{kinds}; the container may use {quota:g}", "raise its CPU quota for more speed"
-        )
+        found = f"{kinds}; the container may use {quota:g}"
+        return Check("cores", "warn", found, "raise its CPU quota for more speed")
     if machine.emulator:
-        return Check(
-            "cores", "warn", f"{kinds}; emulated by {machine.emulator}", "times are not those of a real board"
-        )
+        found = f"{kinds}; emulated by {machine.emulator}"
+        return Check("cores", "warn", found, "do not take its times for a real board's")
     return Check("cores", "ok", f"{kinds}; {len(allowed_cpus())} usable")
 
 
@@ -185,10 +153,8 @@ def check_governor() -> Check:
     governor = probe()[0].governor
     if governor is None:
         return Check("governor", "unknown", "this machine shows no cpufreq in /sys")
-    if (
-        governor in ("powersave", "conservative")
-        and not Path("/sys/devices/system/cpu/intel_pstate").exists()
-    ):
+    slow = governor in ("powersave", "conservative")
+    if slow and not Path("/sys/devices/system/cpu/intel_pstate").exists():
         return Check("governor", "warn", governor, "sudo cpupower frequency-set -g performance")
     return Check("governor", "ok", governor)
 
@@ -196,24 +162,29 @@ def check_governor() -> Check:
 def check_heat(root: Path = Path("/")) -> list[Check]:
     """Temperature and throttling."""
     health = read_health(root)
-    if health.temperature_c:
-        name, hottest = max(health.temperature_c.items(), key=lambda item: item[1])
-        hot = hottest >= HOT_C
-        checks = [
-            Check(
-                "temperature", "warn" if hot else "ok", f"{hottest:.0f} C ({name})", "cool it" if hot else ""
-            )
-        ]
-    else:
-        checks = [Check("temperature", "unknown", "no thermal sensor could be read")]
-    if health.throttling is None:
-        return [*checks, Check("throttling", "unknown", "this machine does not tell")]
-    if not health.throttling:
-        return [*checks, Check("throttling", "ok", "none")]
-    voltage = any("under-voltage" in words for words in health.throttling)
+    return [_check_temperature(health.temperature_c), _check_throttling(health.throttling)]
+
+
+def _check_temperature(celsius: Mapping[str, float]) -> Check:
+    if not celsius:
+        return Check("temperature", "unknown", "no thermal sensor could be read")
+    name, hottest = max(celsius.items(), key=lambda item: item[1])
+    found = f"{hottest:.0f} C ({name})"
+    return (
+        Check("temperature", "warn", found, "cool it")
+        if hottest >= HOT_C
+        else Check("temperature", "ok", found)
+    )
+
+
+def _check_throttling(words: Sequence[str] | None) -> Check:
+    if not words:
+        unknown = Check("throttling", "unknown", "no throttling counter could be read")
+        return unknown if words is None else Check("throttling", "ok", "none")
+    voltage = any("under-voltage" in text for text in words)
     advice = "use the board's own power supply and a short cable" if voltage else "improve cooling"
-    now = any(words.endswith("now") for words in health.throttling)
-    return [*checks, Check("throttling", "fail" if now else "warn", ", ".join(health.throttling), advice)]
+    now = any(text.endswith("now") for text in words)
+    return Check("throttling", "fail" if now else "warn", ", ".join(words), advice)
 
 
 def is_ready(checks: Sequence[Check]) -> bool:

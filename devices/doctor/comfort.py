@@ -1,4 +1,4 @@
-"""The largest model that is comfortable on this machine, out of a ladder of well-known ones."""
+"""Comfort check: the largest of some well-known models that this machine runs at reading speed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LADDER = (  # by size; Q4_0 with an 8-bit head
 
 
 def check_comfort() -> Check:
-    """The largest model of a well-known ladder that fits and decodes at reading speed, and its longest context."""
+    """The largest model of LADDER that fits and decodes at reading speed, and its longest context."""
     try:
         board, machine = this_board(LADDER[0].read_nbytes)
     except (BackendError, OSError) as error:
@@ -69,11 +69,9 @@ def check_comfort() -> Check:
     bandwidth = f"{max(board.read_gb_s.values()):.1f} GB/s measured"
     if best is None:
         advice = "`edgekv plan MODEL` says what fits; a converted model and a q8_0 cache need less"
-        return Check(
-            "comfortable model", "warn", f"none at {COMFORTABLE_CONTEXT} tokens ({bandwidth})", advice
-        )
+        found = f"none at {COMFORTABLE_CONTEXT} tokens ({bandwidth})"
+        return Check("comfortable model", "warn", found, advice)
     model, tps, context = best
-    found = (
-        f"{model.name} in 4 bits: about {tps:.0f} tokens/s projected, context up to {context:,} ({bandwidth})"
-    )
+    speed = f"about {tps:.0f} tokens/s projected"
+    found = f"{model.name} in 4 bits: {speed}, context up to {context:,} ({bandwidth})"
     return Check("comfortable model", "ok", found)

@@ -1,8 +1,9 @@
-"""Ways to make a model smaller: conversions, cache types and weight types, with their bytes."""
+"""Options to make a model smaller: conversions, cache types and weight types, with their bytes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 
 from edgekv.convert.layers import convertible_attention
 from edgekv.convert.target import choose_rank, target_spec
@@ -53,7 +54,7 @@ class Option:
         return ", ".join(self.steps) or "as it is"
 
     def workload(self) -> Workload:
-        """What it asks of a machine per token."""
+        """Bytes and FLOPs per token."""
         spec = self.spec
         return Workload(
             n_layers=spec.n_layers,
@@ -103,38 +104,16 @@ def all_options(source: SizedSource) -> list[Option]:
     """Every option that is possible for this model and does not enlarge it, by order of expected loss."""
     own = option(source, None, "f16", KEEP)
     found = []
-    for keep in (None, *_possible_targets(source.spec)):
-        for weights in WEIGHTS:
-            for cache_type in _possible_cache_types(
-                source.spec if keep is None else converted_spec(source.spec, keep)
-            ):
-                made = option(source, keep, cache_type, weights)
-                if weights == KEEP or made.weights_nbytes < 0.95 * own.weights_nbytes:
-                    found.append(made)
-    return sorted(found, key=lambda made: made.loss_order)
-
-
-def _possible_targets(spec: ModelSpec) -> list[float]:
-    found = []
-    for keep in TARGETS:
+    for keep, weights, cache_type in product((None, *TARGETS), WEIGHTS, COMMON_CACHES):
         try:
-            converted_spec(spec, keep)
+            made = option(source, keep, cache_type, weights)
         except InputError:  # already MLA, or too few values for a latent
             continue
-        found.append(keep)
-    return found
-
-
-def _possible_cache_types(spec: ModelSpec) -> list[str]:
-    """Those whose blocks divide the rows."""
-    found = []
-    for cache_type in COMMON_CACHES:
-        try:
-            spec.kv_bytes_per_token(cache_type)
-        except ValueError:
+        except ValueError:  # the cache type's blocks do not divide the rows
             continue
-        found.append(cache_type)
-    return found
+        if weights == KEEP or made.weights_nbytes < 0.95 * own.weights_nbytes:
+            found.append(made)
+    return sorted(found, key=lambda made: made.loss_order)
 
 
 def converted_spec(spec: ModelSpec, keep: float) -> ModelSpec:

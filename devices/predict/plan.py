@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,13 +52,13 @@ class Plan:
 
     @property
     def needed_nbytes(self) -> int:
-        """What must stay in the board's memory; a discrete GPU holds no Python."""
+        """Bytes that must stay in the board's memory; a discrete GPU's holds no Python."""
         host = self.footprint.runtime_nbytes if self.board.kind.startswith("gpu") else 0
         return self.footprint.needed_nbytes - host
 
     @property
     def fits(self) -> bool:
-        """Whether it fits what the system leaves."""
+        """Whether it fits the memory that the system leaves."""
         return self.needed_nbytes <= self.available_nbytes
 
 
@@ -66,7 +67,8 @@ def make_plan(board: Board, option: Option, context: int, ram_nbytes: int, threa
     threads = threads or board.cores
     c = load_coefficients()[board.kind]
     ubatch = default_ubatch(ram_nbytes)
-    parts = footprint_on(board, option, context, ubatch)
+    parts = _footprint(board, option, context, ubatch)
+    speeds = _speeds(board, option, context, threads, c)
     plan = Plan(
         board=board,
         option=option,
@@ -77,31 +79,21 @@ def make_plan(board: Board, option: Option, context: int, ram_nbytes: int, threa
         available_nbytes=max(0, ram_nbytes - board.os_mib * MIB),
         max_context=0,
         sessions=0,
-        speeds=_speeds(board, option, context, threads, c),
-        tokens_per_joule=None,
+        speeds=speeds,
+        tokens_per_joule=speeds[0].decode_tps / board.decode_w if board.decode_w else None,
         notes=_notes(board, option, threads, c),
     )
-    shared = plan.needed_nbytes - parts.cache_nbytes
-    room = plan.available_nbytes - shared
-    joule = plan.speeds[0].decode_tps / board.decode_w if board.decode_w else None
-    return replace(
-        plan,
-        max_context=_max_context(plan, ubatch),
-        sessions=max(0, room // parts.cache_nbytes),
-        tokens_per_joule=joule,
-    )
+    room = plan.available_nbytes - (
+        plan.needed_nbytes - parts.cache_nbytes
+    )  # sessions share all but the cache
+    sessions = max(0, room // parts.cache_nbytes)
+    return replace(plan, max_context=_max_context(plan, ubatch), sessions=sessions)
 
 
-def footprint_on(board: Board, option: Option, context: int, ubatch: int) -> Footprint:
+def _footprint(board: Board, option: Option, context: int, ubatch: int) -> Footprint:
     """Memory of one session with a full context."""
-    return footprint(
-        option.spec,
-        option.weights_nbytes,
-        option.cache_type,
-        context,
-        ubatch,
-        runtime_nbytes=board.runtime_nbytes,
-    )
+    model = (option.spec, option.weights_nbytes, option.cache_type)
+    return footprint(*model, context, ubatch, runtime_nbytes=board.runtime_nbytes)
 
 
 def _speeds(board: Board, option: Option, context: int, threads: int, c: Coefficients) -> tuple[SpeedAt, ...]:
@@ -110,32 +102,22 @@ def _speeds(board: Board, option: Option, context: int, threads: int, c: Coeffic
     for depth in sorted({0, context // 2, max(0, context - PROMPT)}):
         decode = decode_s(work, board, threads, depth, c)
         prefill = prefill_s(work, board, threads, PROMPT, depth, c)
-        found.append(
-            SpeedAt(
-                depth,
-                1 / decode,
-                PROMPT / prefill if prefill else None,
-                prefill + decode if prefill else None,
-            )
-        )
+        known = (PROMPT / prefill, prefill + decode) if prefill else (None, None)
+        found.append(SpeedAt(depth, 1 / decode, *known))
     return tuple(found)
 
 
 def _max_context(plan: Plan, ubatch: int) -> int:
     """The longest context that fits, in whole blocks of cells; 0 if not even one does."""
     option = plan.option
-    low, high = (
-        0,
-        max(1, plan.available_nbytes // (option.spec.kv_bytes_per_token(option.cache_type) * CELLS)) + 1,
-    )
-    while high - low > 1:  # the need grows with the context, so halving finds the edge
-        middle = (low + high) // 2
-        parts = footprint_on(plan.board, option, middle * CELLS, ubatch)
-        if replace(plan, footprint=parts).fits:
-            low = middle
-        else:
-            high = middle
-    return low * CELLS
+    block_nbytes = option.spec.kv_bytes_per_token(option.cache_type) * CELLS
+
+    def too_long(blocks: int) -> bool:
+        parts = _footprint(plan.board, option, blocks * CELLS, ubatch)
+        return not replace(plan, footprint=parts).fits
+
+    most = max(1, plan.available_nbytes // block_nbytes)
+    return bisect_left(range(1, most + 1), True, key=too_long) * CELLS  # the need grows with the context
 
 
 def _notes(board: Board, option: Option, threads: int, c: Coefficients) -> tuple[str, ...]:
@@ -196,7 +178,6 @@ def this_board(read_nbytes: int) -> tuple[Board, Machine]:
         clock_ghz=clock_ghz,
         read_gb_s={threads: gb_s},
         os_mib=(machine.ram_nbytes - machine.available_nbytes) // MIB,
-        prefill_gflops=None,
         decode_w=known.decode_w if known else None,
         sources={
             "ram_mib": "measured now",
@@ -211,7 +192,7 @@ def this_board(read_nbytes: int) -> tuple[Board, Machine]:
 
 
 def measured_runtime_nbytes() -> int:
-    """What a process holds on this machine before any model; the usual figure where llama.cpp is missing."""
+    """Bytes that a process holds on this machine before any model; the usual figure where llama.cpp is missing."""
     with WorkerProcess("this machine") as worker:
         try:
             return int(worker.ask("runtime"))
@@ -220,7 +201,7 @@ def measured_runtime_nbytes() -> int:
 
 
 def machine_kind(machine: Machine) -> str:
-    """Which coefficients serve a CPU."""
+    """The kind of this CPU: a key of the coefficients."""
     if machine.arch.startswith(("aarch64", "arm")):
         return "arm-dotprod" if "asimddp" in machine.isa_flags else "arm"
     return "x86"

@@ -16,7 +16,6 @@ from functools import cache
 from pathlib import Path
 
 from edgekv.devices.boards.profile import Board
-from edgekv.devices.reporting.report import CacheInfo, ModelInfo
 from edgekv.documents import Document, decode, parse
 from edgekv.quant.formats import UNQUANTIZED
 
@@ -28,11 +27,11 @@ class Coefficients(Document, frozen=True):
 
     `bandwidth_share` of the board's read bandwidth reaches the kernels; each layer costs `layer_s` however
     small it is; a core does `decode_flops_per_cycle`, of 2- and 3-bit weights `low_bit_cost` times fewer
-    (on a GPU those cost that much more time); decoding attention does `attention_flops_per_cycle` per core by
+    (on a GPU these weights cost that much more time); decoding attention does `attention_flops_per_cycle` per core by
     the kind of attention and of cache (on a GPU it reads the cache `attention_passes` times); prefill does
     `prefill_flops_per_cycle` per core by weight family, and attention in it runs at `prefill_attention_share` of
     the weights' rate, `quantized_prefill_cost` times slower on a quantized cache. Zero: not used.
-    `assumed` names those that no public figure backs.
+    `assumed` names the coefficients that no public figure backs.
     """
 
     bandwidth_share: float
@@ -49,7 +48,7 @@ class Coefficients(Document, frozen=True):
 
 @dataclass(frozen=True)
 class Workload:
-    """What one model with one cache type asks of a machine per token."""
+    """FLOPs and bytes per token of one model with one cache type."""
 
     n_layers: int
     weight_flops: float
@@ -64,25 +63,6 @@ class Workload:
     def attention(self) -> str:
         """Which attention kernel decodes it: a key of `attention_flops_per_cycle`."""
         return f"{'mla' if self.latent else 'gqa'} {'quantized' if self.quantized_cache else 'f16'}"
-
-
-def workload(model: ModelInfo, kept: CacheInfo) -> Workload:
-    """The workload of a model whose numbers are all known, as `describe_model` gives them."""
-    assert model.n_layers is not None
-    assert model.flops is not None
-    assert model.read_nbytes is not None
-    assert model.flops_per_cached_token is not None
-    assert kept.nbytes_per_token is not None
-    return Workload(
-        n_layers=model.n_layers,
-        weight_flops=model.flops,
-        read_nbytes=model.read_nbytes,
-        weights=model.quantization,
-        cache_nbytes=kept.nbytes_per_token,
-        attention_flops=model.flops_per_cached_token,
-        quantized_cache=kept.type not in UNQUANTIZED,
-        latent=model.attention == "MLA",
-    )
 
 
 @cache
@@ -115,10 +95,8 @@ def weights_s(work: Workload, board: Board, threads: int, c: Coefficients) -> fl
     fixed_s = work.n_layers * c.layer_s
     if board.is_gpu:
         return traffic_s * cost + fixed_s
-    return (
-        max(traffic_s, work.weight_flops * cost / _flops_per_s(board, threads, c.decode_flops_per_cycle))
-        + fixed_s
-    )
+    rate = _flops_per_s(board, threads, c.decode_flops_per_cycle)
+    return max(traffic_s, work.weight_flops * cost / rate) + fixed_s
 
 
 def cached_token_s(work: Workload, board: Board, threads: int, c: Coefficients) -> float:

@@ -1,8 +1,9 @@
-"""Plans as tables and as projected reports that `edgekv compare` puts beside measured ones."""
+"""Tables of plans, and projected reports that `edgekv compare` puts beside measured ones."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -25,7 +26,7 @@ from edgekv.devices.reporting.report import (
     Settings,
     Stat,
 )
-from edgekv.devices.reporting.text_table import Table, mebibytes, seconds, whole
+from edgekv.devices.reporting.text_table import UNKNOWN, Table, mebibytes, seconds, whole
 from edgekv.devices.sensors.machine import software
 from edgekv.quant.formats import KEEP
 
@@ -56,75 +57,64 @@ def memory_lines(plan: Plan) -> list[str]:
 
 def speed_table(plan: Plan) -> Table:
     """Predicted speed by depth."""
-    head = ("tokens in the cache", "decode t/s", f"prefill t/s ({PROMPT})", f"TTFT ({PROMPT})")
-    rows = tuple(
-        (
-            f"{speed.depth:,}",
-            f"{speed.decode_tps:.3g}",
-            f"{speed.prefill_tps:.3g}" if speed.prefill_tps else "–",
-            seconds(speed.ttft_s),
-        )
+    rows = [
+        {
+            "tokens in the cache": f"{speed.depth:,}",
+            "decode t/s": f"{speed.decode_tps:.3g}",
+            f"prefill t/s ({PROMPT})": short(speed.prefill_tps),
+            f"TTFT ({PROMPT})": seconds(speed.ttft_s),
+        }
         for speed in plan.speeds
-    )
+    ]
     plural = "" if plan.threads == 1 else "s"
     where = "" if plan.board.is_gpu else f", {plan.threads} thread{plural}"
-    return Table(f"Speed{where} (projected)", head, rows)
+    return Table.of(f"Speed{where} (projected)", "tokens in the cache", rows)
 
 
 def plans_table(title: str, plans: Sequence[Plan], first: str) -> Table:
     """One row per plan; `first` names the first column: "board" or "option"."""
-    head = (
-        first,
-        "RAM",
-        "needs",
-        "fits",
-        "longest context",
-        "sessions",
-        "decode t/s",
-        "at depth",
-        "prefill t/s",
-        "t/J",
-    )
-    rows = []
-    for plan in plans:
-        deep = plan.speeds[-1]
-        rows.append(
-            (
-                plan.board.name if first == "board" else plan.option.label,
-                mebibytes(plan.ram_nbytes),
-                mebibytes(plan.needed_nbytes),
-                "yes" if plan.fits else "no",
-                whole(plan.max_context),
-                whole(plan.sessions),
-                f"{plan.speeds[0].decode_tps:.3g}",
-                f"{deep.decode_tps:.3g}",
-                f"{plan.speeds[0].prefill_tps:.3g}" if plan.speeds[0].prefill_tps else "–",
-                f"{plan.tokens_per_joule:.2g}" if plan.tokens_per_joule else "–",
-            )
-        )
-    return Table(title, head, tuple(rows))
+    rows = [
+        {
+            first: plan.board.name if first == "board" else plan.option.label,
+            "RAM": mebibytes(plan.ram_nbytes),
+            "needs": mebibytes(plan.needed_nbytes),
+            "fits": "yes" if plan.fits else "no",
+            "longest context": whole(plan.max_context),
+            "sessions": whole(plan.sessions),
+            "decode t/s": f"{plan.speeds[0].decode_tps:.3g}",
+            "at depth": f"{plan.speeds[-1].decode_tps:.3g}",
+            "prefill t/s": short(plan.speeds[0].prefill_tps),
+            "t/J": f"{plan.tokens_per_joule:.2g}" if plan.tokens_per_joule else UNKNOWN,
+        }
+        for plan in plans
+    ]
+    return Table.of(title, first, rows)
 
 
 def boards_table() -> Table:
     """Every profile."""
-    head = ("board", "name", "kind", "RAM", "read GB/s", "system MiB", "W")
-    rows = tuple(
-        (
-            board.key,
-            board.name,
-            board.kind,
-            " ".join(f"{ram / 1024:g}" for ram in board.ram_mib) + " GB",
-            f"{max(board.read_gb_s.values()):g}",
-            str(board.os_mib),
-            f"{board.decode_w:g}" if board.decode_w else "–",
-        )
+    rows = [
+        {
+            "board": board.key,
+            "name": board.name,
+            "kind": board.kind,
+            "RAM": " ".join(f"{ram / 1024:g}" for ram in board.ram_mib) + " GB",
+            "read GB/s": f"{max(board.read_gb_s.values()):g}",
+            "system MiB": str(board.os_mib),
+            "W": f"{board.decode_w:g}" if board.decode_w else UNKNOWN,
+        }
         for board in load_boards().values()
-    )
-    return Table("Boards", head, rows)
+    ]
+    return Table.of("Boards", "board", rows)
+
+
+def short(value: float | None) -> str:
+    """Three digits of a figure."""
+    return f"{value:.3g}" if value else UNKNOWN
 
 
 def plan_as_dict(plan: Plan) -> dict[str, Any]:
-    """One plan for machines."""
+    """The plan as values for JSON."""
     parts = plan.footprint
     return {
         "provenance": "projected",
@@ -144,10 +134,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
         "max_context": plan.max_context,
         "sessions": plan.sessions,
         "threads": plan.threads,
-        "speeds": [
-            {"depth": s.depth, "decode_tps": s.decode_tps, "prefill_tps": s.prefill_tps, "ttft_s": s.ttft_s}
-            for s in plan.speeds
-        ],
+        "speeds": [asdict(speed) for speed in plan.speeds],
         "tokens_per_joule": plan.tokens_per_joule,
         "notes": list(plan.notes),
         "sources": dict(plan.board.sources),

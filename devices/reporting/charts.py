@@ -1,4 +1,4 @@
-"""The three charts of a comparison page, from reports."""
+"""Charts of a comparison page: decode speed, memory, and where the time of a token goes."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ from edgekv.backends.llama_cpp.footprint import CELLS
 from edgekv.devices.boards.profile import load_boards
 from edgekv.devices.reporting.report import BenchRun, Point
 from edgekv.devices.reporting.svg import Bar, Dot, Limit, Line, bar_chart, line_chart
-from edgekv.devices.reporting.tables import Entry
+from edgekv.devices.reporting.tables import Entry, machine_name
 
 MIB = 2**20
+TIME_PARTS = {  # by CSS class
+    "weights": "reading the weights at the measured bandwidth",
+    "attention": "attention over the cache",
+    "rest": "all else",
+}
 MIN_CONTEXT = 8192  # how far to the right the memory chart reaches at least
 
 
 def provenance(entry: Entry) -> str:
-    """Where a figure of this run comes from, in a line."""
+    """Where a figure of this run comes from, in one line."""
     report, settings = entry.source.report, entry.source.report.settings
     plural = "" if settings.threads == 1 else "s"
     threads = f", {settings.threads} thread{plural}" if settings.threads else ""
-    emulator = f" [{report.machine.emulator}]" if report.machine.emulator else ""
-    where = f"{report.provenance} on {report.machine.board}{emulator}{threads}"
+    where = f"{report.provenance} on {machine_name(report.machine)}{threads}"
     return f"{where}, {report.created[:10]}, {entry.source.name}"
 
 
@@ -90,33 +94,17 @@ def time_chart(entries: Sequence[Entry]) -> str | None:
     for entry in entries:
         base = empty_cache_s(entry.run)
         for point in entry.run.points:
-            parts = time_parts(entry.run, point, base)
-            if parts:
-                words = (
-                    "reading the weights at the measured bandwidth",
-                    "attention over the cache",
-                    "all else",
+            if times := time_parts(entry.run, point, base):
+                name = f"{entry.name}, depth {point.depth:,}"
+                parts = tuple(
+                    (ms, style, f"{name}: {ms:.2f} ms {words}; {provenance(entry)}")
+                    for ms, (style, words) in zip(times, TIME_PARTS.items(), strict=True)
                 )
-                styles = ("weights", "attention", "rest")
-                bars.append(
-                    Bar(
-                        f"{entry.name}, depth {point.depth:,}",
-                        tuple(
-                            (
-                                ms,
-                                style,
-                                f"{entry.name}, depth {point.depth:,}: {ms:.2f} ms {word}; {provenance(entry)}",
-                            )
-                            for ms, style, word in zip(parts, styles, words, strict=True)
-                        ),
-                        entry.source.report.provenance,
-                    )
-                )
+                bars.append(Bar(name, parts, entry.source.report.provenance))
     if not bars:
         return None
-    return bar_chart(
-        "Where the time of a decoded token goes", bars, "ms a token", lambda value: f"{value:.3g}"
-    )
+    title = "Where the time of a decoded token goes"
+    return bar_chart(title, bars, "ms per token", lambda value: f"{value:.3g}")
 
 
 def empty_cache_s(run: BenchRun) -> float | None:

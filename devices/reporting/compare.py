@@ -1,4 +1,4 @@
-"""Reports side by side: reading them, and every form but the page."""
+"""Comparisons of reports: reading them, and their text, Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -31,16 +31,14 @@ def load_sources(paths: Sequence[Path]) -> tuple[Source, ...]:
 
 def as_terminal(sources: Sequence[Source]) -> str:
     """Aligned tables and notes."""
-    parts = [as_text(table) for table in tables(sources)]
     said = [f"warning: {text}" for text in warnings(sources)] + [f"note: {text}" for text in notes(sources)]
-    return "\n\n".join([*parts, "\n".join(said)] if said else parts)
+    return "\n\n".join(filter(None, [*map(as_text, tables(sources)), "\n".join(said)]))
 
 
 def as_document(sources: Sequence[Source]) -> str:
     """Markdown tables and notes."""
-    parts = [as_markdown(table) for table in tables(sources)]
     said = [f"- {text}" for text in (*warnings(sources), *notes(sources))]
-    return "\n\n".join([*parts, "\n".join(said)] if said else parts)
+    return "\n\n".join(filter(None, [*map(as_markdown, tables(sources)), "\n".join(said)]))
 
 
 def as_json(sources: Sequence[Source]) -> str:

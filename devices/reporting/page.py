@@ -1,4 +1,4 @@
-"""The comparison page: one self-contained HTML file without scripts or network access."""
+"""Comparison page: one self-contained HTML file without scripts or network access."""
 
 from __future__ import annotations
 
@@ -55,16 +55,12 @@ def html_page(sources: Sequence[Source]) -> str:
 
 
 def _facts(report: Report) -> dict[str, str]:
-    """What a report says of its machine, programs and settings, by name; empty where it does not tell."""
+    """A report's machine, programs and settings by name; empty where not known."""
     machine, settings, software = report.machine, report.settings, report.software
     ram = f"{machine.ram_nbytes / 2**30:.1f} GiB RAM" if machine.ram_nbytes else None
     cores = ", ".join(f"{len(group.cpus)} x {group.name}" for group in machine.cores)
     depths = ", ".join(str(depth) for depth in settings.depths)
-    versions = (
-        ("EdgeKV", software.edgekv),
-        ("Python", software.python),
-        ("llama.cpp", software.llama_cpp),
-    )
+    versions = (("EdgeKV", software.edgekv), ("Python", software.python), ("llama.cpp", software.llama_cpp))
     return {
         "kind": report.provenance,
         "command": report.command,
@@ -74,7 +70,7 @@ def _facts(report: Report) -> dict[str, str]:
         "system": ", ".join(filter(None, (machine.kernel, machine.emulator))),
         "software": ", ".join(f"{name} {value}" for name, value in versions if value),
         "llama.cpp uses": " ".join(software.llama_cpp_features),
-        "settings": f"prompt {settings.n_prompt}, answer {settings.n_gen}, {settings.repeats} samples a point, "
+        "settings": f"prompt {settings.n_prompt}, answer {settings.n_gen}, {settings.repeats} samples per point, "
         f"depths {depths}, CPUs {', '.join(map(str, settings.cpus)) or 'not known'}, "
         + ("in turns" if settings.turns else "one after the other"),
     }

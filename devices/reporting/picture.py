@@ -1,6 +1,6 @@
-"""All runs of a comparison as one SVG, for a README: how fast each machine decodes, and in how much memory.
+"""Picture of a comparison for a README, as SVG: decode speed and peak memory of every run.
 
-A line per run, under its machine: decode speed with an empty cache and at its deepest depth on a logarithmic axis,
+One line per run, under its machine: decode speed with an empty cache and at its deepest depth on a logarithmic axis,
 since a Pi and a GPU lie a factor of a hundred apart, and peak memory. An emulated run has no speed: its times are the
 emulator's.
 """

@@ -1,4 +1,4 @@
-"""A bench report: what was run, on what, and what came out, as one versioned JSON document.
+"""Bench reports: machine, settings and figures of a run, as one versioned JSON document.
 
 The published schema is devices/reporting/report.schema.json, generated from the types below.
 Units are in the names: `_s` seconds, `_nbytes` bytes, `_gb_s` 1e9 bytes per second, `_tps` tokens per second,
@@ -25,7 +25,7 @@ Provenance = Literal["measured", "emulated", "projected"]
 
 
 def doc(text: str) -> Meta:
-    """What the schema says of a field."""
+    """A field's description in the schema."""
     return Meta(description=text)
 
 

@@ -1,4 +1,4 @@
-"""Small SVG charts as text: no script, no network, colours from the page's style sheet.
+"""SVG charts as text: no script, no network, colours from the page's style sheet.
 
 The viewBox is about as wide as a phone, so that the text stays readable there; a page shows several side by
 side on a larger screen. Everything that comes from a report is escaped.
@@ -19,7 +19,7 @@ MAX_NAME = 52  # characters that fit across a chart
 
 @dataclass(frozen=True)
 class Dot:
-    """A point with an interval around y and what a pointer over it tells."""
+    """A point with an interval around y; `tip` shows under a pointer."""
 
     x: float
     y: float
@@ -107,7 +107,7 @@ def bar_chart(title: str, bars: Sequence[Bar], x_name: str, x_format: Format) ->
 
 
 def shortened(name: str) -> str:
-    """A name that fits: part of the file's name goes, since the end tells cache type and depth."""
+    """A name that fits: part of the file's name goes, since the end holds cache type and depth."""
     return name if len(name) <= MAX_NAME else f"{name[:12]}...{name[-(MAX_NAME - 15) :]}"
 
 

@@ -1,11 +1,11 @@
-"""Reports side by side as tables, and what a reader must know of them."""
+"""Tables of reports side by side, and warnings about the comparison."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edgekv.devices.reporting.report import BenchRun, Report, Stat
+from edgekv.devices.reporting.report import BenchRun, Machine, Point, Report, Stat
 from edgekv.devices.reporting.text_table import UNKNOWN, Table, mebibytes, seconds, whole, without_empty
 
 NOISY_SPREAD = 0.10  # (high - low) / median from which a figure is called noisy
@@ -47,19 +47,7 @@ def tables(sources: Sequence[Source]) -> tuple[Table, ...]:
 
 
 def speed_table(rows: Sequence[Entry]) -> Table:
-    """A row for each run and depth, grouped by depth; `vs` is against the first run of the group."""
-    head = (
-        "run",
-        "depth",
-        "decode t/s",
-        "spread",
-        "vs",
-        "prefill t/s",
-        "TTFT",
-        "roofline",
-        "J/token",
-        "kind",
-    )
+    """One row per run and depth, grouped by depth; `vs` is against the first run of the group."""
     lines = []
     for depth in sorted({point.depth for row in rows for point in row.run.points}):
         base: float | None = None
@@ -67,77 +55,73 @@ def speed_table(rows: Sequence[Entry]) -> Table:
             for point in (p for p in row.run.points if p.depth == depth):
                 speed = point.decode_tps.median if point.decode_tps else None
                 base = base if base is not None else speed
-                lines.append(
-                    (
-                        row.name,
-                        f"{depth:,}",
-                        rate(point.decode_tps),
-                        spread(point.decode_tps),
-                        f"x{speed / base:.2f}" if speed and base else UNKNOWN,
-                        rate(point.prefill_tps),
-                        seconds(point.ttft_s.median if point.ttft_s else None),
-                        f"{point.roofline_share:.0%}" if point.roofline_share is not None else UNKNOWN,
-                        f"{point.decode_j_per_token:.3g}" if point.decode_j_per_token else UNKNOWN,
-                        row.source.report.provenance,
-                    )
-                )
-    return without_empty(Table("Speed", head, tuple(lines)))
+                against = f"x{speed / base:.2f}" if speed and base else UNKNOWN
+                lines.append(_speed_line(row, point, against))
+    return without_empty(Table.of("Speed", "run", lines))
+
+
+def _speed_line(row: Entry, point: Point, against: str) -> dict[str, str]:
+    return {
+        "run": row.name,
+        "depth": f"{point.depth:,}",
+        "decode t/s": rate(point.decode_tps),
+        "spread": spread(point.decode_tps),
+        "vs": against,
+        "prefill t/s": rate(point.prefill_tps),
+        "TTFT": seconds(point.ttft_s.median if point.ttft_s else None),
+        "roofline": f"{point.roofline_share:.0%}" if point.roofline_share is not None else UNKNOWN,
+        "J/token": f"{point.decode_j_per_token:.3g}" if point.decode_j_per_token else UNKNOWN,
+        "kind": row.source.report.provenance,
+    }
 
 
 def memory_table(rows: Sequence[Entry]) -> Table:
     """Where the memory of each run went, and what its cache costs."""
-    head = (
-        "run",
-        "peak RSS",
-        "on card",
-        "weights",
-        "cache",
-        "compute",
-        "other",
-        "bytes/token",
-        "context",
-        "load",
-    )
     lines = []
     for row in rows:
         memory, cache = row.run.memory, row.run.cache
+        weights = memory.weights_nbytes if memory else row.run.model.weights_nbytes
         lines.append(
-            (
-                row.name,
-                mebibytes(memory.peak_rss_nbytes if memory else None),
-                mebibytes(memory.card_nbytes if memory else None),
-                mebibytes(memory.weights_nbytes if memory else row.run.model.weights_nbytes),
-                mebibytes(memory.cache_nbytes if memory else None),
-                mebibytes(memory.compute_nbytes if memory else None),
-                mebibytes(memory.other_nbytes if memory else None),
-                whole(cache.nbytes_per_token),
-                whole(cache.n_ctx),
-                seconds(row.run.load_s),
-            )
+            {
+                "run": row.name,
+                "peak RSS": mebibytes(memory.peak_rss_nbytes if memory else None),
+                "on card": mebibytes(memory.card_nbytes if memory else None),
+                "weights": mebibytes(weights),
+                "cache": mebibytes(memory.cache_nbytes if memory else None),
+                "compute": mebibytes(memory.compute_nbytes if memory else None),
+                "other": mebibytes(memory.other_nbytes if memory else None),
+                "bytes/token": whole(cache.nbytes_per_token),
+                "context": whole(cache.n_ctx),
+                "load": seconds(row.run.load_s),
+            }
         )
-    return without_empty(Table("Memory", head, tuple(lines)))
+    return without_empty(Table.of("Memory", "run", lines))
 
 
 def provenance_table(rows: Sequence[Entry]) -> Table:
     """Where each run's figures come from."""
-    head = ("run", "kind", "machine", "engine", "threads", "model", "date", "report")
     lines = []
     for row in rows:
         report, run = row.source.report, row.run
         digest = f" {run.model.sha256[:10]}" if run.model.sha256 else ""
         lines.append(
-            (
-                row.name,
-                report.provenance,
-                report.machine.board + (f" [{report.machine.emulator}]" if report.machine.emulator else ""),
-                engine_name(run, report),
-                whole(report.settings.threads),
-                f"{run.model.file}{digest}",
-                report.created[:10],
-                row.source.name,
-            )
+            {
+                "run": row.name,
+                "kind": report.provenance,
+                "machine": machine_name(report.machine),
+                "engine": engine_name(run, report),
+                "threads": whole(report.settings.threads),
+                "model": f"{run.model.file}{digest}",
+                "date": report.created[:10],
+                "report": row.source.name,
+            }
         )
-    return Table("Provenance", head, tuple(lines))
+    return Table.of("Provenance", "run", lines)
+
+
+def machine_name(machine: Machine) -> str:
+    """The board and, where there is one, the emulator."""
+    return f"{machine.board} [{machine.emulator}]" if machine.emulator else machine.board
 
 
 def engine_name(run: BenchRun, report: Report) -> str:

@@ -1,8 +1,8 @@
-"""A table of text, for a terminal and for Markdown, and figures as its cells show them."""
+"""Tables of text for a terminal and for Markdown, and the figures in their cells."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 UNKNOWN = "–"
@@ -15,6 +15,12 @@ class Table:
     title: str
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def of(cls, title: str, first: str, rows: Sequence[Mapping[str, str]]) -> Table:
+        """A table of rows by column head, all with the same columns; `first` heads the first one."""
+        head = tuple(rows[0]) if rows else (first,)
+        return cls(title, head, tuple(tuple(row.values()) for row in rows))
 
 
 def without_empty(table: Table) -> Table:

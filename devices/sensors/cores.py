@@ -1,7 +1,7 @@
-"""The CPU's cores: which kinds there are, which are fast, and which share one core.
+"""Cores of the CPU by kind, the fastest first.
 
-Linux tells in sysfs (Documentation/admin-guide/cputopology.rst, cpu_capacity of arm64's topology.c);
-elsewhere psutil's core count has to do.
+On Linux from sysfs (Documentation/admin-guide/cputopology.rst, cpu_capacity of arm64's topology.c); elsewhere
+only their number is known.
 """
 
 from __future__ import annotations
@@ -42,30 +42,19 @@ ARM_PARTS = {
 def core_groups(root: Path = Path("/")) -> tuple[CoreGroup, ...]:
     """The online cores by kind, the fastest kind first. `root` holds proc and sys."""
     blocks = cpuinfo_blocks(root)
-    cpus = [cpu for cpu in _online(root) if not blocks or cpu in blocks] or list(range(os.cpu_count() or 1))
+    online = parse_cpu_list(read_text(root / "sys/devices/system/cpu/online") or "")
+    cpus = [cpu for cpu in online if not blocks or cpu in blocks] or list(range(os.cpu_count() or 1))
     efficient = set(parse_cpu_list(read_text(root / "sys/devices/cpu_atom/cpus") or ""))  # Intel hybrid
     by_kind: dict[tuple[float, float | None, str], list[int]] = {}
     for cpu in cpus:
         name = _core_name(blocks.get(cpu, {})) + (" (E core)" if cpu in efficient else "")
-        mhz = _max_mhz(root, cpu)
-        speed = read_number(_cpu_dir(root, cpu) / "cpu_capacity") or mhz or 0.0
+        folder = root / f"sys/devices/system/cpu/cpu{cpu}"
+        khz = read_number(folder / "cpufreq/cpuinfo_max_freq")
+        mhz = khz / 1000 if khz else None
+        speed = read_number(folder / "cpu_capacity") or mhz or 0.0
         by_kind.setdefault((speed, mhz, name), []).append(cpu)
     ranked = sorted(by_kind.items(), key=lambda item: (-item[0][0], item[1][0]))
     return tuple(CoreGroup(tuple(ids), name, mhz) for (_, mhz, name), ids in ranked)
-
-
-def _cpu_dir(root: Path, cpu: int) -> Path:
-    return root / f"sys/devices/system/cpu/cpu{cpu}"
-
-
-def _online(root: Path) -> tuple[int, ...]:
-    text = read_text(root / "sys/devices/system/cpu/online")
-    return parse_cpu_list(text) if text else ()
-
-
-def _max_mhz(root: Path, cpu: int) -> float | None:
-    khz = read_number(_cpu_dir(root, cpu) / "cpufreq/cpuinfo_max_freq")
-    return khz / 1000 if khz else None
 
 
 def _core_name(block: dict[str, str]) -> str:

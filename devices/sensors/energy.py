@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgekv.devices.sensors.nvml import missing_package, power_readers
+from edgekv.devices.sensors.vcgencmd import vcgencmd
 from edgekv.host.proc import read_number, read_text
 
 SAMPLE_PERIOD_S = 0.05
@@ -19,7 +18,7 @@ SAMPLE_PERIOD_S = 0.05
 
 @dataclass(frozen=True)
 class EnergySource:
-    """One way to know energy: a counter in joules, or a power reading in watts."""
+    """A sensor: a counter in joules, or a power reading in watts."""
 
     name: str
     read: Callable[[], float | None]
@@ -28,14 +27,16 @@ class EnergySource:
 
 
 def find_sources(root: Path = Path("/")) -> tuple[tuple[EnergySource, ...], tuple[str, ...]]:
-    """What this machine measures energy with, and notes on what cannot be read."""
+    """This machine's energy sensors, and notes on those that cannot be read."""
     found: list[EnergySource] = []
     notes: list[str] = []
     for domain in sorted(root.glob("sys/class/powercap/intel-rapl:?")):
         _add_rapl(domain, found, notes)
     found += _ina_sources(root)
     if root == Path("/"):
-        found += [*_pmic_sources(), *_nvml_sources()]
+        if _read_pmic() is not None:
+            found.append(EnergySource("Pi 5 PMIC rails (without USB)", _read_pmic, False))
+        found += _nvml_sources()
     notes += missing_package(root)
     if not found and not notes:
         notes.append("energy unknown: no RAPL, INA, PMIC or NVML sensor on this machine")
@@ -58,7 +59,7 @@ class EnergyMeter:
 
     @property
     def name(self) -> str | None:
-        """What measures, or None if nothing does."""
+        """Names of the sources, or None without any."""
         return " + ".join(source.name for source in self.sources) or None
 
     def start(self) -> None:
@@ -138,10 +139,9 @@ def _ina_sources(root: Path) -> list[EnergySource]:
 
 
 def _ina_source(chip: Path) -> EnergySource | None:
-    if read_number(chip / "power1_input") is not None:  # microwatts
-        return EnergySource(
-            str(read_text(chip / "name")), lambda: _scaled(chip / "power1_input", 1e-6), False
-        )
+    power = chip / "power1_input"  # microwatts
+    if read_number(power) is not None:
+        return EnergySource(str(read_text(chip / "name")), lambda: _scaled(power, 1e-6), False)
     rails = {read_text(label): label.name[2:-6] for label in sorted(chip.glob("in*_label"))}
     index = rails.get("VDD_IN") or next(iter(rails.values()), "1")
     volts, amps = chip / f"in{index}_input", chip / f"curr{index}_input"
@@ -163,18 +163,8 @@ def pmic_watts(text: str) -> float | None:
     return sum(float(amps[r]) * float(volts[r]) for r in rails) if rails else None
 
 
-def _pmic_sources() -> list[EnergySource]:
-    if not shutil.which("vcgencmd") or _read_pmic() is None:
-        return []
-    return [EnergySource("Pi 5 PMIC rails (without USB)", _read_pmic, False)]
-
-
 def _read_pmic() -> float | None:
-    try:
-        done = subprocess.run(["vcgencmd", "pmic_read_adc"], capture_output=True, text=True, timeout=5)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return pmic_watts(done.stdout)
+    return pmic_watts(vcgencmd("pmic_read_adc") or "")
 
 
 def _nvml_sources() -> Iterator[EnergySource]:

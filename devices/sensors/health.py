@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from pathlib import Path
 
 from edgekv.devices.reporting.report import Health
+from edgekv.devices.sensors.vcgencmd import vcgencmd
 from edgekv.host.proc import read_number, read_text
 
 # Bits of `vcgencmd get_throttled` (raspberrypi.com documentation, os.html#get_throttled).
@@ -23,7 +22,7 @@ PI_THROTTLE_BITS = {
 
 
 def read_health(root: Path = Path("/")) -> Health:
-    """Heat and throttling now; `throttling` is None where the machine has no way to tell."""
+    """Heat and throttling now; `throttling` is None where it cannot be read."""
     return Health(temperatures_c(root), throttling(root))
 
 
@@ -49,7 +48,7 @@ def pi_throttle_words(bits: int) -> tuple[str, ...]:
 
 
 def throttling(root: Path = Path("/")) -> tuple[str, ...] | None:
-    """Throttling in words, empty if there is none; None if the machine does not tell."""
+    """Throttling in words, empty if there is none; None if it cannot be read."""
     bits = _pi_throttle_bits(root)
     if bits is not None:
         return pi_throttle_words(bits)
@@ -63,13 +62,9 @@ def throttling(root: Path = Path("/")) -> tuple[str, ...] | None:
 
 def _pi_throttle_bits(root: Path) -> int | None:
     text = read_text(root / "sys/devices/platform/soc/soc:firmware/get_throttled")
-    if text is None and root == Path("/") and shutil.which("vcgencmd"):
-        try:
-            done = subprocess.run(["vcgencmd", "get_throttled"], capture_output=True, text=True, timeout=5)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        text = done.stdout.strip()
+    if text is None and root == Path("/"):
+        text = vcgencmd("get_throttled")
     try:  # vcgencmd prints "throttled=0x50005", sysfs "50005"
-        return int((text or "").removeprefix("throttled="), 16)
+        return int((text or "").strip().removeprefix("throttled="), 16)
     except ValueError:
         return None

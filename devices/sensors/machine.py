@@ -1,4 +1,4 @@
-"""What the machine is: board, cores, instruction set, memory, governor, and whether it is emulated."""
+"""The machine: board, cores, instruction set, memory, governor, and whether it is emulated."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ISA_FLAGS = frozenset(
 
 
 def probe(root: Path = Path("/")) -> tuple[Machine, tuple[str, ...]]:
-    """The machine, and notes on what it did not tell.
+    """The machine, and notes on what could not be read.
 
     `root` holds `proc` and `sys`. Reads files only; nothing here needs privileges.
     """
@@ -35,14 +35,20 @@ def probe(root: Path = Path("/")) -> tuple[Machine, tuple[str, ...]]:
         notes.append("CPU governor unknown: this machine shows no cpufreq in /sys")
     memory_type = _memory_type(root)
     if memory_type is None:
-        notes.append("memory type unknown: no readable device tree or DMI entry tells it")
-    emulated_by = emulator(root, platform.machine(), os.environ)
+        notes.append("memory type unknown: no readable device tree or DMI entry names it")
+    board, cores, flags = _board(root), core_groups(root), isa_flags(root)
+    if emulated_by := emulator(root, platform.machine(), os.environ):
+        core = os.environ.get("QEMU_CPU", "CPU")
+        board = f"emulated {core}"
+        # The host's cores under the emulated name, without the host's clock.
+        cores = (CoreGroup(tuple(cpu for group in cores for cpu in group.cpus), core, None),)
+        flags = tuple(sorted(cpu_flags(root) & ISA_FLAGS))
     machine = Machine(
-        board=_board(root) if emulated_by is None else f"emulated {_emulated_core()}",
+        board=board,
         soc=_soc(root),
         arch=platform.machine(),
-        cores=core_groups(root) if emulated_by is None else _emulated_cores(root),
-        isa_flags=isa_flags(root) if emulated_by is None else tuple(sorted(cpu_flags(root) & ISA_FLAGS)),
+        cores=cores,
+        isa_flags=flags,
         ram_nbytes=memory.get("MemTotal"),
         available_nbytes=memory.get("MemAvailable"),
         swap_nbytes=memory.get("SwapTotal"),
@@ -67,11 +73,9 @@ def meminfo(root: Path = Path("/")) -> dict[str, int]:
 
 def isa_flags(root: Path = Path("/")) -> tuple[str, ...]:
     """The features that all cores share, out of those that matter to inference."""
-    sets = []
-    for block in cpuinfo_blocks(root).values():
-        words = block.get("flags") or block.get("features") or ""
-        sets.append(set(words.split()) & ISA_FLAGS)
-    return tuple(sorted(set.intersection(*sets))) if sets else ()
+    blocks = cpuinfo_blocks(root).values()
+    flags = [set((block.get("flags") or block.get("features") or "").split()) for block in blocks]
+    return tuple(sorted(ISA_FLAGS.intersection(*flags))) if flags else ()
 
 
 def emulator(root: Path, arch: str, environ: Mapping[str, str]) -> str | None:
@@ -90,16 +94,6 @@ def emulator(root: Path, arch: str, environ: Mapping[str, str]) -> str | None:
     if "QEMU Virtual CPU" in first.get("model name", "") or "TCG" in first.get("model name", ""):
         return f"qemu-system ({first['model name']})"
     return None
-
-
-def _emulated_core() -> str:
-    return os.environ.get("QEMU_CPU", "CPU")
-
-
-def _emulated_cores(root: Path) -> tuple[CoreGroup, ...]:
-    """The host's cores under the emulated name, without the host's clock."""
-    cpus = tuple(cpu for group in core_groups(root) for cpu in group.cpus)
-    return (CoreGroup(cpus, _emulated_core(), None),)
 
 
 def package_version(name: str) -> str | None:
@@ -122,11 +116,9 @@ def software(features: tuple[str, ...] = ()) -> Software:
 
 
 def _board(root: Path) -> str:
-    model = read_text(root / "proc/device-tree/model") or read_text(
-        root / "sys/firmware/devicetree/base/model"
-    )
-    if model:
-        return model
+    for path in ("proc/device-tree/model", "sys/firmware/devicetree/base/model"):
+        if model := read_text(root / path):
+            return model
     vendor = read_text(root / "sys/class/dmi/id/sys_vendor")
     product = read_text(root / "sys/class/dmi/id/product_name")
     if product:

@@ -1,4 +1,4 @@
-"""NVIDIA cards, as the driver's management library (NVML) tells of them, read with nvidia-ml-py."""
+"""NVIDIA cards: memory, energy and power from the driver's management library (NVML), with nvidia-ml-py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Reader = Callable[[], float | None]
 
 @dataclass(frozen=True)
 class Card:
-    """One card now. `used_nbytes` is of all programs: what one takes is the difference that it makes."""
+    """One card now. `used_nbytes` is the sum over all programs: one's own share is the difference it makes."""
 
     name: str
     total_nbytes: int
@@ -22,7 +22,7 @@ class Card:
 
 
 def ask(function: str, *arguments: Any) -> Any:
-    """What a function of NVML answers; None without its package or a driver, or where the card does not tell."""
+    """The value of an NVML function; None without its package or a driver, or where the card does not support it."""
     try:
         import pynvml
     except ImportError:
@@ -35,7 +35,7 @@ def ask(function: str, *arguments: Any) -> Any:
 
 
 def missing_package(root: Path = Path("/")) -> tuple[str, ...]:
-    """A note where a driver is loaded that cannot be asked."""
+    """A note if a driver is loaded but its package is missing."""
     if find_spec("pynvml") or not (root / "proc/driver/nvidia/version").exists():
         return ()
     return ("memory and energy of the NVIDIA card unknown: pip install 'edgekv[nvidia]'",)
@@ -50,7 +50,7 @@ def first_card() -> Card | None:
 
 
 def power_readers() -> Iterator[tuple[Reader, Reader]]:
-    """Of each card, in the driver's order: its energy so far in joules, and its power in watts."""
+    """Per card, in the driver's order: readers of its energy so far in joules, and of its power in watts."""
     for i in range(ask("nvmlDeviceGetCount") or 0):
         card = ask("nvmlDeviceGetHandleByIndex", i)
         yield (

@@ -26,16 +26,12 @@ class ResidentSet:
         """
         sizes = status_nbytes("self", root)
         if not sizes:
-            return cls._from_psutil()
+            import psutil
+
+            info = psutil.Process().memory_info()
+            return cls(info.rss, getattr(info, "peak_wset", info.rss), 0)
         smaps = (root / "proc/self/smaps").read_text()
         return cls(sizes["VmRSS"], sizes["VmHWM"], mapped_resident_nbytes(smaps, mapped_file.resolve()))
-
-    @classmethod
-    def _from_psutil(cls) -> ResidentSet:
-        import psutil
-
-        info = psutil.Process().memory_info()
-        return cls(info.rss, getattr(info, "peak_wset", info.rss), 0)
 
 
 def mapped_resident_nbytes(smaps: str, mapped_file: Path) -> int:

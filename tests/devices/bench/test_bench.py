@@ -50,7 +50,7 @@ def test_every_figure_is_there_and_plausible(report: Report) -> None:
 
 
 def test_cache_bytes_are_exact(report: Report) -> None:
-    # 30 layers x (3 KV heads x 64 dims) x K and V: f16 2 bytes a value, q8_0 34 bytes for 32 values.
+    # 30 layers x (3 KV heads x 64 dims) x K and V: f16 2 bytes per value, q8_0 34 bytes per 32 values.
     plain, quantized = report.runs
     assert plain.cache.nbytes_per_token == 30 * 3 * 64 * 2 * 2
     assert quantized.cache.nbytes_per_token == 30 * 3 * 64 * 2 * 34 // 32

@@ -18,7 +18,7 @@ from edgekv.devices.boards.profile import find_board, known_memory, load_boards,
 from edgekv.devices.predict.choices import all_options, converted_spec, option
 from edgekv.devices.predict.model_info import describe_cache, describe_model
 from edgekv.devices.predict.plan import MIB, make_plan, measured_runtime_nbytes
-from edgekv.devices.predict.speed import load_coefficients, weight_family, workload
+from edgekv.devices.predict.speed import load_coefficients, weight_family
 from edgekv.devices.reporting.compare import load_sources
 from edgekv.devices.reporting.report import parse_report
 from edgekv.devices.sensors.machine import probe
@@ -78,12 +78,12 @@ def test_every_number_of_every_profile_has_a_source() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("[os_mib]\n", "[os_mb]\n"), "os_mib is missing"),
-        (('kind = "arm"', 'kind = "mips"'), "kind 'mips'"),
-        (("soc = ", "sock = "), "soc is missing"),
-        (("value = 4\nsource", "value = 4\nsauce"), "cores needs exactly a value and a source"),
+        (("[os_mib]\n", "[os_mb]\n"), "os_mb: unknown key"),
+        (('kind = "arm"', 'kind = "mips"'), "kind: 'mips' is not one of arm, arm-dotprod"),
+        (("soc = ", "sock = "), "sock: unknown key"),
+        (("value = 4\nsource", "value = 4\nsauce"), "cores.sauce: unknown key"),
         (("[cores]", "[cores"), "not valid TOML"),
-        (("[os_mib]\n", "[tea_cups]\nvalue = 1\nsource = 'x'\n[os_mib]\n"), "tea_cups is not a known key"),
+        (("[os_mib]\n", "[tea_cups]\nvalue = 1\nsource = 'x'\n[os_mib]\n"), "tea_cups: unknown key"),
     ],
 )
 def test_a_broken_profile_is_refused(change: tuple[str, str], message: str) -> None:
@@ -185,10 +185,13 @@ def test_arithmetic_of_the_file_as_it_is(smollm2: Path) -> None:
     source = GGUFSource(smollm2)
     own = option(source, None, "f16", KEEP)
     assert own.weights_nbytes == sum(source.nbytes(name) for name in source.names())
-    described = workload(
-        describe_model(source, smollm2, with_hash=False), describe_cache(source.spec, "f16", 1)
-    )
-    assert own.workload() == described
+    model, cache = describe_model(source, smollm2, with_hash=False), describe_cache(source.spec, "f16", 1)
+    work = own.workload()
+    assert (work.n_layers, work.weights) == (model.n_layers, model.quantization)
+    assert (work.weight_flops, work.read_nbytes) == (model.flops, model.read_nbytes)
+    assert (work.cache_nbytes, work.attention_flops) == (cache.nbytes_per_token, model.flops_per_cached_token)
+    assert not work.quantized_cache
+    assert not work.latent
 
 
 def test_a_converted_option_is_what_convert_writes(smollm2: Path, mla: Path) -> None:

@@ -107,12 +107,12 @@ def test_columns_are_aligned_with_and_without_a_title() -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"avg_ts": "fast"}, "entry 0: avg_ts"),
-        ({"avg_ts": 0}, "entry 0"),
-        ({"avg_ts": -1.5}, "entry 0"),
-        ({"n_prompt": None}, "entry 0: n_prompt"),
-        ({"n_gen": True}, "entry 0: n_gen"),
-        ({"n_depth": -4}, "entry 0"),
+        ({"avg_ts": "fast"}, "Expected `float`, got `str` - at `\\$\\[0\\]\\.avg_ts`"),
+        ({"avg_ts": 0}, "`float` > 0"),
+        ({"avg_ts": -1.5}, "`float` > 0"),
+        ({"n_prompt": None}, "got `null` - at .*n_prompt"),
+        ({"n_gen": True}, "got `bool` - at .*n_gen"),
+        ({"n_depth": -4}, "`int` >= 0 - at .*n_depth"),
     ],
 )
 def test_damaged_llama_bench_files(tmp_path: Path, edit: dict[str, Any], message: str) -> None:

@@ -28,7 +28,7 @@ def test_board_soc_memory_governor(rk3588: Path) -> None:
     assert machine.ram_nbytes == 7928416 * 1024
     assert machine.available_nbytes == 7213004 * 1024
     assert machine.isa_flags == ("asimd", "asimddp", "asimdhp", "fphp")
-    assert notes == ("memory type unknown: no readable device tree or DMI entry tells it",)
+    assert notes == ("memory type unknown: no readable device tree or DMI entry names it",)
 
 
 def test_features_are_those_all_cores_share(make_root: MakeRoot) -> None:
