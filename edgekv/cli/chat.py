@@ -1,4 +1,4 @@
-"""`edgekv chat`: talk to a model, or ask it one thing."""
+"""`edgekv chat`: a conversation with a model, or one answer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     "-f",
     "--file",
     type=click.Path(path_type=Path, allow_dash=True),
-    help="Ask what this file says (- is standard input), after --prompt if both are given.",
+    help="Ask with this file's text (- is standard input), after --prompt if both are given.",
 )
 @click.option("--system", default="", help="System prompt.")
 @click.option("--no-template", "template", flag_value=False, default=True, type=bool,
@@ -37,28 +37,15 @@ if TYPE_CHECKING:
 @click.option("--min-p", type=float, default=0.05, show_default=True, help="0 turns it off.")
 @click.option("--repeat-penalty", type=float, default=1.0, show_default=True, help="1 turns it off.")
 @click.option("--repeat-last-n", type=int, default=64, show_default=True, help="Tokens the penalty sees.")
-@options.seed("Makes the same question give the same answer.", default=None)
-@options.ctx_size("Tokens remembered.  [default: up to 4096]")
-@options.cache_type("How they are stored.  [default: f16]")
+@options.seed("Seed of the sampling: the same question then gives the same answer.", default=None)
+@options.ctx_size("Tokens of context.  [default: up to 4096]")
+@options.cache_type("How keys and values are stored.  [default: f16]")
 @options.threads()
 @options.backend()
 @click.option("--stats", is_flag=True, help="Show times, tokens/s and memory after each answer.")
 @options.as_json("One-shot: the answer and its figures as JSON.")
 def command(
-    model: Path,
-    prompt: str | None,
-    file: Path | None,
-    system: str,
-    template: bool,
-    max_tokens: int | None,
-    stop: tuple[str, ...],
-    ctx_size: int | None,
-    cache_type: str | None,
-    threads: int | None,
-    backend: Any,
-    stats: bool,
-    as_json: bool,
-    **sampling: Any,
+    model: Path, prompt: str | None, file: Path | None, stats: bool, as_json: bool, **wanted: Any
 ) -> None:
     """Talk to MODEL: a GGUF file, or a folder that `edgekv export onnx` wrote.
 
@@ -80,20 +67,9 @@ def command(
         raise click.UsageError("--json answers one question: give it with --prompt, --file or a pipe")
     from edgekv.workflows.chat import ChatRequest, SamplingParams, open_chat
 
-    request = ChatRequest(
-        model,
-        backend,
-        ctx_size,
-        cache_type,
-        threads,
-        system,
-        template,
-        SamplingParams(**sampling),
-        max_tokens,
-        stop,
-    )
+    request = ChatRequest(model, sampling=options.build(SamplingParams, wanted), **wanted)
     with open_chat(request) as chat:
-        if template and not chat.has_template:
+        if request.template and not chat.has_template:
             click.echo("this model has no chat template: it continues the text as it is", err=True)
         if question is not None:
             answer_once(chat, model, question, stats=stats, as_json=as_json)

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from edgekv.cli.common import options
+from edgekv.files import atomic_path
 
 
 @options.command("compare")
@@ -22,28 +23,23 @@ def command(
     """Compare reports of `edgekv bench` or `llama-bench -o json`, from any machines.
 
     Prints speed, memory and where each figure comes from. The page holds charts as well; it is one file
-    that needs no network. Measured, emulated and projected figures are told apart.
+    that needs no network. Measured, emulated and projected figures are marked as such.
 
     \b
     edgekv compare run.json
     edgekv compare pi5.json pi4.json --html boards.html --svg boards.svg
     edgekv compare run.json llama-bench.json --markdown >> notes.md
     """
-    from edgekv.devices.reporting import compare
-    from edgekv.files import atomic_path
+    from edgekv.devices.reporting import compare, page, picture
 
     sources = compare.load_sources(reports)
     if html is not None:
-        from edgekv.devices.reporting.page import html_page
-
         with atomic_path(html, force) as partial:
-            partial.write_text(html_page(sources), encoding="utf-8")
+            partial.write_text(page.html_page(sources), encoding="utf-8")
         click.echo(f"page: {html}", err=True)
     if svg is not None:
-        from edgekv.devices.reporting.picture import comparison_figure, write_svg
-
         with atomic_path(svg, force) as partial:
-            write_svg(lambda: comparison_figure(sources), partial)
+            picture.write_svg(lambda: picture.comparison_figure(sources), partial)
         click.echo(f"picture: {svg}", err=True)
     if form == "json":
         click.echo(compare.as_json(sources))

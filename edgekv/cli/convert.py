@@ -1,8 +1,7 @@
-"""`edgekv convert`: a GQA model becomes an MLA GGUF."""
+"""`edgekv convert`: an MLA GGUF from a GQA model."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgekv.cli.common import options
+from edgekv.cli.common.output import print_json, print_table
 from edgekv.cli.common.progress import stages
 from edgekv.errors import ToleranceError
 from edgekv.quant.formats import KEEP, PLAIN_WEIGHTS
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 @click.option("--fold-biases", is_flag=True,
               help="Convert a model with biases (Qwen2): write them into the weights, nearly.")  # fmt: skip
 @click.option("--healed", type=options.PATH, help="File of `edgekv heal` to build from, instead of fitting.")
-@click.option("--weights", default="keep", show_default=True, type=click.Choice((KEEP, *PLAIN_WEIGHTS)),
+@click.option("--weights", default=KEEP, show_default=True, type=click.Choice((KEEP, *PLAIN_WEIGHTS)),
               help="Weight format; keep leaves untouched tensors as stored and writes new ones in q8_0.")  # fmt: skip
 @options.text("Calibration text.  [default: the model writes it]", multiple=True)
 @options.text_tokens(32768, "Tokens to calibrate on.")
-@options.seed("Of the calibration sample.")
+@options.seed("Seed of the calibration sample.")
 @click.option("--verify", is_flag=True, help="Reload in llama.cpp and compare with the NumPy reference.")
 @options.force()
 @options.as_json()
 def command(output: Path, as_json: bool, **wanted: Any) -> None:
     """Convert a GQA or MHA model into one whose cache is a compressed latent.
 
-    The outcome is a `deepseek2` GGUF that unmodified llama.cpp runs.
+    The output is a `deepseek2` GGUF that unmodified llama.cpp runs.
 
     \b
     edgekv convert model.gguf -o half.gguf --target 0.5
@@ -52,7 +52,7 @@ def command(output: Path, as_json: bool, **wanted: Any) -> None:
 
     result = convert_model(ConvertRequest(output=output, **wanted), stages(quiet=as_json))
     if as_json:
-        click.echo(json.dumps(as_document(result), indent=1))
+        print_json(as_document(result))
     else:
         _show(result)
     if not result.verified:
@@ -90,19 +90,16 @@ def _show(result: ConvertResult) -> None:
 
 
 def _loss_table(losses: Sequence[LayerLoss]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     biased = any(loss.bias_error for loss in losses)
-    table = Table("layer", "rope key keeps", "latent keeps", "output error", *["bias error"] * biased)
-    for loss in losses:
-        cells = f"{loss.rope_kept:.1%}", f"{loss.latent_kept:.1%}", f"{loss.output_error:.3f}"
-        table.add_row(str(loss.layer), *cells, *[f"{loss.bias_error:.1%}"] * biased)
-    Console().print(table)
+    rows = (
+        (str(x.layer), f"{x.rope_kept:.1%}", f"{x.latent_kept:.1%}", f"{x.output_error:.3f}")
+        + (f"{x.bias_error:.1%}",) * biased
+        for x in losses
+    )
+    print_table(("layer", "rope key keeps", "latent keeps", "output error", *["bias error"] * biased), rows)
     curve = {
         rank: sum(x.latent_kept_at[rank] for x in losses) / len(losses) for rank in losses[0].latent_kept_at
     }
     if curve:
-        Console().print(
-            "a latent of rank r keeps, over all layers:", ", ".join(f"{r} {s:.1%}" for r, s in curve.items())
-        )
+        shares = ", ".join(f"{rank} {share:.1%}" for rank, share in curve.items())
+        click.echo(f"a latent of rank r keeps, over all layers: {shares}")

@@ -1,14 +1,14 @@
-"""`edgekv doctor`: is this machine ready."""
+"""`edgekv doctor`: checks of whether this machine is ready."""
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 
 import click
 
 from edgekv.cli.common import options
+from edgekv.cli.common.output import print_json
 
 MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL", "unknown": "?   "}
 NOT_READY = 1
@@ -31,7 +31,7 @@ def command(as_json: bool) -> None:
     checks = examine()
     ready = is_ready(checks)
     if as_json:
-        click.echo(json.dumps({"ready": ready, "checks": [asdict(check) for check in checks]}, indent=1))
+        print_json({"ready": ready, "checks": [asdict(check) for check in checks]})
     else:
         width = max(len(check.name) for check in checks)
         for check in checks:

@@ -1,4 +1,4 @@
-"""`edgekv heal`: distil the original into its converted self."""
+"""`edgekv heal`: distillation of the original into its converted self."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edgekv.cli.common.progress import ProgressLine, clock, stages
 if TYPE_CHECKING:
     from edgekv.heal.job import Event
 
-# Names of the events in --json, whatever the classes are called.
+# Names of the events in --json, which stay when a class is renamed.
 EVENT_NAMES = {
     "Stage": "stage",
     "LayerLoss": "layerloss",
@@ -32,7 +32,7 @@ EVENT_NAMES = {
               help="Let the original write N tokens to train on.")  # fmt: skip
 @click.option("--eval-text", type=options.PATH, metavar="FILE",
               help="Held-out text to score on.  [default: the last of --text]")  # fmt: skip
-@click.option("--eval-windows", default=64, show_default=True, help="Windows of it to score.")
+@click.option("--eval-windows", default=64, show_default=True, help="Windows of that text to score.")
 @click.option("--steps", type=int, help="Steps of training; 0 writes the unhealed conversion.")
 @click.option("--minutes", type=float, help="Train this long; with --steps: stop then, for --resume.")
 @click.option("--resume", is_flag=True, help="Go on where a training that was stopped or killed left off.")
@@ -46,31 +46,19 @@ EVENT_NAMES = {
 @click.option("--seq-len", default=1024, show_default=True, help="Tokens per sequence.")
 @click.option("--short-len", type=click.IntRange(min=2),
               help="On every second step, train on pieces of this many tokens.")  # fmt: skip
-@options.seed("Order of the text, and what --self writes.")
+@options.seed("Seed of the order of the text, and of what --self writes.")
 @click.option("--store", default="q8_0", show_default=True, type=click.Choice(["q6_k", "q8_0", "bf16"]),
               help="How the healed weights are stored.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cuda", "cpu"]),
               help="Where to train.")  # fmt: skip
 @options.force("Replace the output and forget a stopped training.")
 @options.as_json("Print one JSON object per line.")
-def command(
-    output: Path,
-    steps: int | None,
-    seed: int,
-    cache_type: Any,
-    lr: float,
-    match_share: float,
-    batch_tokens: int,
-    seq_len: int,
-    short_len: int | None,
-    as_json: bool,
-    **wanted: Any,
-) -> None:
+def command(output: Path, steps: int | None, as_json: bool, **wanted: Any) -> None:
     """Distil a model into its converted self, so that the small cache costs less.
 
     The original is the teacher, the training-free conversion the student. First each layer learns to give
     the original's attention output on the original's inputs, then all together learn its next-token
-    distribution. Only attention and norms are trained: the outcome is a small file; `edgekv convert --healed` builds
+    distribution. Only attention and norms are trained: the output is a small file; `edgekv convert --healed` builds
     the GGUF from it and the original. What is left of the loss is printed at the end. Needs PyTorch: pip install
     'edgekv[heal]'.
 
@@ -86,16 +74,8 @@ def command(
     """
     from edgekv.workflows.heal import MAX_STEPS, HealRecipe, HealRequest, encode, heal_model
 
-    recipe = HealRecipe(
-        steps=MAX_STEPS if steps is None else steps,
-        seed=seed,
-        batch_tokens=batch_tokens,
-        seq_len=seq_len,
-        short_len=short_len,
-        lr=lr,
-        match_share=match_share,
-        cache_type=cache_type,
-    )
+    wanted["steps"] = MAX_STEPS if steps is None else steps
+    recipe = options.build(HealRecipe, wanted)
 
     def emit(event: Event) -> None:
         click.echo(json.dumps({"event": EVENT_NAMES[type(event).__name__], **encode(event)}))

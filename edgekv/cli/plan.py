@@ -1,8 +1,7 @@
-"""`edgekv plan`: what a model will do on a board."""
+"""`edgekv plan`: predicted memory and speed of a model on a board."""
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 from edgekv.cli.common import options
-from edgekv.cli.common.output import command_line
+from edgekv.cli.common.output import command_line, print_json
+from edgekv.devices.reporting.text_table import as_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,7 +47,7 @@ def command(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Predict memory, longest context, speed and sessions of a model on a board, and what would serve better.
+    """Predict memory, longest context, speed and sessions of a model on a board, and which options would do better.
 
     Memory is exact where arithmetic is (weights, cache) and modelled where not; speed follows from bandwidth
     and compute. Everything printed is projected. Exit code 1: it does not fit.
@@ -58,10 +58,11 @@ def command(
     edgekv plan model.gguf --ram 512M -c 8192
     edgekv plan model.gguf --boards
     """
+    from edgekv.devices.predict import tables
     from edgekv.workflows import plan as plans
 
     if list_boards:
-        click.echo(plans.list_boards())
+        click.echo(as_text(tables.boards_table()))
         return
     if model is None:
         raise click.UsageError("name a model, as in: edgekv plan model.gguf --board pi-5")
@@ -88,37 +89,35 @@ def parse_size(text: str) -> int:
 
 
 def _show_boards(plans: Sequence[Plan], as_json: bool) -> None:
-    from edgekv.devices.predict.tables import plan_as_dict, plans_table
-    from edgekv.devices.reporting.text_table import as_text
+    from edgekv.devices.predict import tables
 
     if as_json:
-        click.echo(json.dumps([plan_as_dict(plan) for plan in plans], indent=1))
+        print_json([tables.plan_as_dict(plan) for plan in plans])
         return
     title = f"{plans[0].option.spec.name}, cache {plans[0].option.cache_type}, context {plans[0].context:,} (projected)"
-    click.echo(as_text(plans_table(title, plans, "board")))
+    click.echo(as_text(tables.plans_table(title, plans, "board")))
     click.echo(
         f"decode t/s with an empty cache and at depth {plans[0].speeds[-1].depth:,}; t/J: tokens per joule"
     )
 
 
 def _show_one(result: PlanResult, as_json: bool) -> None:
-    from edgekv.devices.predict.tables import memory_lines, plan_as_dict, plans_table, speed_table
-    from edgekv.devices.reporting.text_table import as_text
+    from edgekv.devices.predict import tables
 
     plan, better = result.plan, result.recommended
     if as_json:
-        found = {"plan": plan_as_dict(plan), "recommended": [plan_as_dict(other) for other in better[:5]]}
-        click.echo(json.dumps(found, indent=1))
+        found = [tables.plan_as_dict(other) for other in better[:5]]
+        print_json({"plan": tables.plan_as_dict(plan), "recommended": found})
         return
     click.echo(f"{plan.option.spec.name} on {plan.board.name} ({plan.board.soc})")
     click.echo("\nMemory (projected)")
-    click.echo("\n".join(memory_lines(plan)))
-    click.echo("\n" + as_text(speed_table(plan)))
+    click.echo("\n".join(tables.memory_lines(plan)))
+    click.echo("\n" + as_text(tables.speed_table(plan)))
     if plan.tokens_per_joule:
         click.echo(f"tokens per joule: {plan.tokens_per_joule:.2g} ({plan.board.decode_w:g} W)")
     if better:
         title = f"What fits {plan.context:,} tokens, least expected loss first (projected)"
-        click.echo("\n" + as_text(plans_table(title, better[:5], "option")))
+        click.echo("\n" + as_text(tables.plans_table(title, better[:5], "option")))
         advice = "; measure its loss with `edgekv eval`" if better[0].option.steps else ", nothing is lost"
         click.echo(f"recommended: {better[0].option.label}{advice}")
     else:

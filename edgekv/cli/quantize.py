@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgekv.cli.common import options
+from edgekv.cli.common.output import print_json, print_table
 from edgekv.cli.common.progress import stages
 from edgekv.quant.formats import PRESET_NAMES
 
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 @options.text_tokens(8192, "Tokens to calibrate on.")
 @click.option("--no-importance", "importance", flag_value=False, default=True, type=bool,
               help="Weigh all errors alike; saves the calibration.")  # fmt: skip
-@options.seed("Of the calibration sample.")
+@options.seed("Seed of the calibration sample.")
 @options.threads()
 @click.option("--each", is_flag=True, help="Show every tensor, not one row per kind.")
 @options.force()
 @options.as_json()
 def command(each: bool, as_json: bool, **wanted: Any) -> None:
-    """Quantize a model's weights with llama.cpp, weighing errors by what the model's inputs are like.
+    """Quantize a model's weights with llama.cpp, weighing errors by an importance matrix.
 
     MODEL is a GGUF of any architecture that llama.cpp runs, or a Hugging Face folder. The presets' names say
     bits per weight: q8_0 loses next to nothing, q4_k_m is the usual choice, below q3 much is lost. What each
@@ -48,7 +48,7 @@ def command(each: bool, as_json: bool, **wanted: Any) -> None:
 
     result = quantize_model(QuantizeRequest(**wanted), stages(quiet=as_json))
     if as_json:
-        click.echo(json.dumps(as_document(result), indent=1))
+        print_json(as_document(result))
     else:
         _show(result, each)
 
@@ -67,21 +67,18 @@ def as_document(result: QuantizeResult) -> dict[str, Any]:
 
 
 def _show(result: QuantizeResult, each: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     groups: dict[tuple[str, str], list[TensorReport]] = {}
     for report in result.tensors:
         kind = report.name if each else ".".join(report.name.split(".")[2:-1]) or report.name
         groups.setdefault((kind, report.after), []).append(report)
-    table = Table("tensors", "count", "from", "to", "MiB", "error", "weighted", "worst")
+    rows = []
     for (kind, after), members in groups.items():
         before = "/".join(sorted({member.before for member in members}))
         mark = " *" if any(member.fell_back for member in members) else ""
         size = sum(member.nbytes_after for member in members) / 2**20
-        table.add_row(kind, str(len(members)), before, after + mark, f"{size:.2f}", *_errors(members))
-    Console().print(table)
-    click.echo("error: relative RMS of the weights; weighted: of what they give on the calibration's inputs")
+        rows.append((kind, str(len(members)), before, after + mark, f"{size:.2f}", *_errors(members)))
+    print_table(("tensors", "count", "from", "to", "MiB", "error", "weighted", "worst"), rows)
+    click.echo("error: relative RMS of the weights; weighted: of their outputs on the calibration's inputs")
     shares = [report.error.compared for report in result.tensors if report.error is not None]
     if min(shares, default=1.0) < 1:
         click.echo(

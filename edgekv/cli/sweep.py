@@ -1,4 +1,4 @@
-"""`edgekv sweep`: conversions and cache types against each other, as JSON, table and picture."""
+"""`edgekv sweep`: a comparison of conversions and cache types, as JSON, table and picture."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""`edgekv verify`: the same tokens through two models or two engines."""
+"""`edgekv verify`: a comparison of two models or two engines on the same tokens."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgekv.cli.common import options
+from edgekv.cli.common.output import print_json
 from edgekv.cli.common.progress import stages
 from edgekv.errors import ToleranceError
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.argument("a", type=options.PATH)
 @click.argument("b", type=options.PATH, required=False)
 @options.backend("Engine of A.", "--backend-a", "reference")
-@options.backend("Engine of B.  [default: what B is made for]", "--backend-b")
+@options.backend("Engine of B.  [default: the one for B's format]", "--backend-b")
 @options.cache_type("llama.cpp's cache type.", default="f32")
 @options.text("Text to compare on.  [default: text that A samples itself]")
 @options.text_tokens(256, "Tokens to compare on.")
@@ -38,7 +38,7 @@ def command(tolerance: float, as_json: bool, **wanted: Any) -> None:
 
     found = verify_models(VerifyRequest(**wanted), stages(quiet=as_json))
     if as_json:
-        click.echo(json.dumps({**asdict(found), "tolerance": tolerance}, indent=1))
+        print_json({**asdict(found), "tolerance": tolerance})
     else:
         _show(found)
     if not found.kl <= tolerance:

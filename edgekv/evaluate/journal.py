@@ -1,6 +1,6 @@
-"""Files that a measurement appends to as it goes, so that kill -9 costs one window or one question.
+"""Journals: files that a measurement appends each result to, so that kill -9 costs one window or one question.
 
-Each belongs to one identity: what is measured, with what, on what, by which protocol, as a flat mapping. The
+Each belongs to one identity: model, engine, text and protocol, as a flat mapping. The
 identity is hashed into the file's name and written out in its first line. Only one process may hold a file.
 """
 
@@ -24,7 +24,7 @@ Identity = Mapping[str, str | int | None]
 
 
 def default_folder() -> Path:
-    """Where journals and reference distributions live unless told otherwise."""
+    """Where journals and reference distributions live by default."""
     return user_cache_path("edgekv") / "eval"
 
 
@@ -78,7 +78,7 @@ class Journal:
         file.truncate(end)
 
     def add(self, index: int, value: Any) -> None:
-        """Note a result; it is the system's before this returns."""
+        """Append a result; the operating system has it before this returns."""
         self.done[index] = value
         self._file.write(json.dumps([index, value]).encode() + b"\n")
         self._file.flush()
@@ -106,11 +106,11 @@ def measure(
 
     Args:
         kind: what is measured; part of the journal's name.
-        identity: all that decides the figures beside the subject.
+        identity: all that decides the figures, besides the subject.
         summary: the figures so far, from results by index; called with one or more.
 
     Raises:
-        InputError: an option is impossible, or another process is measuring the same.
+        InputError: an option is impossible, or another process holds the journal.
         BackendError: the engine is not installed, failed, or its process died.
     """
     with open_journal(run.folder, kind, subject.identity() | dict(identity), run.fresh) as journal:

@@ -1,4 +1,4 @@
-"""What is measured: a model file, the engine that runs it, and how its cache and weights are kept."""
+"""Model under test: a model file, the engine that runs it, its cache type and the format of its weights."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class ModelUnderTest:
         return "stored" if self.weights == KEEP else self.weights
 
     def identity(self) -> dict[str, str | int | None]:
-        """Everything that decides its figures."""
+        """Everything that decides the figures measured of it; part of its journals' names."""
         return {
             "model": model_sha256(self.path),
             "backend": self.backend,
@@ -72,7 +72,7 @@ def open_engine(subject: ModelUnderTest, n_ctx: int, folder: Path, n_threads: in
         BackendError: the engine is not installed or failed.
     """
     path = engine_path(subject, folder)
-    # NumPy's threads are its BLAS's affair; edgekv.evaluate.workers sees to them.
+    # NumPy's threads are set by edgekv.evaluate.workers, before BLAS is loaded.
     threads = n_threads if subject.backend != "reference" else None
     backend = open_backend(
         path, subject.backend, n_ctx=n_ctx, cache_type=subject.cache_type, n_threads=threads
@@ -84,7 +84,7 @@ def open_engine(subject: ModelUnderTest, n_ctx: int, folder: Path, n_threads: in
 
 
 def cache_nbytes_per_token(subject: ModelUnderTest, folder: Path) -> float:
-    """Bytes that the engine really allocates for a token, all layers; raises as `open_engine` does."""
+    """Bytes that the engine allocates per token, all layers together; raises as `open_engine` does."""
     n_ctx = 256  # llama.cpp's smallest
     with open_engine(subject, n_ctx, folder, 1) as backend:
         return backend.cache_nbytes() / backend.n_ctx
@@ -101,7 +101,7 @@ def engine_version(kind: Kind) -> str:
 
 
 def model_sha256(path: Path) -> str:
-    """SHA-256 of a model: of its file, or of an ONNX folder's manifest, which has those of all files.
+    """SHA-256 of a model: of its file, or of an ONNX folder's manifest, which lists the SHA-256 of all its files.
 
     Raises:
         InputError: it cannot be read.
@@ -118,14 +118,14 @@ def trained_context(path: Path) -> int:
     """Tokens that the model was trained for.
 
     Raises:
-        ModelFileError: the file is malformed or does not tell.
+        ModelFileError: the file is malformed, or names no context length.
     """
     if is_onnx_folder(path):
         return read_manifest(path).model.context_length
     metadata = kept_header(path).metadata
     length = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     if not isinstance(length, int) or length < 1:
-        raise ModelFileError(f"{path} does not tell its context length; give one with --ctx-size")
+        raise ModelFileError(f"{path} names no context length; give one with --ctx-size")
     return length
 
 
@@ -142,7 +142,7 @@ def require_same_tokens(path: Path, reference: Path) -> None:
 
 
 def engine_path(subject: ModelUnderTest, folder: Path) -> Path:
-    """The file that the engine opens: the model, or its copy with f16 or f32 weights, made here if need be."""
+    """The file that the engine opens: the model, or its copy with f16 or f32 weights, made here if it is missing."""
     if subject.weights == KEEP:
         return subject.path
     if is_onnx_folder(subject.path):
@@ -160,7 +160,7 @@ def engine_path(subject: ModelUnderTest, folder: Path) -> Path:
 
 
 def weights_nbytes(subject: ModelUnderTest) -> int:
-    """About how much memory the weights take in the engine."""
+    """Bytes of the weights in the engine, roughly."""
     if is_onnx_folder(subject.path):
         return read_manifest(subject.path).model.weights_nbytes
     tensors = kept_header(subject.path).tensors

@@ -1,4 +1,4 @@
-"""The picture of a sweep: KL against cache bytes per token."""
+"""Picture of a sweep: KL against cache bytes per token."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def sweep_figure(report: SweepReport) -> Figure:
     axes.set(
         xscale="log",
         yscale="log",
-        xlabel="cache bytes a token, all layers",
-        ylabel="KL(original || candidate), nats a token",
+        xlabel="cache bytes per token, all layers",
+        ylabel="KL(original || candidate), nats per token",
         title=f"{report.reference.file}, {report.text}, {report.tokens_scored:,} tokens; hollow: dominated",
     )
     axes.grid(True, which="both", alpha=0.2)

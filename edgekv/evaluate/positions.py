@@ -1,7 +1,7 @@
-"""Perplexity by position, up to the full context: a cache that fails at distance shows here.
+"""Perplexity by position, up to the full context, which shows a cache that fails over long distances.
 
 The text is cut into sequences as long as the context; every token but the first is predicted. Positions are
-put together between powers of two.
+grouped between powers of two.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.backends.base import Backend
-from edgekv.errors import BackendError
 from edgekv.evaluate.journal import Identity, measure
 from edgekv.evaluate.model_under_test import ModelUnderTest
 from edgekv.evaluate.top_and_tail import log_sum_exp, target_nll
@@ -51,16 +50,12 @@ class PositionsResult:
 
 def bucket_edges(context: int) -> list[int]:
     """0, 256, 512, 1024 ... up to the last prediction of a context."""
-    edges = [0]
-    edge = FIRST_EDGE
-    while edge < context - 1:
-        edges.append(edge)
-        edge *= 2
-    return [*edges, context - 1]
+    edges = itertools.takewhile(lambda edge: edge < context - 1, (FIRST_EDGE << i for i in itertools.count()))
+    return [0, *edges, context - 1]
 
 
 def measure_positions(text: Text, subject: ModelUnderTest, run: Run) -> NDArray[np.float64]:
-    """Summed loss of each sequence in each bucket, (sequences, buckets); raises as measure.measure does."""
+    """Summed loss of each sequence in each bucket, (sequences, buckets); raises as journal.measure does."""
     identity: Identity = {"text": text.sha256, "context": text.length}
     count = len(text.windows)
     return np.array(
@@ -71,7 +66,7 @@ def measure_positions(text: Text, subject: ModelUnderTest, run: Run) -> NDArray[
 def positions_result(
     text: Text, losses: NDArray[np.float64], reference: NDArray[np.float64] | None
 ) -> PositionsResult:
-    """What the losses of a model, and of its reference, amount to."""
+    """Perplexity per bucket from the losses (sequences, buckets) of a model and of its reference."""
     edges = bucket_edges(text.length)
     buckets = []
     for i, (start, stop) in enumerate(itertools.pairwise(edges)):
@@ -79,22 +74,12 @@ def positions_result(
         mean = float(losses[:, i].sum()) / scored
         base = ratio = error = None
         if reference is not None:
-            base = float(reference[:, i].sum()) / scored
-            ratio = perplexity(mean - base)
+            base_mean = float(reference[:, i].sum()) / scored
+            base, ratio = perplexity(base_mean), perplexity(mean - base_mean)
             differences = (losses[:, i] - reference[:, i]) / (stop - start)
             spread = float(differences.std(ddof=1)) if len(losses) > 1 else 0.0
             error = ratio * spread / math.sqrt(len(losses))
-        buckets.append(
-            PositionBucket(
-                start,
-                stop,
-                scored,
-                perplexity(mean),
-                None if base is None else perplexity(base),
-                ratio,
-                error,
-            )
-        )
+        buckets.append(PositionBucket(start, stop, scored, perplexity(mean), base, ratio, error))
     return PositionsResult(text.name, text.sha256, text.length, len(losses), tuple(buckets))
 
 
@@ -105,7 +90,5 @@ def score_sequence(backend: Backend, tokens: list[int]) -> list[float]:
         log_sums, _ = log_sum_exp(logits)
         nll.append(target_nll(logits, log_sums, targets))
     losses = np.concatenate(nll)
-    if not np.isfinite(losses).all():
-        raise BackendError("the engine's logits are not finite; try --cache-type f32")
     edges = bucket_edges(len(tokens))
     return [float(losses[a:b].sum()) for a, b in itertools.pairwise(edges)]

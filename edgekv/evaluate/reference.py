@@ -1,4 +1,4 @@
-"""The model that others are held against, as distributions over a text: run once, kept on disk."""
+"""Reference distributions: the next-token distributions of the model to compare with, computed once, kept on disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from edgekv.backends.base import Backend
 from edgekv.errors import BackendError, OutputError
-from edgekv.evaluate.journal import Identity, open_held
+from edgekv.evaluate.journal import open_held
 from edgekv.evaluate.model_under_test import ModelUnderTest
 from edgekv.evaluate.top_and_tail import SAMPLES, TOP, CompactRows, compact
 from edgekv.evaluate.workers import Run, run_units
@@ -24,7 +24,7 @@ _CRC_NBYTES = 4
 
 
 class ReferenceStore:
-    """Windows of `n_rows` compact rows each; `len` tells how many there are."""
+    """Windows of `n_rows` compact rows each; `len` is the number of windows."""
 
     def __init__(self, file: IO[bytes], n_rows: int, vocab: int) -> None:
         self._file = file
@@ -59,17 +59,19 @@ class ReferenceStore:
             self._file.flush()
         except OSError as error:
             raise OutputError(
-                f"cannot store reference distributions: {error.strerror}; free {len(data) >> 20} MiB a window, "
+                f"cannot store reference distributions: {error.strerror}; free {len(data) >> 20} MiB per window, "
                 "or choose another --cache-dir"
             ) from error
         self._count += 1
 
     def read(self, window: int) -> CompactRows:
-        """A window that is stored."""
+        """A stored window."""
         assert window < self._count, (window, self._count)
         data = self._load(window)
         if data is None:
-            raise OutputError("the stored reference distributions changed under way; run again with --fresh")
+            raise OutputError(
+                "the stored reference distributions changed during the run; run again with --fresh"
+            )
         arrays = []
         for kind, shape in self._fields:
             size = kind.itemsize * int(np.prod(shape))
@@ -87,20 +89,10 @@ class ReferenceStore:
         return data if whole else None
 
 
-@contextmanager
-def open_reference_store(
-    folder: Path, identity: Identity, n_rows: int, vocab: int, fresh: bool = False
-) -> Iterator[ReferenceStore]:
-    """The store of a reference's identity; raises as edgekv.evaluate.journal.open_held does."""
-    layout = {"rows": n_rows, "vocab": vocab, "top": TOP, "samples": SAMPLES}
-    with open_held(folder, "reference", {**identity, **layout}, fresh) as file:
-        yield ReferenceStore(file, n_rows, vocab)
-
-
 class Reference:
     """A reference's distributions at a text's scored predictions.
 
-    `key` tells this reference from others: by model, engine and protocol.
+    `key` is a hash of model, engine and protocol.
     """
 
     def __init__(self, subject: ModelUnderTest, text: Text, store: ReferenceStore, key: str) -> None:
@@ -111,7 +103,7 @@ class Reference:
         """Run the reference on the windows that the store lacks.
 
         Raises:
-            BackendError: the engine failed, or gave logits that are not numbers.
+            BackendError: the engine failed, or gave logits that are not finite.
         """
         total = len(self._text.windows)
         if len(self._store) >= total:
@@ -134,7 +126,10 @@ def compact_window(backend: Backend, item: tuple[int, list[int], int]) -> Compac
     parts = []
     for targets, logits in scored_logits(backend, tokens, first):
         if not np.isfinite(logits).all():
-            raise BackendError(f"the reference's logits are not finite in window {index}")
+            raise BackendError(
+                f"the reference's logits are not finite in window {index}; its file may be damaged: try "
+                "`edgekv chat` on it"
+            )
         parts.append(compact(logits, targets, rng))
     return CompactRows.join(parts)
 
@@ -146,5 +141,6 @@ def open_reference(
     """The reference with what earlier runs left in `folder`; raises as journal.open_held does."""
     identity = subject.identity() | text.identity()
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    with open_reference_store(folder, identity, text.n_scored, vocab, fresh) as store:
-        yield Reference(subject, text, store, key)
+    layout = {"rows": text.n_scored, "vocab": vocab, "top": TOP, "samples": SAMPLES}
+    with open_held(folder, "reference", identity | layout, fresh) as file:
+        yield Reference(subject, text, ReferenceStore(file, text.n_scored, vocab), key)

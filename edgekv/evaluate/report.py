@@ -1,4 +1,4 @@
-"""What `edgekv eval` found, as one versioned JSON document and as lines of text."""
+"""Report of `edgekv eval`: one versioned JSON document, and lines of text."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ class EvalReport:
 
 
 def model_line(model: Measured) -> str:
-    """What was measured, in one line."""
+    """The model, its engine and its cache in one line."""
     weights = "" if model.weights == "stored" else f", weights in {model.weights}"
     return (
         f"{model.file}: {model.backend} {model.engine}, cache {model.cache_type}, "
-        f"{model.cache_nbytes_per_token:,.0f} bytes a token{weights}"
+        f"{model.cache_nbytes_per_token:,.0f} bytes per token{weights}"
     )
 
 
@@ -89,7 +89,7 @@ def windows_lines(result: WindowsResult) -> list[str]:
         head,
         f"  perplexity  {result.ppl:.4f}, reference {result.reference_ppl:.4f}, "
         f"x{result.ppl_ratio:.4f} ± {result.ppl_ratio_se:.4f}",
-        f"  KL          {result.kl:.6f} ± {result.kl_se:.6f} nats a token",
+        f"  KL          {result.kl:.6f} ± {result.kl_se:.6f} nats per token",
         f"  argmax      {result.argmax_agreement:.2%} agree",
     ]
 
@@ -135,7 +135,7 @@ def retrieval_lines(result: RetrievalResult) -> list[str]:
     """Share of planted lines found, lengths down and depths across."""
     trials = result.cells[0].trials
     lines = [
-        f"{result.text}: planted lines found, {trials} trials a cell",
+        f"{result.text}: planted lines found, {trials} trials per cell",
         "  length  depth" + "".join(f"{depth:>17.0%}" for depth in DEPTHS),
     ]
     for first in range(0, len(result.cells), len(DEPTHS)):

@@ -1,4 +1,4 @@
-"""Retrieval of a planted line: does the cache still hold a fact, at every depth and length?
+"""Retrieval of a planted line: whether the cache still holds a fact, at every depth and length.
 
 A line such as "The code of the red door is 48213." is planted in prose and asked for at its end by giving its
 beginning once more ("needle in a haystack", github.com/gkamradt/LLMTest_NeedleInAHaystack; asked as a
@@ -66,10 +66,6 @@ class Prompt:
     line: list[int]
     question: ChoiceTokens
 
-    def cut(self, depth: float) -> int:
-        """Tokens of prose before the line."""
-        return round(depth * len(self.prose))
-
 
 @dataclass(frozen=True)
 class Haystack:
@@ -83,7 +79,7 @@ class Haystack:
 
 
 def make_haystack(path: Path, tokenizer: Tokenizer, context: int, trials: int) -> Haystack:
-    """Prompts of an eighth, a quarter, half and all of the context; the prose of each trial is another.
+    """Prompts of an eighth, a quarter, half and all of the context; each trial has other prose.
 
     Raises:
         InputError: the text is shorter than the context, or the context too short for the line.
@@ -118,7 +114,7 @@ def _prompt(tokenizer: Tokenizer, prose: list[int], length: int, trial: int) -> 
 
 
 def measure_retrieval(haystack: Haystack, subject: ModelUnderTest, run: Run) -> list[Answers]:
-    """The answers to each prompt at each depth; raises as measure.measure does."""
+    """The answers to each prompt at each depth; raises as journal.measure does."""
     identity: Identity = {"text": haystack.sha256, "context": haystack.context}
     prompts = haystack.prompts
     return measure(
@@ -137,7 +133,7 @@ def measure_retrieval(haystack: Haystack, subject: ModelUnderTest, run: Run) -> 
 def retrieval_result(
     haystack: Haystack, answers: Sequence[Answers], reference: Sequence[Answers] | None
 ) -> RetrievalResult:
-    """What the answers of a model, and of its reference, amount to."""
+    """Share found and perplexity per length and depth, from the answers of a model and of its reference."""
     cells = []
     for i in range(len(SHARES)):
         trials = slice(i, None, len(SHARES))
@@ -154,7 +150,7 @@ def ask(backend: Backend, prompt: Prompt) -> Answers:
     answers: Answers = []
     backend.trim(0)
     for depth in reversed(DEPTHS):
-        cut = prompt.cut(depth)
+        cut = round(depth * len(prompt.prose))
         if cut > backend.n_past:
             backend.prefill(prompt.prose[:cut])
         backend.trim(cut)

@@ -1,4 +1,4 @@
-"""One model through every measurement that was asked for, and its reference where it lacks figures."""
+"""Evaluation of one model: every measurement that was asked for, of the model and of its reference."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from edgekv import __version__
 from edgekv.errors import InputError
+from edgekv.evaluate import report, retrieval
 from edgekv.evaluate.model_under_test import (
     ModelUnderTest,
     read_tokenizer,
@@ -18,25 +19,6 @@ from edgekv.evaluate.model_under_test import (
 )
 from edgekv.evaluate.positions import PositionsResult, measure_positions, positions_result
 from edgekv.evaluate.reference import open_reference
-from edgekv.evaluate.report import (
-    FORMAT,
-    VERSION,
-    EvalReport,
-    Measured,
-    change_line,
-    model_line,
-    positions_lines,
-    retrieval_lines,
-    task_line,
-    windows_lines,
-)
-from edgekv.evaluate.retrieval import (
-    Haystack,
-    RetrievalResult,
-    make_haystack,
-    measure_retrieval,
-    retrieval_result,
-)
 from edgekv.evaluate.task_formats import Task, read_task
 from edgekv.evaluate.tasks import TaskResult, measure_task, task_result
 from edgekv.evaluate.windows import WindowsResult, measure_windows
@@ -49,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Measurements:
-    """What to measure. `limit` caps windows and questions a task; `sequences` of the full context are for
+    """What to measure. `limit` caps windows, and questions per task; `sequences` of the full context are for
     perplexity by position, `trials` of each length for retrieval."""
 
     text: Path | None = None
@@ -85,7 +67,7 @@ class Evaluation:
         self._progress, self._say = progress, say
         self._tokenizer = read_tokenizer(subject.path)
 
-    def run(self, wanted: Measurements, command: str) -> EvalReport:
+    def run(self, wanted: Measurements, command: str) -> report.EvalReport:
         """Measure all that is asked for; every input is read before the first model runs.
 
         Raises:
@@ -104,17 +86,19 @@ class Evaluation:
             else None
         )
         haystack = (
-            make_haystack(wanted.retrieval, tokenizer, context, wanted.trials) if wanted.retrieval else None
+            retrieval.make_haystack(wanted.retrieval, tokenizer, context, wanted.trials)
+            if wanted.retrieval
+            else None
         )
-        model = Measured.of(self._subject, self._run.folder)
-        self._say(model_line(model))
-        return EvalReport(
-            FORMAT,
-            VERSION,
+        model = report.Measured.of(self._subject, self._run.folder)
+        self._say(report.model_line(model))
+        return report.EvalReport(
+            report.FORMAT,
+            report.VERSION,
             __version__,
             command,
             model,
-            Measured.of(self._reference, self._run.folder) if self._reference else None,
+            report.Measured.of(self._reference, self._run.folder) if self._reference else None,
             windows=self._windows(text) if text else None,
             tasks=self._tasks(tasks),
             positions=self._positions(long) if long else None,
@@ -129,7 +113,7 @@ class Evaluation:
             with open_reference(self._reference, text, len(self._tokenizer), self._run.folder, fresh) as held:
                 held.fill(self._stage("reference"))
                 result = measure_windows(self._subject, text, held, self._stage("windows"))
-        self._say("\n".join(windows_lines(result)))
+        self._say("\n".join(report.windows_lines(result)))
         return result
 
     def _tasks(self, tasks: Sequence[Task]) -> tuple[TaskResult, ...]:
@@ -137,23 +121,25 @@ class Evaluation:
         for task in tasks:
             measure = partial(measure_task, self._tokenizer, task)
             results.append(task_result(task, *self._both(task.name, measure)))
-            self._say(task_line(results[-1]))
-        if line := change_line(results):
+            self._say(report.task_line(results[-1]))
+        if line := report.change_line(results):
             self._say(line)
         return tuple(results)
 
     def _positions(self, text: Text) -> PositionsResult:
         result = positions_result(text, *self._both("positions", partial(measure_positions, text)))
-        self._say("\n".join(positions_lines(result)))
+        self._say("\n".join(report.positions_lines(result)))
         return result
 
-    def _retrieval(self, haystack: Haystack) -> RetrievalResult:
-        result = retrieval_result(haystack, *self._both("retrieval", partial(measure_retrieval, haystack)))
-        self._say("\n".join(retrieval_lines(result)))
+    def _retrieval(self, haystack: retrieval.Haystack) -> retrieval.RetrievalResult:
+        result = retrieval.retrieval_result(
+            haystack, *self._both("retrieval", partial(retrieval.measure_retrieval, haystack))
+        )
+        self._say("\n".join(report.retrieval_lines(result)))
         return result
 
     def _both(self, what: str, measure: Callable[[ModelUnderTest, Run], T]) -> tuple[T, T | None]:
-        """What is measured of the subject, and of the reference if there is one."""
+        """The measurement of the subject, and of the reference if there is one."""
         reference = measure(self._reference, self._stage(f"{what}, reference")) if self._reference else None
         return measure(self._subject, self._stage(what)), reference
 

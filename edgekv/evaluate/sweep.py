@@ -1,7 +1,7 @@
-"""Sweeps: many conversions and cache types against one reference, and which of them are worth having.
+"""Sweeps: many conversions and cache types against one reference, and which of them dominate others.
 
-The reference is the model itself in llama.cpp with a float32 cache, run once. The line to beat is what a user has
-for nothing: the model's own caches in smaller types.
+The reference is the model itself in llama.cpp with a float32 cache, run once. Conversions compete with what
+needs no conversion: the model's own cache in smaller types.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Conversion(Document, frozen=True):
 class SweepSpec(Document, frozen=True):
     """One sweep; the field names are the file's keys.
 
-    `cache_types` are the model's own caches, the line that a conversion has to beat. With `weights` other than
+    `cache_types` are the model's own caches, which a conversion has to beat. With `weights` other than
     "keep" all models are dequantized, so that they differ in nothing but their cache.
     """
 
@@ -85,7 +85,9 @@ def _check(spec: SweepSpec) -> None:
     for i, entry in enumerate(spec.conversion):
         where = f"conversion[{i}]"
         if entry.name in seen:
-            raise SchemaError(f"{where}.name", f"{entry.name!r} is taken; names tell points apart")
+            raise SchemaError(
+                f"{where}.name", f"{entry.name!r} is taken; give each conversion a name of its own"
+            )
         seen.add(entry.name)
         if (entry.file is None) == (entry.convert is None):
             raise SchemaError(where, "give either file, a converted GGUF, or convert, options to make one")
@@ -114,7 +116,7 @@ class SweepPoint:
     less; None if there is none."""
 
     name: str
-    own_cache: bool  # of the original: part of the line to beat
+    own_cache: bool  # of the original, not of a conversion
     cache_type: str
     cache_nbytes_per_token: float
     kl: float
@@ -239,7 +241,7 @@ class Sweep:
             argmax_agreement=found.argmax_agreement,
         )
         self._say(
-            f"{point.label}: {nbytes:,.0f} bytes a token, KL {point.kl:.6f} ± {point.kl_se:.6f}, "
+            f"{point.label}: {nbytes:,.0f} bytes per token, KL {point.kl:.6f} ± {point.kl_se:.6f}, "
             f"perplexity x{point.ppl_ratio:.4f}, argmax {point.argmax_agreement:.2%}"
         )
         return point, found
@@ -269,12 +271,12 @@ def markdown_table(report: SweepReport) -> str:
     """The points as a table, with the protocol above it."""
     reference = report.reference
     lines = [
-        f"KL(original || candidate) in nats a token and perplexity on {report.text}: {report.windows} windows of "
+        f"KL(original || candidate) in nats per token and perplexity on {report.text}: {report.windows} windows of "
         f"{report.window} tokens, {report.tokens_scored:,} tokens scored; the original is {reference.file} in "
         f"{reference.backend} {reference.engine} with an f32 cache, weights {reference.weights}, perplexity "
         f"{report.reference_ppl:.3f}.",
         "",
-        "| model | cache | bytes a token | KL | perplexity | same next token | dominated by |",
+        "| model | cache | bytes per token | KL | perplexity | same next token | dominated by |",
         "|---|---|---:|---:|---:|---:|---|",
     ]
     for point in report.points:

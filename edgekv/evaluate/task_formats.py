@@ -1,4 +1,4 @@
-"""Zero-shot tasks as questions: what is read, and the continuations whose probability decides.
+"""Zero-shot tasks: files of questions, and the continuations whose probability decides.
 
 Prompts are those of EleutherAI's lm-evaluation-harness (lm_eval/tasks), so that figures compare. A file is JSON
 lines: `{"text"}` for LAMBADA, `{"query", "choices", "gold"}` for the others; WinoGrande's query has one `_`.

@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.backends.base import Backend
-from edgekv.errors import BackendError, InputError
+from edgekv.errors import InputError
 from edgekv.evaluate.journal import measure
 from edgekv.evaluate.model_under_test import ModelUnderTest
 from edgekv.evaluate.task_formats import Question, Task
 from edgekv.evaluate.top_and_tail import log_sum_exp, target_nll
+from edgekv.evaluate.windows import perplexity
 from edgekv.evaluate.workers import Run
 from edgekv.source import Array
 from edgekv.tokenizer.tokenizer import Tokenizer
@@ -26,8 +27,8 @@ Scores = list[tuple[float, bool]]  # of each choice: log-probability, and whethe
 class TaskResult:
     """Accuracy on one task; `_se` are standard errors of the mean over questions.
 
-    `accuracy` picks the choice with the highest log-probability a character, `accuracy_sum` that with the
-    highest in all. With one choice, as in LAMBADA, both count the questions where greedy decoding writes it.
+    `accuracy` picks the choice with the highest log-probability per character, `accuracy_sum` that with the
+    highest sum. With one choice, as in LAMBADA, both count the questions where greedy decoding writes it.
     """
 
     task: str
@@ -53,7 +54,7 @@ class ChoiceTokens:
 
 
 def measure_task(tokenizer: Tokenizer, task: Task, subject: ModelUnderTest, run: Run) -> list[Scores]:
-    """Score every choice of every question; raises as measure.measure does."""
+    """Score every choice of every question; raises as journal.measure does."""
     tokens = [_question_tokens(tokenizer, question) for question in task.questions]
     found: list[Scores] = measure(
         subject,
@@ -70,7 +71,7 @@ def measure_task(tokenizer: Tokenizer, task: Task, subject: ModelUnderTest, run:
 
 
 def task_result(task: Task, scores: Sequence[Scores], reference: Sequence[Scores] | None) -> TaskResult:
-    """What the scores of a model, and of its reference, amount to."""
+    """Accuracy from the scores of a model, and its change from those of the reference."""
     right = _right(task.questions, scores)
     single = all(len(question.choices) == 1 for question in task.questions)
     against = _right(task.questions, reference) if reference else None
@@ -84,7 +85,7 @@ def task_result(task: Task, scores: Sequence[Scores], reference: Sequence[Scores
         accuracy_se=_standard_error(right),
         accuracy_sum=float(_right(task.questions, scores, by_length=False).mean()),
         chance=None if single else float(np.mean([1 / len(q.choices) for q in task.questions])),
-        target_ppl=math.exp(min(700.0, -float(np.mean([s[0][0] for s in scores])))) if single else None,
+        target_ppl=perplexity(-float(np.mean([s[0][0] for s in scores]))) if single else None,
         reference_accuracy=float(against.mean()) if against is not None else None,
         relative_change=change,
         relative_change_se=change_se,
@@ -139,11 +140,11 @@ def score_continuation(
     """Log-probability of a continuation, and whether greedy decoding writes it. Its last token is not run.
 
     Args:
-        cached: so many of its tokens are in the cache already.
-        after_cached: the logits (vocab,) behind them, wanted if that is the whole context.
+        cached: how many of its tokens are in the cache already.
+        after_cached: the logits (vocab,) behind them, needed if they are the whole context.
 
     Raises:
-        BackendError: the engine failed, or gave logits that are not numbers.
+        BackendError: the engine failed, or gave logits that are not finite.
     """
     context = choice.ids[cached : choice.first]
     head = backend.prefill(context) if context else after_cached
@@ -152,8 +153,6 @@ def score_continuation(
     logits = np.concatenate([head[None], backend.prefill_all(rest)]) if rest else head[None]
     targets = np.asarray(choice.ids[choice.first :], np.int64)
     log_sums, best = log_sum_exp(logits)
-    if not np.isfinite(log_sums).all():
-        raise BackendError("the engine's logits are not finite; try --cache-type f32")
     return -float(target_nll(logits, log_sums, targets).sum()), bool((best == targets).all())
 
 

@@ -1,4 +1,4 @@
-"""Next-token distributions in a thousandth of the room, exact enough for a KL divergence.
+"""Compact next-token distributions, a thousandth of the size, exact enough for a KL divergence.
 
 A row of 49,152 float32 log-probabilities is 196 KB; 150,000 of them are 30 GB. Kept of each row: its TOP
 likeliest tokens exactly, the probability of all others together (the tail), and SAMPLES tokens drawn from the
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekv.errors import BackendError
 from edgekv.reference.ops import kl_rows
 from edgekv.source import Array
 
@@ -50,10 +51,7 @@ class CompactRows:
         """Rows of several batches, one after the other."""
         return cls(
             parts[0].top,
-            np.concatenate([part.ids for part in parts]),
-            np.concatenate([part.log_p for part in parts]),
-            np.concatenate([part.tail for part in parts]),
-            np.concatenate([part.nll for part in parts]),
+            *map(np.concatenate, zip(*((p.ids, p.log_p, p.tail, p.nll) for p in parts), strict=True)),
         )
 
 
@@ -75,8 +73,15 @@ def log_sum_exp(logits: Array) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
 def target_nll(
     logits: Array, log_sums: NDArray[np.float64], targets: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """-log p(target) of each row, (N,)."""
-    return np.asarray(log_sums - logits[np.arange(len(logits)), targets], np.float64)
+    """-log p(target) of each row, (N,).
+
+    Raises:
+        BackendError: a logit is not a number, or infinite.
+    """
+    nll = np.asarray(log_sums - logits[np.arange(len(logits)), targets], np.float64)
+    if not np.isfinite(nll).all():
+        raise BackendError("the engine's logits are not finite; try --cache-type f32")
+    return nll
 
 
 def compact(logits: Array, targets: NDArray[np.int64], rng: np.random.Generator) -> CompactRows:
@@ -117,7 +122,7 @@ def _draw(mass: Array, rng: np.random.Generator) -> tuple[NDArray[np.uint32], fl
 
 
 def log_q_of(rows: CompactRows, logits: Array, log_sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What another model gives to the tokens kept, as log-probabilities (N, K)."""
+    """Log-probabilities (N, K) of the kept tokens in another model."""
     return np.asarray(np.take_along_axis(logits, rows.ids, axis=-1) - log_sums[:, None], np.float64)
 
 

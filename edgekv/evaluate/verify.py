@@ -1,4 +1,4 @@
-"""Do two models or two engines say the same? KL, logit error and argmax agreement on the same tokens."""
+"""Comparison of two models or two engines: KL, logit error and argmax agreement on the same tokens."""
 
 from __future__ import annotations
 

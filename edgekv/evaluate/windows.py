@@ -3,7 +3,7 @@
 The text is cut into windows of `length` tokens, each starts with an empty cache and no special token, and the
 predictions made in its second half are scored: positions length/2 to length - 2, each knowing at least length/2
 tokens before it. That is the protocol of llama.cpp's llama-perplexity, but for its first token, which
-llama-perplexity replaces by BOS in models that want one. A rest shorter than a window is left out.
+llama-perplexity replaces by BOS in models that want one. A remainder shorter than a window is left out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.backends.base import Backend
-from edgekv.errors import BackendError
 from edgekv.evaluate.journal import measure
 from edgekv.evaluate.model_under_test import ModelUnderTest
 from edgekv.evaluate.reference import Reference
@@ -24,7 +23,7 @@ from edgekv.evaluate.workers import Run
 from edgekv.text.scored import Text, scored_logits
 
 Sums = dict[str, float]  # over one window's scored predictions
-WindowItem = tuple[int, list[int], int, CompactRows | None]
+WindowItem = tuple[list[int], int, CompactRows | None]
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class WindowsResult:
     reference_ppl: float | None
     ppl_ratio: float | None
     ppl_ratio_se: float | None
-    kl: float | None  # nats a token, KL(reference || candidate)
+    kl: float | None  # nats per token, KL(reference || candidate)
     kl_se: float | None
     argmax_agreement: float | None
 
@@ -49,10 +48,10 @@ class WindowsResult:
 def measure_windows(
     subject: ModelUnderTest, text: Text, reference: Reference | None, run: Run
 ) -> WindowsResult:
-    """Score every window; `reference` must have them all (Reference.fill). Raises as measure.measure does."""
+    """Score every window; `reference` must have them all (Reference.fill). Raises as journal.measure does."""
 
     def item(i: int) -> WindowItem:
-        return i, text.window(i), text.first, reference.read(i) if reference else None
+        return text.window(i), text.first, reference.read(i) if reference else None
 
     scores = measure(
         subject,
@@ -69,17 +68,13 @@ def measure_windows(
 
 
 def score_window(backend: Backend, item: WindowItem) -> Sums:
-    """One window: its index, its tokens, the position of the first scored prediction, the reference's rows."""
-    index, tokens, first, reference = item
+    """One window: its tokens, the position of the first scored prediction, the reference's rows."""
+    tokens, first, reference = item
     nll = 0.0
     best, log_q = [], []
     at = 0
     for targets, logits in scored_logits(backend, tokens, first):
         log_sums, argmax = log_sum_exp(logits)
-        if not np.isfinite(log_sums).all():
-            raise BackendError(
-                f"the engine's logits are not finite in window {index}; see whether --cache-type f32 helps"
-            )
         nll += float(target_nll(logits, log_sums, targets).sum())
         if reference is not None:
             best.append(argmax)
@@ -118,12 +113,12 @@ def _result(text: Text, values: list[Sums]) -> WindowsResult:
 
 
 def perplexity(nll: float) -> float:
-    """exp of a mean loss in nats, kept finite for models that are broken altogether."""
+    """exp of a mean loss in nats, kept finite for broken models."""
     return math.exp(min(nll, 700.0))
 
 
 def _standard_error(window_sums: NDArray[np.float64], text: Text) -> float:
-    """Of the mean over predictions, windows taken as independent."""
+    """Standard error of the mean over predictions, with windows as independent draws."""
     if len(window_sums) < 2:
         return 0.0
     return float(window_sums.std(ddof=1)) / math.sqrt(len(window_sums)) / text.n_scored

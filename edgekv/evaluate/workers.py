@@ -1,4 +1,4 @@
-"""Units of work, windows or questions, spread over processes that each hold the model once.
+"""Worker processes, each with the model, for units of work such as windows or questions.
 
 One thread in each of n processes beats n threads in one: small matrices do not divide well, and the statistics
 between two batches keep no other core waiting. llama.cpp maps its weights, so its processes share them. A crash
@@ -37,8 +37,8 @@ Workers = Mapping[Connection, BaseProcess]
 class Run:
     """How a measurement is carried out; nothing here changes its figures.
 
-    `folder` keeps journals, references and copies of weights. `jobs` is by default one a core, as far as the memory
-    that is free holds a model in each; a single one runs in this process. `threads` is the total of all jobs.
+    `folder` keeps journals, references and copies of weights. `jobs` is by default one per core, as far as free
+    memory holds a model in each; a single one runs in this process. `threads` is the total of all jobs.
     `fresh` forgets what earlier runs left.
     """
 
@@ -55,8 +55,8 @@ class Run:
         fitting = psutil.virtual_memory().available // (weights_nbytes(subject) + JOB_NBYTES)
         return max(1, min(self.threads or default_threads(), int(fitting)))
 
-    def threads_a_job(self, jobs: int) -> int:
-        """Engine threads of each."""
+    def threads_per_job(self, jobs: int) -> int:
+        """Engine threads of each process."""
         return max(1, (self.threads or default_threads()) // jobs)
 
 
@@ -70,7 +70,7 @@ def run_units(
         BackendError: the engine is not installed, failed, or its process died.
     """
     jobs = run.jobs_for(subject)
-    threads = run.threads_a_job(jobs)
+    threads = run.threads_per_job(jobs)
     if jobs == 1:
         with open_engine(subject, n_ctx, run.folder, threads) as backend:
             for item in items:
@@ -87,7 +87,7 @@ def _in_order(workers: Workers, items: Iterator[Any]) -> Iterator[Any]:
     busy: dict[Connection, int] = {}
     sent = given = 0
     while True:
-        # Results wait for earlier ones, so nobody may run far ahead of the slowest.
+        # Results wait for earlier ones, so no worker may run far ahead of the slowest.
         while idle and sent - given <= 2 * len(workers) and (item := next(items, None)) is not None:
             worker = idle.pop()
             _send(worker, workers[worker], item)
@@ -127,23 +127,21 @@ def _workers(jobs: int, threads: int, arguments: tuple[Any, ...]) -> Iterator[Wo
 
 @contextmanager
 def _blas_threads(count: int) -> Iterator[None]:
-    """NumPy in processes started inside uses so many threads; its BLAS reads the environment when it is loaded."""
-    before = {name: os.environ.get(name) for name in BLAS_VARIABLES}
+    """NumPy in processes started inside uses `count` threads; its BLAS reads the environment when it is loaded."""
+    before = dict(os.environ)
     os.environ.update(dict.fromkeys(BLAS_VARIABLES, str(count)))
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in BLAS_VARIABLES:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def _work(
     pipe: Connection, subject: ModelUnderTest, n_ctx: int, folder: Path, threads: int, unit: Unit
 ) -> None:
-    """A worker: items in, (result, None) or (None, error) out, until the other side hangs up."""
+    """A worker: items in, (result, None) or (None, error) out, until the other side closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which kills its workers
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:

@@ -1,1 +1,1 @@
-"""Workflows: what the command line, a server and Python call. A frozen request in, progress out, a result back."""
+"""Workflows, which the command line, a server and Python call: a frozen request in, progress out, a result back."""

@@ -26,10 +26,10 @@ class BenchRequest(Request):
 
     Attributes:
         models: GGUF files and ONNX folders.
-        cache_types: of each model; by default the engine's. An ONNX folder has its own.
-        backend: by default what each model is made for.
+        cache_types: to measure each model with; by default the engine's. An ONNX folder fixes its own.
+        backend: by default the one that reads the model's format.
         output: a file for the JSON report; it is opened before the bench runs.
-        command: what the report says it was made by.
+        command: recorded in the report as the command that made it.
     """
 
     models: tuple[Path, ...]
@@ -42,7 +42,7 @@ class BenchRequest(Request):
 
 
 def bench_models(request: BenchRequest, progress: Progress = ignore) -> Report:
-    """Measure prefill and decode speed in tokens/s and memory in bytes; every model with every cache type in turns.
+    """Measure prefill and decode speed in tokens/s and memory in bytes, for every model with every cache type in turns.
 
         from edgekv.workflows.bench import BenchSettings
 
@@ -74,7 +74,7 @@ def as_terminal(report: Report) -> str:
 
 
 def _cache_types(model: Path, kind: Kind, wanted: tuple[str, ...]) -> tuple[str, ...]:
-    """Cache types to measure a model with: those asked for, where its engine has a choice."""
+    """Cache types to measure a model with: `wanted`, where its engine has a choice."""
     if kind == "onnx":
         return (read_manifest(model).model.cache_type,)
     return wanted or (("f16",) if kind == "llama.cpp" else ("f32",))

@@ -1,4 +1,4 @@
-"""Conversations: a model in an engine of its own process, and what is said with it."""
+"""Conversations with a model, whose engine runs in a process of its own."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class ChatRequest(Request):
 
     Attributes:
         model: a GGUF file, or a folder that `edgekv export onnx` wrote.
-        backend: by default what the model is made for.
-        ctx_size: tokens remembered; by default the trained length, but at most 4096.
-        cache_type: how they are stored; by default f16 in llama.cpp.
+        backend: by default the one that reads the model's format.
+        ctx_size: tokens of context; by default the trained length, but at most 4096.
+        cache_type: how their keys and values are stored; by default f16 in llama.cpp.
         threads: by default the big physical cores.
         system: the system prompt.
         template: whether to use the model's chat template.
-        max_tokens: of an answer; by default as many as the context holds.
+        max_tokens: most tokens of an answer; by default as many as the context holds.
         stop: texts before which an answer ends.
     """
 
@@ -49,7 +49,7 @@ class ChatRequest(Request):
 
 @dataclass(frozen=True)
 class Chat:
-    """An open conversation. `engine` tells its memory, `session` what was said."""
+    """An open conversation. `engine` has its memory figures, `session` its messages."""
 
     engine: IsolatedBackend
     session: ChatSession
@@ -81,7 +81,7 @@ def open_chat(request: ChatRequest) -> Iterator[Chat]:
         InputError: an option is impossible, the file is malformed or unsupported, or does not fit in memory.
         BackendError: the engine is not installed or failed.
     """
-    sampler = Sampler(request.sampling)
+    sampler = Sampler(request.sampling)  # refuses impossible settings before the engine starts
     engine = IsolatedBackend(
         request.model,
         request.backend,

@@ -31,7 +31,7 @@ from edgekv.tokenizer.tokenizer import Tokenizer
 from edgekv.workflows.request import Request
 from edgekv.workflows.verify import verify_file
 
-# KL that llama.cpp's own arithmetic costs beside float32: it multiplies quantized weights by 8-bit activations.
+# KL of llama.cpp's own arithmetic to float32: it multiplies quantized weights by 8-bit activations.
 QUANTIZED_KL = 2e-2
 WHOLE_KL: Mapping[str, float] = MappingProxyType({"f32": 1e-5, "f16": 1e-4, "bf16": 1e-3})
 
@@ -80,10 +80,10 @@ class ConvertResult:
     Attributes:
         nbytes: size of the file.
         cache_nbytes: bytes of f16 cache per token in all layers, before and after.
-        notes: the GGUF keys that tell how it was made.
-        layers: what each layer lost; empty for healed weights.
-        comparison: llama.cpp against the NumPy reference, if that was asked for.
-        max_kl: the KL that llama.cpp's own arithmetic explains at these weights.
+        notes: the GGUF keys on how it was made.
+        layers: the loss of each layer; empty for healed weights.
+        comparison: llama.cpp against the NumPy reference, if the request said `verify`.
+        max_kl: the largest KL that llama.cpp's own arithmetic explains at these weights.
     """
 
     output: Path
@@ -138,7 +138,7 @@ def convert_model(request: ConvertRequest, progress: Stages = silent) -> Convert
 def _fitted(
     source: TensorSource, request: ConvertRequest, spill: Path, progress: Stages
 ) -> tuple[TensorSource, Metadata, list[LayerLoss]]:
-    """The source converted by fitting on calibration text, the notes on how, and what each layer lost."""
+    """The source converted by fitting on calibration text, the GGUF notes on how, and each layer's loss."""
     source = with_interleaved_pairs(source)
     gqa = convertible_attention(source.spec, request.fold_biases)
     sizes = (request.target, request.kv_lora_rank, request.rope_dim, request.nope_dim, request.value_dim)
@@ -198,7 +198,7 @@ def _from_healed(
 def _calibration(
     source: TensorSource, request: ConvertRequest, n_tokens: int, written: int, progress: Stages
 ) -> NDArray[np.int64]:
-    """Windows of the text that was given, or of text that the model writes, then of `written` tokens each."""
+    """Calibration windows: of the request's text, or of text that the model writes, in windows of `written` tokens."""
     if n_tokens < 1:
         raise InputError("--text-tokens takes a positive number")
     if request.text:

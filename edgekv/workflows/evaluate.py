@@ -1,9 +1,9 @@
-"""Evaluation: what a model and its cache lose, measured on texts and tasks."""
+"""Evaluation: the loss of a model and its cache, measured on texts and tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from edgekv.backends.open import Kind, default_kind
@@ -13,20 +13,20 @@ from edgekv.evaluate.report import EvalReport
 from edgekv.evaluate.run import Evaluation, Measurements
 from edgekv.evaluate.workers import Run
 from edgekv.progress import Stages, ignore, silent
-from edgekv.workflows.request import Request
+from edgekv.workflows.request import Request, as_paths
 
 __all__ = ["Effort", "EvaluateRequest", "Measurements", "evaluate_model"]
 
 
 @dataclass(frozen=True)
-class Effort:
+class Effort(Request):
     """How measurements are carried out; nothing here changes their figures.
 
     Attributes:
         threads: total of all jobs; by default the big physical cores.
         jobs: processes that share them; by default one per core, as memory allows.
         cache_dir: keeps journals, references and copies of weights; by default the user's cache folder.
-        fresh: measure anew what earlier runs left.
+        fresh: ignore the results of earlier runs.
     """
 
     threads: int | None = None
@@ -47,10 +47,10 @@ class EvaluateRequest(Request):
         measurements: texts and tasks.
         against: the reference model: adds KL, argmax agreement and changes.
         cache_type: by default the engine's.
-        backend: by default what the model is made for.
+        backend: by default the one that reads the model's format.
         against_backend: by default the NumPy reference, for ONNX folders onnx; llama.cpp runs it with an f32 cache.
         weights: "keep", or a format to dequantize the weights to first, so that only the cache's loss is left.
-        command: what the report says it was made by.
+        command: recorded in the report as the command that made it.
     """
 
     model: Path
@@ -63,6 +63,13 @@ class EvaluateRequest(Request):
     effort: Effort = field(default_factory=Effort)
     command: str = "edgekv.evaluate_model"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        wanted = self.measurements
+        texts = {name: as_paths(getattr(wanted, name)) for name in ("text", "positions", "retrieval")}
+        tasks = tuple((name, Path(file)) for name, file in wanted.tasks)
+        object.__setattr__(self, "measurements", replace(wanted, tasks=tasks, **texts))
+
 
 def evaluate_model(
     request: EvaluateRequest, progress: Stages = silent, say: Callable[[str], None] = lambda line: None
@@ -74,11 +81,11 @@ def evaluate_model(
         print(edgekv.evaluate_model(request).windows.kl)
 
     Args:
-        say: is given lines for people as soon as they are known.
+        say: called with lines for people, as soon as they are known.
 
     Raises:
         InputError: nothing is asked for, or an input cannot be used.
-        BackendError: an engine is not installed, failed, or its process died; what is done is kept.
+        BackendError: an engine is not installed, failed, or its process died; finished results are kept.
     """
     model = request.model
     measured = ModelUnderTest(
@@ -90,7 +97,7 @@ def evaluate_model(
 
 
 def _reference(request: EvaluateRequest, path: Path) -> ModelUnderTest:
-    """The reference as it is run: in float32 by NumPy, or in llama.cpp with nothing rounded but by its kernels."""
+    """The reference: in float32 in NumPy, or in llama.cpp with an f32 cache and the weights of the request."""
     backend = request.against_backend
     if backend is None:
         backend = "onnx" if default_kind(path) == "onnx" else "reference"

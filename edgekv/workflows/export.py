@@ -1,4 +1,4 @@
-"""Export: a model as a GGUF, an ONNX folder or a DeepseekV3 safetensors folder."""
+"""Exports: a model as a GGUF, an ONNX folder or a DeepseekV3 safetensors folder."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class ExportGGUFRequest(Request):
 
 @dataclass(frozen=True)
 class ExportGGUFResult:
-    """What was written, and what a user should know of it.
+    """What was written, and where it differs from the source.
 
     Attributes:
         context_lengths: of the source and of the file, which may be shorter.
-        without_vision: what reads pictures stayed behind.
-        decompresses_cache: llama.cpp caches this architecture's keys and values decompressed.
+        without_vision: the source's vision encoder was left out.
+        decompresses_cache: llama.cpp caches decompressed keys and values for this architecture, not its latents.
     """
 
     output: Path

@@ -1,4 +1,4 @@
-"""Healing: distilling an original model into its converted self, as a file of healed weights."""
+"""Healing: distillation of an original model into its converted self, as a file of healed weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from edgekv.chat.session import PromptFormat
 from edgekv.convert.layers import LayerLoss, convertible_attention
 from edgekv.convert.target import resolve_target
 from edgekv.documents import encode
-from edgekv.errors import InputError
+from edgekv.errors import InputError, OutputError
 from edgekv.heal.job import MAX_STEPS, HealJob, Report, Stage, heal, self_written
 from edgekv.heal.recipe import Evaluation, HealedRecord, HealRecipe
 from edgekv.heal.weights import Storage
@@ -47,11 +47,11 @@ class HealRequest(Request):
         rope_dim: width of the shared rope key (qk_rope_head_dim); by default half the head dim.
         nope_dim: query dims per head that read the latent (qk_nope_head_dim).
         text: training text: .txt, .txt.xz, or tokens in .npy.
-        self_tokens: how many tokens the original writes to train on.
+        self_tokens: train on this many tokens that the original writes.
         eval_text: held-out text to score on; by default the last of the training text.
-        eval_windows: how many windows of it to score.
+        eval_windows: windows of the evaluation text to score.
         recipe: steps, learning rate, batch, cache type to train for, seed.
-        minutes: alone: train so long; with `recipe.steps`: stop then, for `resume`.
+        minutes: alone: train this long; with `recipe.steps`: stop then, for `resume`.
         resume: go on where a training that was stopped or killed left off.
         start: a file of healed weights to begin from.
         store: how the healed weights are stored.
@@ -87,7 +87,7 @@ def heal_model(request: HealRequest, report: Report, progress: Stages = silent) 
         print(edgekv.heal_model(request, print).evaluations[-1].kl)
 
     Args:
-        report: is told of stages, converted layers, training steps and evaluations as they come.
+        report: called with stages, converted layers, training steps and evaluations as they happen.
         progress: of reading and writing text, before the training.
 
     Returns:
@@ -103,7 +103,7 @@ def heal_model(request: HealRequest, report: Report, progress: Stages = silent) 
 
 
 def _job(request: HealRequest, progress: Stages) -> HealJob:
-    """Check what was asked for and read the texts."""
+    """Check the request and read its texts."""
     _check(request)
     source = open_model(request.model)
     gqa = convertible_attention(source.spec)
@@ -141,6 +141,8 @@ def _check(request: HealRequest) -> None:
         raise InputError("say how long to train: --steps or --minutes")
     if not request.text and not request.self_tokens:
         raise InputError("training needs text: --text FILE, or --self TOKENS to let the original write it")
+    if request.output.exists() and not (request.force or request.resume):
+        raise OutputError(f"{request.output} exists; pass --resume to go on from it or --force to start anew")
     positive = (request.minutes, request.self_tokens, request.eval_windows)
     if any(number is not None and number <= 0 for number in positive) or request.recipe.steps < 0:
         raise InputError("--steps, --minutes, --self and --eval-windows take positive numbers")

@@ -1,4 +1,4 @@
-"""Descriptions: what a model is, what its cache costs, what it could become."""
+"""Descriptions of a model: its shape, the bytes of its cache, and the conversions that are open to it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from edgekv.convert.target import choose_rank, obstacle
 from edgekv.errors import InputError
 from edgekv.models.open import open_model
 from edgekv.quant.formats import COMMON_CACHES
-from edgekv.source import TensorSource
 from edgekv.spec import GQA, MLA, ModelSpec
 
 CONTEXTS = (2048, 8192, 32768)
@@ -19,12 +18,12 @@ TARGETS = (0.75, 0.667, 0.5, 0.334, 0.25)
 
 
 def describe_model(path: Path) -> dict[str, Any]:
-    """What `edgekv inspect` prints; raises as `edgekv.models.open.open_model` does."""
-    return describe(open_model(path))
+    """Everything that `edgekv inspect` prints, as plain values. Cache sizes are in bytes, exact.
 
-
-def describe(source: TensorSource) -> dict[str, Any]:
-    """Everything that inspect prints, as plain values. Cache sizes are in bytes, exact."""
+    Raises:
+        InputError: as `edgekv.models.open.open_model` does.
+    """
+    source = open_model(path)
     spec = source.spec
     attention = spec.layers[0].attention
     sizes = {name: math.prod(source.shape(name)) for name in source.names()}
@@ -43,18 +42,17 @@ def describe(source: TensorSource) -> dict[str, Any]:
         "context_length": spec.context_length,
         "tied_embeddings": spec.tied_embeddings,
         "parameters": sum(sizes.values()),
-        "quantization": {kind: count for kind, count in mix.most_common()},
+        "quantization": dict(mix.most_common()),
         "shape": _attention_shape(spec),
         "cache": _cache(spec),
         "peculiarities": list(spec.peculiarities),
         "could_become": _targets(spec),
-        "obstacle": _obstacle(spec),
+        "obstacle": obstacle(spec) if isinstance(attention, GQA) else None,
         "made_by": {key: value for key, value in source.metadata.items() if key.startswith("edgekv.")},
     }
 
 
 def _attention_shape(spec: ModelSpec) -> dict[str, float]:
-
     attention = spec.layers[0].attention
     if isinstance(attention, MLA):
         shape: dict[str, float] = {
@@ -82,14 +80,8 @@ def _cache(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def _obstacle(spec: ModelSpec) -> str | None:
-
-    return obstacle(spec) if isinstance(spec.layers[0].attention, GQA) else None
-
-
 def _targets(spec: ModelSpec) -> list[dict[str, Any]]:
     """The latents that `convert --target` would choose; none for a model that cannot be converted."""
-
     attention = spec.layers[0].attention
     if not isinstance(attention, GQA) or obstacle(spec):
         return []

@@ -1,4 +1,4 @@
-"""Plans: whether a model fits a board, how fast it will be, and what would serve better. All figures are projected."""
+"""Plans: predictions of whether a model fits a board, how fast it will be, and which options would do better."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from edgekv.devices.boards.profile import Board, find_board, load_boards
 from edgekv.devices.predict.choices import Option, all_options, option
 from edgekv.devices.predict.model_info import describe_model
 from edgekv.devices.predict.plan import MIB, Plan, make_plan, recommend, this_board
-from edgekv.devices.predict.tables import boards_table, projected_report
+from edgekv.devices.predict.tables import projected_report
 from edgekv.devices.reporting.report import dumps
-from edgekv.devices.reporting.text_table import as_text
 from edgekv.errors import InputError
 from edgekv.files import atomic_path
 from edgekv.models.gguf.source import GGUFSource
@@ -30,7 +29,7 @@ class PlanRequest(Request):
         model: a GGUF file.
         board: a board's name or alias; "this" is this machine.
         ctx_size: tokens of context.
-        ram_nbytes: RAM of the board, or for "this" all that a program may use; by default the board's.
+        ram_nbytes: RAM of the board, or for "this" all the memory that a program may use; by default the board's.
         threads: by default the board's fast cores.
     """
 
@@ -83,11 +82,6 @@ def plan_all_boards(request: PlanRequest) -> tuple[Plan, ...]:
     )
 
 
-def list_boards() -> str:
-    """A table of the board profiles."""
-    return as_text(boards_table())
-
-
 def write_plan(plans: Sequence[Plan], model: Path, output: Path, force: bool, command: str) -> None:
     """Write plans as a projected report, for `edgekv compare`.
 
@@ -107,6 +101,6 @@ def _option(source: GGUFSource, request: PlanRequest) -> Option:
 
 
 def _with_budget(board: Board, nbytes: int) -> Board:
-    """This machine with `nbytes` as all that a program may use: no system is taken off it."""
+    """This machine with `nbytes` for a program: nothing is set aside for the system."""
     sources = {**board.sources, "os_mib": "none: --ram is what the program may use"}
     return replace(board, ram_mib=(max(1, nbytes >> 20),), os_mib=0, sources=sources)

@@ -29,7 +29,7 @@ class QuantizeRequest(Request):
         weights: llama.cpp's preset, such as "q4_k_m".
         text: calibration text for the importance matrix; without any the model writes its own.
         text_tokens: tokens to measure importance on.
-        importance: whether to weigh errors by what the model's inputs are like.
+        importance: whether to weigh errors by an importance matrix, measured on the text.
         threads: by default the big physical cores.
     """
 

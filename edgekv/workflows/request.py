@@ -1,4 +1,4 @@
-"""Request: the base of what workflows are asked, frozen, with paths given as Path or as text."""
+"""Request: the frozen base class of all workflows' requests, which takes paths as Path or as str."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Request:
-    """A frozen request; text in a field for paths becomes a Path."""
+    """A frozen request; a str in a field for paths becomes a Path."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             if "Path" in str(field.type):
-                object.__setattr__(self, field.name, _as_paths(getattr(self, field.name)))
+                object.__setattr__(self, field.name, as_paths(getattr(self, field.name)))
 
 
-def _as_paths(value: Any) -> Any:
+def as_paths(value: Any) -> Any:
+    """A str as Path, a list or tuple of them as a tuple of Path; anything else as it is."""
     if isinstance(value, tuple | list):
-        return tuple(_as_paths(item) for item in value)
+        return tuple(as_paths(item) for item in value)
     return Path(value) if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""Sweeps: conversions are made, measured with several cache types, and written as JSON, table and picture."""
+"""Sweeps: several conversions with several cache types, compared by loss and bytes, as JSON, table and picture."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ SUFFIXES = ("json", "md", "svg")
 
 @dataclass(frozen=True)
 class SweepRequest(Request):
-    """What to sweep, and where the outcome goes.
+    """What to sweep, and where the results go.
 
     Attributes:
         spec: model, text, cache types and conversions.
         folder: what the spec's paths are relative to.
         output: the files' common name; .json, .md and .svg are added.
-        conversions: a request for each conversion of the spec that is to be made; its output is chosen here.
-        limit: windows at most.
+        conversions: by name, a request for each conversion of the spec without a file; its output is set here.
+        limit: most windows to measure.
     """
 
     spec: SweepSpec
@@ -60,7 +60,7 @@ def sweep_models(
     Raises:
         InputError: a model cannot be read, has other tokens, or cannot have one of its cache types.
         OutputError: an output exists without `force`, or cannot be written.
-        BackendError: an engine failed; nothing that was measured is measured again.
+        BackendError: an engine failed; finished results are kept for the next run.
     """
     for suffix in SUFFIXES:
         check_output(_named(request.output, suffix), request.force)
@@ -94,7 +94,7 @@ def _named(base: Path, suffix: str) -> Path:
 def _conversion_files(
     request: SweepRequest, cache: Path, progress: Stages, say: Callable[[str], None]
 ) -> dict[str, Path]:
-    """The GGUF of each conversion, made where it is not there yet."""
+    """The GGUF of each conversion, made if it does not exist yet."""
     files = {}
     for entry in request.spec.conversion:
         if entry.file is not None:

@@ -26,10 +26,10 @@ class VerifyRequest(Request):
 
     Attributes:
         b: by default `a` itself.
-        backend_b: by default what B is made for.
+        backend_b: by default the one that reads B's format.
         cache_type: llama.cpp's; the other engines have their own.
-        text: what to compare on; by default A samples it.
-        text_tokens: how many tokens of it.
+        text: a text file to compare on; by default A samples the tokens.
+        text_tokens: tokens to compare on.
     """
 
     a: Path

@@ -158,7 +158,7 @@ def test_an_engine_that_forgets_finds_what_is_near(tiny_llama: Path, book: Path)
 def test_prompts_are_as_long_as_they_say_and_hold_the_line_once(tiny_llama: Path, book: Path) -> None:
     tokenizer = read_tokenizer(tiny_llama)
     for prompt in haystack(tokenizer, book).prompts:
-        cut = prompt.cut(0.5)
+        cut = round(0.5 * len(prompt.prose))
         whole = [*prompt.prose[:cut], *prompt.line, *prompt.prose[cut:], *prompt.question.ids]
         assert len(whole) == prompt.length
         text = tokenizer.decode(whole)

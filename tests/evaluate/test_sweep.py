@@ -94,7 +94,7 @@ def test_what_is_printed_and_written(swept: tuple[Path, Result]) -> None:
     assert sizes == sorted(sizes, reverse=True)
     assert len(rows) == 6
     picture = (folder / "sweep.svg").read_text()
-    for words in ("given", "made", "original", "q4_0", "cache bytes a token"):
+    for words in ("given", "made", "original", "q4_0", "cache bytes per token"):
         assert words in picture
 
 

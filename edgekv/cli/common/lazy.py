@@ -1,4 +1,4 @@
-"""Groups of commands whose modules are imported only when they are run."""
+"""Command groups whose modules are imported only when they are run."""
 
 from __future__ import annotations
 

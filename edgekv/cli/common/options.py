@@ -3,7 +3,7 @@
     -o/--output   -f/--force...   --json   --text   --text-tokens   -c/--ctx-size   --cache-type   -t/--threads
     --backend     --seed     the size of a latent     how an evaluation is carried out
 
-`command` makes a click command that refuses a spelling of the past with the name that took its place.
+`command` makes a click command that refuses a renamed option with its new name.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from edgekv.quant.formats import CACHE_TYPES
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Option = Callable[[Function], Function]
+T = TypeVar("T")
 
 PATH = click.Path(path_type=Path)
 RENAMED: Mapping[str, str] = MappingProxyType(
@@ -38,8 +39,30 @@ RENAMED: Mapping[str, str] = MappingProxyType(
 )
 
 
+def parsed(parse: Callable[[Any], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """A callback that parses an option's text; a ValueError becomes a usage error that names the option."""
+
+    def convert(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+        try:
+            return parse(value)
+        except ValueError as error:
+            raise click.BadParameter(str(error), ctx, param) from error
+
+    return convert
+
+
+def build(kind: type[T], wanted: dict[str, Any]) -> T:
+    """A `kind` made of the options that are its fields; they are taken out of `wanted`."""
+    return kind(**{name: wanted.pop(name) for name in kind.__annotations__ if name in wanted})
+
+
+def parse_words(text: str) -> tuple[str, ...]:
+    """Words from "f16, q8_0"."""
+    return tuple(word.strip() for word in text.split(",")) if text else ()
+
+
 class Command(click.Command):
-    """A command that names the option that took an old one's place."""
+    """A command that answers a renamed option with its new name."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
@@ -113,7 +136,7 @@ def ctx_size(help_text: str, default: int | None = None, least: int = 1) -> Opti
 
 
 def cache_type(help_text: str, choices: Sequence[str] = (), default: str | None = None) -> Option[Any]:
-    """--cache-type, how cached keys and values (or latents) are stored; without choices, what the engine takes."""
+    """--cache-type, how cached keys and values (or latents) are stored; without choices the engine decides."""
     return click.option(
         "--cache-type",
         type=click.Choice(choices) if choices else str,
@@ -136,7 +159,7 @@ def threads() -> Option[Any]:
 
 
 def backend(
-    help_text: str = "Engine.  [default: what MODEL is made for]",
+    help_text: str = "Engine.  [default: the one for MODEL's format]",
     flag: str = "--backend",
     default: str | None = None,
 ) -> Option[Any]:
@@ -167,7 +190,7 @@ effort = _all(
         help="Processes that share the threads.  [default: one per core, as memory allows]",
     ),
     click.option("--cache-dir", type=PATH, help="Journals and references.  [default: ~/.cache/edgekv/eval]"),
-    click.option("--fresh", is_flag=True, help="Measure anew what earlier runs left."),
+    click.option("--fresh", is_flag=True, help="Ignore the results of earlier runs."),
 )
 
 

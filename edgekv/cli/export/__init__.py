@@ -1,4 +1,4 @@
-"""`edgekv export`: the one door to all formats."""
+"""`edgekv export`: one subcommand per format."""
 
 from __future__ import annotations
 

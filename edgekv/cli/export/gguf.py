@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
 
 from edgekv.cli.common import options
+from edgekv.cli.common.output import print_json
 from edgekv.cli.common.progress import stages
 from edgekv.quant.formats import KEEP, MIXES, PLAIN_WEIGHTS
 
@@ -17,16 +17,16 @@ WEIGHTS = (KEEP, *PLAIN_WEIGHTS, *MIXES)
 @options.command("gguf")
 @options.model()
 @options.output("The GGUF to write.")
-@click.option("--weights", default="keep", show_default=True, type=click.Choice(WEIGHTS),
+@click.option("--weights", default=KEEP, show_default=True, type=click.Choice(WEIGHTS),
               metavar="FORMAT", help=f"Weight format: {', '.join(WEIGHTS)}.")  # fmt: skip
 @options.force()
 @options.as_json()
 def command(as_json: bool, **wanted: Any) -> None:
     """Write a model as the GGUF that unmodified llama.cpp runs, tokenizer and chat template included.
 
-    Models with a native latent cache go out with it (deepseek2); others as what they are. keep copies the
+    Models with a native latent cache keep it (as deepseek2); others keep their architecture. keep copies the
     weights bit by bit. From q6_k on llama.cpp mixes formats (it has to be installed); edgekv quantize writes the
-    same mixes, weighs errors by what the model's inputs are like, and shows them.
+    same mixes, weighs errors by an importance matrix, and shows them.
 
     \b
     edgekv export gguf SmolLM2-135M-Instruct -o smollm2.gguf
@@ -39,13 +39,13 @@ def command(as_json: bool, **wanted: Any) -> None:
     trained, context = result.context_lengths
     if as_json:
         found = {"output": str(result.output), "architecture": result.architecture, "weights": result.weights}
-        click.echo(json.dumps(found | {"bytes": result.nbytes, "context_length": context}, indent=1))
+        print_json(found | {"bytes": result.nbytes, "context_length": context})
         return
     click.echo(
         f"wrote {result.output} ({result.nbytes / 2**20:,.1f} MiB): {result.architecture}, {result.weights}"
     )
     if result.without_vision:
-        click.echo("what reads pictures stays behind: llama.cpp takes it from a file of its own (mmproj)")
+        click.echo("the vision encoder is left out: llama.cpp reads it from a separate file (mmproj)")
     if context < trained:
         click.echo(
             f"context {context:,} instead of {trained:,} tokens: llama.cpp's {result.architecture!r} attends to all "

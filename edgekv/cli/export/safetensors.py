@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
 
 from edgekv.cli.common import options
+from edgekv.cli.common.output import print_json
 from edgekv.cli.common.progress import stages
 
 
@@ -34,8 +34,7 @@ def command(as_json: bool, **wanted: Any) -> None:
 
     result = export_safetensors(ExportSafetensorsRequest(**wanted), stages(quiet=as_json))
     if as_json:
-        found = {"output": str(result.output), "dtype": result.weights, "bytes": result.nbytes}
-        click.echo(json.dumps(found, indent=1))
+        print_json({"output": str(result.output), "dtype": result.weights, "bytes": result.nbytes})
     else:
         mib = sum(result.nbytes.values()) / 2**20
         click.echo(f"wrote {result.output} ({mib:,.1f} MiB): {', '.join(result.nbytes)}")
