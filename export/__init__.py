@@ -1,1 +1,1 @@
-"""Writers: GGUF, ONNX, safetensors; and their check."""
+"""Writers of models: GGUF, ONNX, DeepseekV3 safetensors."""

@@ -150,16 +150,15 @@ PRESET_NAMES = tuple(PRESETS)
 MIXES = tuple(  # presets for which `edgekv export gguf` needs llama.cpp, but no importance matrix
     name for name in PRESETS if name not in PLAIN_WEIGHTS and PRESETS[name].importance != "needed"
 )
-FILE_TYPES: Mapping[str, int] = (
-    MappingProxyType(  # enum llama_ftype of a file whose weights are in one plain format
-        {"f32": 0, "f16": 1, "bf16": 32}
-        | {name: preset.file_type for name, preset in PRESETS.items() if name in PLAIN_WEIGHTS}
-    )
+# enum llama_ftype of a file whose weights are in one plain format
+FILE_TYPES: Mapping[str, int] = MappingProxyType(
+    {"f32": 0, "f16": 1, "bf16": 32}
+    | {name: preset.file_type for name, preset in PRESETS.items() if name in PLAIN_WEIGHTS}
 )
 
 
 def fell_back(preset: Preset, columns: int, stored: str) -> bool:
-    """Whether rows of `columns` values kept a tensor, now in ggml's type `stored`, from a format of superblocks."""
+    """Whether a tensor with rows of `columns` values is stored in a format of smaller blocks than the preset's."""
     return (
         FORMATS[preset.base].block == SUPERBLOCK > FORMATS[stored.lower()].block and columns % SUPERBLOCK != 0
     )

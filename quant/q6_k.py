@@ -1,4 +1,4 @@
-"""Q6_K in NumPy, which gguf-py reads and does not write: 6.56 bits a weight.
+"""Q6_K in NumPy, which gguf-py reads and does not write: 6.56 bits per weight.
 
 Source: block_q6_K and quantize_row_q6_K_ref of ggml/src/ggml-common.h and ggml-quants.c in llama.cpp. 256 weights
 share a 16-bit scale, each 16 of them an 8-bit multiple of it, and a weight is a multiple of that from -32 to 31.
@@ -20,9 +20,9 @@ LARGEST = np.linspace(-33.0, -29.0, 9, dtype=np.float32)
 
 
 def quantize_q6_k(array: Array) -> NDArray[np.uint8]:
-    """Bytes of the blocks, shape (blocks, 210), of an array whose size is a multiple of 256, in its memory's order.
+    """Bytes of the blocks, shape (blocks, 210), of an array whose size is a multiple of 256, in row-major order.
 
-    Rows need not be: a block may cross from one to the next, which a file can hold and no GGUF tensor.
+    A block may cross rows, which GGUF tensors do not allow.
 
     Raises:
         ValueError: the size is no multiple of 256.

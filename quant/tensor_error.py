@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType as QuantType
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
-CHUNK_VALUES = 2**15  # dequantized at once, of each side: what fits the cache is quick
+CHUNK_VALUES = 2**15  # of each tensor, dequantized at once: they fit the CPU's cache
 SAMPLE_CHUNKS = 24  # of a larger tensor, evenly spread: 786,432 values are compared
 
 

@@ -1,1 +1,1 @@
-"""From GQA to MLA: what to keep, what to fold, what it loses."""
+"""Conversion of a model from GQA to MLA: the target shape, the fit of each layer, the loss."""

@@ -1,9 +1,9 @@
-"""Queries, keys and values without their biases, for a graph that has no place for them.
+"""Biases of queries, keys and values, folded into the weights for a graph that has no place for biases.
 
 Normed inputs have a strong common direction: a vector u with u . x close to 1 for every token. What a bias b adds,
-b u^T adds nearly as well, and it is a weight. How nearly is E(1 - u . x)^2, which is what folding costs. A key's bias
-on a slow RoPE pair needs no stand-in: as long as the pair hardly turns, it adds the same to all scores of a query,
-and softmax does not see that. Qwen2.5's largest biases, tens of times its activations, are of this kind.
+the weight b u^T adds nearly as well. The error of folding is E(1 - u . x)^2. A key's bias on a slow RoPE pair can be
+left out: as long as the pair hardly turns, the bias adds the same to all scores of a query, and softmax cancels it.
+Qwen2.5's largest biases, tens of times its activations, are of this kind.
 """
 
 from __future__ import annotations
@@ -38,5 +38,5 @@ def fold_biases(w: BlockWeights, gqa: GQA, seen: Moments, held_out: Moments) -> 
 
 
 def _turns(gqa: GQA) -> NDArray[np.float64]:
-    """By how much of itself each pair's bias varies over STEADY tokens, to first order: (K / 2,)."""
+    """Relative change of each RoPE pair's rotated bias over STEADY tokens, to first order: (K / 2,)."""
     return np.asarray(inverse_frequencies(gqa.rope) * STEADY / np.sqrt(12))

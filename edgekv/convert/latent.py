@@ -1,4 +1,4 @@
-"""The latent: the rank-r view of the input that serves values and what the rope key left of the keys.
+"""Latent: the rank-r view of the input from which values, and keys beyond the rope key, are computed.
 
 A whitened SVD: with M the stacked maps that the latent must serve and C the covariance of the inputs, the best
 encoder is V_r^T C^(-1/2) and the best decoder C^(1/2) V_r, V_r the top right singular vectors of M C^(1/2).
@@ -18,16 +18,15 @@ from edgekv.spec import GQA
 # A leftover key has no RoPE in the latent, as if its angle were zero; averaged over distances up to this one, a
 # frequency of speed w keeps sinc(w * DISTANCE) of itself, and nothing once that turns negative.
 DISTANCE = 8.0  # tokens
-FLOOR = (
-    1e-9  # of the energy, added to every direction: those that the calibration text never used stay finite
-)
+# Of the largest energy; smaller ones are raised to it, so that directions without calibration text stay finite.
+FLOOR = 1e-9
 
 
 @dataclass(frozen=True)
 class Latent:
     """encoder (R, D), decoder (D, R); keys (G, K, D): the leftover keys it serves, shrunk by frequency.
 
-    kept: the share of the weighted energy of keys and values that the latent carries; kept_at: that of other ranks.
+    kept: the share of the weighted energy of keys and values that the latent carries; kept_at: the same by rank.
     """
 
     encoder: Matrix
@@ -38,7 +37,7 @@ class Latent:
 
 
 def shrink_by_frequency(leftover: Matrix, gqa: GQA) -> Matrix:
-    """Leftover keys (G, K, D) scaled by what of them survives without RoPE."""
+    """Leftover keys (G, K, D), each frequency scaled by the share of it that survives without RoPE."""
     speed = gqa.rope.theta ** (-np.arange(0, gqa.rope.dim, 2) / gqa.rope.dim)
     turn = speed * DISTANCE
     shrink = np.where(turn < np.pi, np.sinc(turn / np.pi), 0.0)

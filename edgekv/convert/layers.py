@@ -2,8 +2,8 @@
 
 Sequential calibration: the hidden states that run from layer to layer are the converted model's, so each layer is
 fitted on the inputs that it will really get, to give what the original layer would make of them. Targets from the
-original's own hidden states, in a second stream, gained 7 % of the KL at equal calibration for half as much time
-again; more calibration text in one stream gains more. Only one layer's weights are in memory at a time; fitted
+original's own hidden states, in a second stream, gained 7 % of the KL at equal calibration for 50 % more time;
+more calibration text in one stream gains more. Only one layer's weights are in memory at a time; fitted
 ones are spilled to disk.
 """
 
@@ -121,11 +121,12 @@ def convertible_attention(spec: ModelSpec, fold_biases: bool = False) -> GQA:
     assert isinstance(attention, GQA)
     if attention.rope.dim != attention.head_dim:
         raise UnsupportedError(
-            f"{spec.name} rotates {attention.rope.dim} of {attention.head_dim} dims per head; convert needs all"
+            f"{spec.name} rotates {attention.rope.dim} of {attention.head_dim} dims per head, convert needs all; "
+            "use the model as it is"
         )
     if attention.rope.layout != "interleaved":
         raise UnsupportedError(
-            f"{spec.name} ({spec.arch}) pairs dims for RoPE by halves, which only edgekv convert reads"
+            f"{spec.name} ({spec.arch}) pairs dims for RoPE by halves; run `edgekv convert` on it"
         )
     return attention
 
@@ -162,14 +163,14 @@ def converted_source(source: TensorSource, target: MLA, load: Callable[[str], Ar
 def _convert_layer(
     w: BlockWeights, job: Job, states: Array, layer: int
 ) -> tuple[dict[str, Array], LayerLoss, Array]:
-    """Fit one layer: its tensors, what it lost, and the states behind it, in `states` overwritten."""
+    """Fit one layer: its tensors, what it lost, and the hidden states after it, which overwrite `states`."""
     bias_error = 0.0
     if job.gqa.bias:
         w, bias_error = without_biases(w, job, states)
     seen, views = observe(w, job, states)
     maps = job.recipe.method(w, seen.stats, job.gqa, job.target)
     q = _fit_query_maps(w, job, states, maps, seen, views)
-    del views  # the query fit was all they were for, and the mixed latents need their memory
+    del views  # only the query fit needs them; the mixed latents need their memory
     latents, fitted, held_out = mix(w, job, states, maps, q, seen)
     v_b, w_o = maps.value, w["attn_output.weight"]
     if job.recipe.refit_output:

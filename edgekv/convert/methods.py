@@ -19,8 +19,8 @@ from edgekv.spec import GQA, MLA
 class LayerStats:
     """What calibration saw at the input of one attention layer.
 
-    covariance (D, D): E[x x^T] of the normed inputs. mixed_covariance (D, D): the same of sum_s p_hs x_s, what a
-    head's values are really applied to, averaged over heads. output_scale: root mean square norm of one head's
+    covariance (D, D): E[x x^T] of the normed inputs. mixed_covariance (D, D): the same of sum_s p_hs x_s, the inputs
+    mixed by a head's attention, averaged over heads. output_scale: root mean square norm of one head's
     share of the attention output.
     """
 
@@ -33,8 +33,8 @@ class LayerStats:
 class LayerMaps:
     """An MLA layer in float32, its latent linear and its scores not yet scaled by 1/sqrt(N + P).
 
-    latent (R, D) and rope_key (P, D) encode; query_map (H, R + P, K) maps a head's original query to what it is
-    multiplied with; value (H, K, R) decodes a head's value. rope_kept and latent_kept are shares of energy,
+    latent (R, D) and rope_key (P, D) encode; query_map (H, R + P, K) maps a head's original query to the vector that
+    multiplies cached rows; value (H, K, R) decodes a head's value. rope_kept and latent_kept are shares of energy,
     latent_kept_at the latter for other ranks.
     """
 

@@ -102,7 +102,7 @@ def query_rows(query_map: Array, w_q: Array, covariance: Matrix, target: MLA) ->
 def mixed_latents(x: Array, queries: Array, query_map: Array, maps: LayerMaps, target: MLA) -> Array:
     """Attention over the cached rows: each head's weighted sum of latents, (T, H * R).
 
-    x (T, D) normed inputs, queries (T, H, K) the original's, query_map (H, R + P, K) what each head makes of them.
+    x (T, D) normed inputs, queries (T, H, K) the original's, query_map (H, R + P, K) their maps to cached rows.
     """
     rows = _cached_rows(x, maps, target)[None]
     full = rotate_rope_part(per_head(queries, query_map), target, +1)

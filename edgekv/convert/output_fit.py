@@ -1,4 +1,4 @@
-"""Output fit: value up-projections and the output projection, refitted to what the compressed attention gives.
+"""Output fit: value up-projections and the output projection, refitted to the output of the compressed attention.
 
 Given the mixed latents of all heads (T, H, R), the map to the original's attention output (T, D) is a ridge
 regression; each head's block (D, R) is then factored into W_o (D, V) and v_b (V, R), and W_o is fitted once more
@@ -35,7 +35,7 @@ class Moments:
         return Moments(gram, _per_block(self.cross.T, v_b).T, self.n_tokens)
 
     def error(self, weight: Matrix, energy: float) -> float:
-        """|targets - features @ weight|^2, weight (F, D), energy that of the targets; not below rounding."""
+        """|targets - features @ weight|^2, weight (F, D), energy the targets' |.|^2; at least 0."""
         explained = float(np.sum(weight * (2 * self.cross - self.gram @ weight)))
         return max(energy - explained, 0.0)
 
@@ -70,12 +70,11 @@ def fit_towards(start: Matrix, seen: Moments, held_out: Moments) -> Matrix:
     residual = seen.cross - seen.gram @ start.T
     held_residual = held_out.cross - held_out.gram @ start.T
     best, least = None, 0.0
-    gram, aim, held_gram = (
-        m.astype(np.float32) for m in (seen.gram, residual, held_out.gram)
-    )  # enough to choose
+    # float32 is enough to choose a strength.
+    gram, aim, held_gram = (m.astype(np.float32) for m in (seen.gram, residual, held_out.gram))
     for strength in RIDGES:  # from the strongest: the error falls, then rises
         change = ridge(gram, aim, strength)
-        # |target - features @ fit|^2 on the held-out tokens, but for that of `start`
+        # |target - features @ fit|^2 on the held-out tokens, less the same of `start`
         error = float(np.sum(change * (held_gram @ change - 2 * held_residual)))
         if error >= least:
             break

@@ -7,7 +7,7 @@ sum_s p_s (d_s - mean_p d) v_s, so the fit minimises the attention-weighted, cen
     sum_t sum_s p_ts (d_ts - sum_s' p_ts' d_ts')^2,     d_ts = score'_ts - score_ts,
 
 over one matrix (R + P, K) per head, applied to the head's original query. Solved by conjugate gradients with a
-Kronecker preconditioner, starting from the conversion's own reading; each head stops at the step that did best on
+Kronecker preconditioner, starting from the conversion's own query maps; each head stops at the step that did best on
 windows held out, which may be the start.
 """
 
@@ -93,10 +93,10 @@ def rotate_rope_part(x: Array, mla: MLA, sign: int) -> Array:
 
 
 def _score_errors(maps: Array, probe: Probe, mla: MLA, targets: bool) -> Iterator[tuple[slice, Array, Array]]:
-    """Scores of the maps' readings, less the original's if `targets`, a few queries (t) at a time.
+    """Scores by the query maps, less the original's if `targets`, QUERY_CHUNK queries (t) per step.
 
-    Yields those queries, and on what they see (s) the original's attention and the scores, both (H, t, s): most of
-    the future, which carries no attention, is left out.
+    Yields the queries' slice, and the original's attention and the scores on the tokens (s) up to the last of them,
+    both (H, t, s): most masked pairs are left out.
     """
     reading = rotate_rope_part(per_head(probe.queries, maps), mla, +1).swapaxes(0, 1)  # (H, T, R + P)
     for start in range(0, len(probe.rows), QUERY_CHUNK):

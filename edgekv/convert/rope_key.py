@@ -22,8 +22,8 @@ from edgekv.spec import GQA, RopeSpec
 class RopeKey:
     """encoder (P, D): rows of the shared key. query (H, P, K): maps each head's query to its rope query.
 
-    leftover (G, K, D): what of each head's key the shared key does not carry.
-    kept: the share of query-weighted key energy that it does carry.
+    leftover (G, K, D): the part of each head's key that the shared key does not carry.
+    kept: the share of query-weighted key energy that the shared key carries.
     """
 
     encoder: Matrix
@@ -49,9 +49,8 @@ def shared_rope_key(w_q: Matrix, w_k: Matrix, covariance: Matrix, gqa: GQA, rope
     weight = np.sqrt(energy.reshape(g, h // g, -1).sum(axis=1) + 1e-12)  # (G, K/2)
     slots = frequency_slots(gqa.rope, rope)
     encoder = np.zeros((rope.dim // 2, d), np.complex128)
-    mixing = np.zeros(
-        (g, k // 2, rope.dim // 2), np.complex128
-    )  # key (g, j) ~ sum_m mixing[g, j, m] * shared m
+    # key (g, j) ~ sum_m mixing[g, j, m] * shared m
+    mixing = np.zeros((g, k // 2, rope.dim // 2), np.complex128)
     leftover = keys.copy()
     kept = total = 0.0
     for j, slot in enumerate(slots):

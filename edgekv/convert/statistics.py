@@ -1,7 +1,6 @@
 """Statistics of one layer over all calibration windows, on all cores, and the step on to the next layer.
 
-Hidden states are (n, T, D) for n windows and exist once: whoever owns them passes them in, `advance` overwrites them
-and gives them back.
+Hidden states are (n, T, D) for n windows and exist once: `advance` overwrites and returns the array passed in.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class FitRecipe:
 
 @dataclass(frozen=True)
 class Job:
-    """What stays the same from layer to layer."""
+    """Inputs of a conversion that are the same for every layer."""
 
     spec: ModelSpec
     gqa: GQA
@@ -69,13 +68,13 @@ class Job:
         return {*range(n_fitted), *range(self.n_fitted, self.n_fitted + n_held)}
 
     def inputs(self, w: BlockWeights, x: Array) -> Array:
-        """What the layer's attention gets of hidden states x (..., D): normed."""
+        """The attention's inputs: hidden states x (..., D), normed."""
         return rms_norm(x, w["attn_norm.weight"], self.spec.norm_eps)
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What the original layer makes of the windows.
+    """The original layer's statistics and activations on the windows.
 
     queries (n, T, H, K) before RoPE, mixed (n, T, H * K) values, energy: the sum of |output|^2 over judged tokens.
     """
@@ -173,7 +172,7 @@ def mix(
 
 
 def advance(w: BlockWeights, job: Job, states: Array, mixed: Array, decode: Array) -> Array:
-    """The states behind the layer, whose attention gives mixed (n, T, F) @ decode (F, D): in `states`, overwritten."""
+    """Hidden states after the layer, whose attention gives mixed (n, T, F) @ decode (F, D); they overwrite `states`."""
 
     def share(windows: range) -> None:
         for i in windows:

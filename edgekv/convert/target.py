@@ -1,4 +1,4 @@
-"""Target of a conversion: the latent shape that serves a share of the cache bytes, and what stands in the way."""
+"""Target of a conversion: the latent shape for a share of the cache bytes, and why a model cannot become MLA."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _WHY: Mapping[str, tuple[str, str]] = MappingProxyType(
 def obstacle(spec: ModelSpec, fold_biases: bool = False) -> str | None:
     """Why the model cannot be converted and what to do, or None if it can.
 
-    What a user can take away is named only where nothing else stands in the way.
+    Obstacles that a user can remove are named only where there are no others.
     """
     if isinstance(spec.layers[0].attention, MLA):
         return f"{spec.name} already has MLA; convert takes a GQA or MHA model"
@@ -62,16 +62,16 @@ DEFAULT_NOPE_DIM = 32  # query dims per head that read the latent: twice as many
 def rope_widths(gqa: GQA, healed: bool) -> tuple[int, int]:
     """The rope key's widths, the better one first.
 
-    Without training the full head dim, since what turns cannot live in the latent. A model that will be healed
-    learns to do with half (96+32 against 64+64 values: KL 0.143 and 0.190 after 13M tokens, 0.810 and 0.702 before),
-    while a value that was not stored is lost.
+    Without training the full head dim: the latent cannot hold what RoPE turns. A model that will be healed learns to
+    do with half (96+32 against 64+64 values: KL 0.143 and 0.190 after 13M tokens, 0.810 and 0.702 before), which
+    leaves more of the cache to the latent.
     """
     full, half = gqa.rope.dim, gqa.rope.dim // 2
     return (half, full) if healed and half % SIMD_STEP == 0 else (full, half)
 
 
 def choose_rank(gqa: GQA, keep: float, healed: bool = False) -> tuple[int, int]:
-    """(kv_lora_rank, rope_dim) that keep at most `keep` of the cached values, in SIMD-friendly sizes.
+    """(kv_lora_rank, rope_dim) that keep at most `keep` of the cached values, in multiples of SIMD_STEP.
 
     The rope key gets the better of its widths as long as the latent is at least as wide.
 

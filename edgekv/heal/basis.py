@@ -30,10 +30,9 @@ def in_best_basis(
     windows: NDArray[np.int64],
     progress: Progress,
 ) -> dict[str, Array]:
-    """Stacked tensors of a student (those of `healed_source`), each layer in its cache basis.
+    """Stacked tensors of a student, as `healed_source` takes them, each layer in its cache basis.
 
-    The student follows token windows (n, T), T > 1, to see what each layer gets; `progress` is told of layers done
-    and of all.
+    The student runs on token windows (n, T), T > 1, for each layer's inputs; `progress` counts layers.
     """
     student = healed_source(source, spec, tensors)
     eps = student.spec.norm_eps

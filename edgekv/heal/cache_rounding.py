@@ -7,6 +7,9 @@ scale); the backward pass sees the identity (straight-through estimator, arXiv 1
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -26,18 +29,8 @@ def q8_0(x: Tensor) -> Tensor:
     return (rounded * d.half().float()).flatten(-2)
 
 
-def q5_0(x: Tensor) -> Tensor:
-    """Round trip of (..., n * 32) float32 values through q5_0: d = (value of largest magnitude) / -16."""
-    return _from_largest(x, 16)
-
-
-def q4_0(x: Tensor) -> Tensor:
-    """Round trip of (..., n * 32) float32 values through q4_0: d = (value of largest magnitude) / -8."""
-    return _from_largest(x, 8)
-
-
 def _from_largest(x: Tensor, half: int) -> Tensor:
-    """2 * half levels, the lowest of them the block's value of largest magnitude.
+    """Round trip through 2 * half levels, d = (value of largest magnitude) / -half: q5_0 with 16, q4_0 with 8.
 
     Of two values with equal magnitude and opposite sign ggml takes the first, this the positive one.
     """
@@ -52,7 +45,11 @@ def _inverse(d: Tensor) -> Tensor:
     return torch.where(d == 0, torch.zeros_like(d), 1 / d)
 
 
-ROUND_TRIPS = {"q8_0": q8_0, "q5_0": q5_0, "q4_0": q4_0}
+ROUND_TRIPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "q8_0": q8_0,
+    "q5_0": partial(_from_largest, half=16),
+    "q4_0": partial(_from_largest, half=8),
+}
 
 
 def straight_through(x: Tensor, cache_type: CacheType) -> Tensor:

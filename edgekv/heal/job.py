@@ -1,4 +1,4 @@
-"""Job of healing: from a model file and texts to a file of healed weights. PyTorch is imported when a job runs."""
+"""Healing job: from a model file and texts to a file of healed weights. PyTorch is imported when a job runs."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
 
 CALIBRATION_TOKENS = 16384  # for a start: phase 1 fits the same layers on the same kind of text, much further
 HELD_OUT = 32  # sequences kept for evaluation when no text is given for it
-MAX_STEPS = 10**9  # stands for as many steps as fit the minutes
+MAX_STEPS = 10**9  # placeholder: as many steps as fit in `minutes`
 SHAPE = ("n_heads", "kv_lora_rank", "rope_dim", "nope_dim", "value_dim", "rope_theta")
 
 
 @dataclass(frozen=True)
 class HealJob:
-    """What to heal, on what, and where to.
+    """Model, recipe and texts of a healing, and the file to write.
 
     With `minutes` and `recipe.steps` = MAX_STEPS the number of steps is measured to fit; with both given,
     training stops after `minutes` and `resume` takes it up.
@@ -72,7 +72,7 @@ class HealJob:
 
 @dataclass(frozen=True)
 class Stage:
-    """A step of the work that begins, for people."""
+    """The start of a step of the work, as text for the terminal."""
 
     text: str
 
@@ -107,7 +107,7 @@ def heal(job: HealJob, report: Report) -> HealedRecord:
         healer.record = replace(record, recipe=replace(job.recipe, steps=steps))
     deadline = job.minutes * 60 if job.minutes is not None and job.recipe.steps != MAX_STEPS else None
     finished = healer.run(job.state_path, deadline)
-    healer.write(job.out, job.storage if finished else "bf16", force=True)
+    healer.write(job.out, job.storage if finished else "bf16")
     if finished:
         job.state_path.unlink(missing_ok=True)
     return healer.record
@@ -170,7 +170,9 @@ def _resumed(job: HealJob, record: HealedRecord, report: Report) -> tuple[Healed
         shapes = student_shapes(job.attention, job.source.spec.n_layers, job.source.spec.dim)
         return record, {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     if not job.out.exists():
-        raise InputError(f"nothing to resume: neither {job.state_path} nor {job.out} exists")
+        raise InputError(
+            f"nothing to resume: neither {job.state_path} nor {job.out} exists; leave out --resume"
+        )
     before, tensors = read_healed(job.out)
     _check_same(record, before)
     report(Stage(f"going on from {job.out}, step {before.steps_done}; the optimizer starts afresh"))
@@ -199,7 +201,10 @@ def _text(job: HealJob) -> tuple[TokenStream, NDArray[np.int64]]:
     tokens = job.evaluation.tokens
     count = min(job.windows, len(tokens) // recipe.seq_len)
     if count == 0:
-        raise InputError(f"{job.evaluation.name} is shorter than one window of {recipe.seq_len} tokens")
+        raise InputError(
+            f"{job.evaluation.name} is shorter than one window of {recipe.seq_len} tokens; "
+            "give a longer text to evaluate on, or a smaller --seq-len"
+        )
     return stream, tokens[: count * recipe.seq_len].reshape(count, -1).astype(np.int64)
 
 
@@ -249,7 +254,7 @@ def _check_same(wanted: HealedRecord, found: HealedRecord) -> None:
     }.items():
         if changes:
             raise InputError(
-                f"--resume: {what} is not that of the stopped training ({changes}); "
+                f"--resume: {what} differs from the stopped training's ({changes}); "
                 "give the same options, or --force to start anew"
             )
 
@@ -279,7 +284,7 @@ def self_written(
 
     Args:
         chat: chats in the model's own template, drawn with the recipe's seed.
-        progress: is told of sequences written and sequences in all.
+        progress: counts sequences.
 
     Raises:
         InputError: PyTorch or the device is missing.

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgekv.heal.recipe import Evaluation
-from edgekv.heal.teacher_student import Pair
-from edgekv.heal.torch_blocks import GQAWeights, rms_norm, rope_tables, teacher_block, without_gradient
+from edgekv.heal.teacher_student import Pair, load_teacher_block
+from edgekv.heal.torch_blocks import rms_norm, rope_tables, teacher_block, without_gradient
 from edgekv.source import TensorSource
 from edgekv.spec import GQA
 
@@ -23,7 +23,7 @@ WINDOWS_AT_ONCE = 8
 
 
 class Judge:
-    """Holds the teacher's final hidden states on the windows (W, T), computed once, a block at a time."""
+    """Holds the teacher's final hidden states on the windows (W, T), computed once, block by block."""
 
     def __init__(self, source: TensorSource, windows: NDArray[np.int64], device: torch.device) -> None:
         self.windows = torch.from_numpy(windows).to(device)
@@ -65,28 +65,17 @@ def _score(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
 
 @without_gradient
 def _teacher_hidden(source: TensorSource, windows: Tensor, device: torch.device) -> Tensor:
-    """Normed final hidden states (W, T, D) in float32; one block's weights on the device at a time."""
-
-    def put(*names: str) -> Tensor:
-        return torch.from_numpy(np.concatenate([source.load(name) for name in names])).to(device)
-
+    """Normed final hidden states (W, T, D) in float32, with one block's weights on the device at once."""
     spec = source.spec
     attention = spec.layers[0].attention
     assert isinstance(attention, GQA)
     block = teacher_block(attention, spec.norm_eps, torch.float32)
     rope = rope_tables(windows.shape[1], attention.rope.theta, attention.rope.dim, device)
-    x = put("token_embd.weight")[windows]
+    x = torch.tensor(source.load("token_embd.weight"), device=device)[windows]
     for i in range(spec.n_layers):
-        name = f"blk.{i}."
-        weights = GQAWeights(
-            attn_norm=put(f"{name}attn_norm.weight"),
-            qkv=put(f"{name}attn_q.weight", f"{name}attn_k.weight", f"{name}attn_v.weight"),
-            output=put(f"{name}attn_output.weight"),
-            ffn_norm=put(f"{name}ffn_norm.weight"),
-            gate_up=put(f"{name}ffn_gate.weight", f"{name}ffn_up.weight"),
-            down=put(f"{name}ffn_down.weight"),
-        )
+        weights = load_teacher_block(source, i, device, torch.float32)
         for start in range(0, len(x), WINDOWS_AT_ONCE):
             batch = slice(start, start + WINDOWS_AT_ONCE)
             x[batch] = block(x[batch], weights, rope)[0]
-    return rms_norm(x, put("output_norm.weight"), spec.norm_eps, torch.float32)
+    norm = torch.tensor(source.load("output_norm.weight"), device=device)
+    return rms_norm(x, norm, spec.norm_eps, torch.float32)

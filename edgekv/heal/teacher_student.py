@@ -28,40 +28,27 @@ from edgekv.source import Array, TensorSource
 from edgekv.spec import GQA, MLA
 
 NORMS = ("attn_norm", "ffn_norm", "output_norm")
-TRAINED = (
-    ATTENTION + NORMS
-)  # feed-forwards are the teacher's: trained, they would make the file several times larger
-KERNELS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+TRAINED = ATTENTION + NORMS  # trained feed-forwards would make the file several times larger
 
 
 def attention_kernels() -> AbstractContextManager[None]:
     """Prefer cuDNN's attention (the fastest on Hopper), then flash attention. Open it around training."""
-    context: AbstractContextManager[None] = sdpa_kernel(KERNELS, set_priority=True)
+    kind = SDPBackend
+    kernels = [kind.CUDNN_ATTENTION, kind.FLASH_ATTENTION, kind.EFFICIENT_ATTENTION, kind.MATH]
+    context: AbstractContextManager[None] = sdpa_kernel(kernels, set_priority=True)
     return context
 
 
-def stacked(source: TensorSource, *names: str) -> Array:
-    """One tensor of every block, (layers, ...); several names are joined along their first axis."""
-    return np.stack(
-        [
-            np.concatenate([source.load(f"blk.{i}.{name}.weight") for name in names])
-            for i in range(source.spec.n_layers)
-        ]
-    )
-
-
-def load_teacher(source: TensorSource, device: torch.device, dtype: torch.dtype) -> list[GQAWeights]:
-    """The blocks of a GQA model: norms in float32, matrices in `dtype`."""
+def load_teacher_block(
+    source: TensorSource, layer: int, device: torch.device, dtype: torch.dtype
+) -> GQAWeights:
+    """One block of a GQA model: norms in float32, matrices in `dtype`."""
 
     def put(kind: torch.dtype, *names: str) -> Tensor:
-        return torch.from_numpy(stacked(source, *names)).to(device, kind)
+        arrays = [source.load(f"blk.{layer}.{name}.weight") for name in names]
+        return torch.tensor(np.concatenate(arrays), dtype=kind, device=device)
 
-    whole = GQAWeights(
+    return GQAWeights(
         attn_norm=put(torch.float32, "attn_norm"),
         qkv=put(dtype, "attn_q", "attn_k", "attn_v"),
         output=put(dtype, "attn_output"),
@@ -69,14 +56,18 @@ def load_teacher(source: TensorSource, device: torch.device, dtype: torch.dtype)
         gate_up=put(dtype, "ffn_gate", "ffn_up"),
         down=put(dtype, "ffn_down"),
     )
-    return [GQAWeights(*(tensor[i] for tensor in whole)) for i in range(source.spec.n_layers)]
+
+
+def load_teacher(source: TensorSource, device: torch.device, dtype: torch.dtype) -> list[GQAWeights]:
+    """All blocks of a GQA model."""
+    return [load_teacher_block(source, i, device, dtype) for i in range(source.spec.n_layers)]
 
 
 class Pair:
     """A GQA teacher and its MLA student.
 
-    `params` are the student's trained tensors: float32, stacked over layers, each with a gradient that is
-    there from the start. A block works on views of them, so gradients gather in place.
+    `params` are the student's trained tensors: float32, stacked over layers, each with a gradient that is allocated
+    at the start. A block works on views of them, so gradients accumulate in place.
 
     Args:
         source: the teacher.
@@ -112,11 +103,10 @@ class Pair:
         self._load_student(student)
         self.rope_teacher = rope_tables(seq_len, attention.rope.theta, attention.rope.dim, device)
         self.rope_student = rope_tables(seq_len, spec.rope.theta, spec.rope.dim, device)
-        compiled = _compile if on_gpu else _as_is
-        self._teacher_block = compiled(teacher_block(attention, self.eps, self.dtype))
-        self._student_block = compiled(student_block(spec, self.eps, self.dtype, cache_type))
-        self._match_block = compiled(match_block(spec, cache_type))
-        self._final_norm = compiled(rms_norm)
+        self._teacher_block = _compiled(teacher_block(attention, self.eps, self.dtype), on_gpu)
+        self._student_block = _compiled(student_block(spec, self.eps, self.dtype, cache_type), on_gpu)
+        self._match_block = _compiled(match_block(spec, cache_type), on_gpu)
+        self._final_norm = _compiled(rms_norm, on_gpu)
         self._exact_block = student_block(spec, self.eps, torch.float32, cache_type)
 
     def _put(self, array: Array, dtype: torch.dtype) -> Tensor:
@@ -176,7 +166,7 @@ class Pair:
     def match_backward(self, tokens: Tensor, scale: float = 1.0) -> Tensor:
         """Phase 1: the relative squared error of each layer's attention output, (layers,).
 
-        Adds `scale` times the gradient of their mean, layer by layer, so that one layer's activations live.
+        Adds `scale` times the gradient of their mean, layer by layer, so that memory holds one layer's activations.
         """
         losses = []
         with torch.no_grad():
@@ -216,10 +206,6 @@ class Pair:
         return {name: param.detach().cpu().numpy().copy() for name, param in self.params.items()}
 
 
-def _compile(function: Function) -> Function:
-    compiled: Function = torch.compile(function, fullgraph=True, dynamic=False)
+def _compiled(function: Function, on_gpu: bool) -> Function:
+    compiled: Function = torch.compile(function, fullgraph=True, dynamic=False) if on_gpu else function
     return compiled
-
-
-def _as_is(function: Function) -> Function:
-    return function

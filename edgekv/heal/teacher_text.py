@@ -1,4 +1,4 @@
-"""Training text that the teacher writes itself, for users without a corpus.
+"""Text sampled from the teacher for training, for users without a corpus.
 
 Half of the sequences begin with a random token (LLM-QAT, arXiv 2305.17888, section 2.1), half are chats in
 the model's own template: when an answer ends, the next question of edgekv.text.chats follows.
@@ -19,9 +19,9 @@ from edgekv.heal.teacher_student import load_teacher
 from edgekv.heal.torch_blocks import (
     GQAWeights,
     Rope,
+    gqa_heads,
     rms_norm,
     rope_tables,
-    rotate,
     swiglu,
     without_gradient,
 )
@@ -124,15 +124,13 @@ class Writer:
         return F.linear(rms_norm(x[:, 0], self.norm, self.eps, self.dtype), self.head).float()
 
     def _attend(self, x: Tensor, w: GQAWeights, cache: Tensor, rope: Rope, position: int) -> Tensor:
-        h, g, p = self.spec.n_heads, self.spec.n_kv_heads, self.spec.rope.dim
-        heads = F.linear(x, w.qkv).unflatten(-1, (h + 2 * g, self.spec.head_dim))
-        rotated = torch.cat((rotate(heads[:, :, : h + g, :p], rope), heads[:, :, : h + g, p:]), -1)
+        query, key, value = gqa_heads(x, w, rope, self.spec)
         keys, values = cache
-        keys[:, position], values[:, position] = rotated[:, 0, h:], heads[:, 0, h + g :]
+        keys[:, position], values[:, position] = key[:, 0], value[:, 0]
         mixed = F.scaled_dot_product_attention(
-            rotated[:, :, :h].transpose(1, 2),
+            query.transpose(1, 2),
             keys[:, : position + 1].transpose(1, 2),
             values[:, : position + 1].transpose(1, 2),
-            enable_gqa=h != g,
+            enable_gqa=self.spec.n_heads != self.spec.n_kv_heads,
         )
         return F.linear(mixed.transpose(1, 2).flatten(-2), w.output)

@@ -48,7 +48,7 @@ def without_gradient(function: Function) -> Function:
 
 
 class GQAWeights(NamedTuple):
-    """One teacher block, or all of them with a leading layer axis. Norms float32, matrices compute dtype."""
+    """One teacher block. Norms float32, matrices compute dtype."""
 
     attn_norm: Tensor  # (D,)
     qkv: Tensor  # (H*K + 2*G*K, D)
@@ -123,15 +123,14 @@ def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.silu(gate) * up, down)
 
 
-def gqa_attention(x: Tensor, w: GQAWeights, rope: Rope, spec: GQA) -> Tensor:
-    """The teacher's attention of normed x (B, T, D), after its output projection."""
+def gqa_heads(x: Tensor, w: GQAWeights, rope: Rope, spec: GQA) -> tuple[Tensor, Tensor, Tensor]:
+    """The teacher's rotated queries (B, T, H, K), rotated keys and values (B, T, G, K) of normed x (B, T, D)."""
     h, g, p = spec.n_heads, spec.n_kv_heads, spec.rope.dim
     heads = F.linear(x, w.qkv).unflatten(-1, (h + 2 * g, spec.head_dim))
     rotated = rotate(heads[:, :, : h + g, :p], rope)
     if p < spec.head_dim:
         rotated = torch.cat((rotated, heads[:, :, : h + g, p:]), -1)
-    mixed = causal_attention(rotated[:, :, :h], rotated[:, :, h:], heads[:, :, h + g :], spec.head_dim**-0.5)
-    return F.linear(mixed, w.output)
+    return rotated[:, :, :h], rotated[:, :, h:], heads[:, :, h + g :]
 
 
 def mla_attention(x: Tensor, w: MLAWeights, rope: Rope, spec: MLA, cache_type: CacheType) -> Tensor:
@@ -158,12 +157,13 @@ MatchBlock = Callable[[Tensor, Tensor, MLAWeights, Rope], Tensor]
 def teacher_block(spec: GQA, eps: float, dtype: torch.dtype) -> TeacherBlock:
     """A function x -> (next x, normed input of attention, attention output).
 
-    The last two exist anyway on the way, so phase 1 gets them for nothing.
+    The last two are intermediate results that phase 1 trains on.
     """
 
     def block(x: Tensor, w: GQAWeights, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         normed = rms_norm(x, w.attn_norm, eps, dtype)
-        attended = gqa_attention(normed, w, rope, spec)
+        mixed = causal_attention(*gqa_heads(normed, w, rope, spec), spec.head_dim**-0.5)
+        attended = F.linear(mixed, w.output)
         x = x + attended
         x = x + swiglu(rms_norm(x, w.ffn_norm, eps, dtype), w.gate_up, w.down)
         return x, normed, attended

@@ -1,4 +1,4 @@
-"""The training loop: two phases, evaluations, checkpoints; stops cleanly and goes on where it stopped."""
+"""Training loop: two phases, evaluations, checkpoints; stops cleanly and goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Healer:
         stream: the training text.
         windows: held-out windows (W, T).
         device: "cuda" or "cpu".
-        report: is told of progress and of evaluations.
+        report: receives progress and evaluations.
     """
 
     def __init__(
@@ -204,14 +204,12 @@ class Healer:
                 total += loss.detach()
         return total
 
-    def evaluate(self) -> Evaluation:
+    def evaluate(self) -> None:
         """Score the student as it is now, report it and put it on record."""
-        found: Evaluation
         found, squares = self.judge.evaluate(self.pair, self.record.steps_done)
         self.latent_mean_square = squares.cpu().numpy()
         self.record = dataclasses.replace(self.record, evaluations=(*self.record.evaluations, found))
         self.report(found)
-        return found
 
     def _check(self, loss: float) -> None:
         if not np.isfinite(loss):
@@ -222,28 +220,18 @@ class Healer:
 
     def save(self, path: Path) -> None:
         """Write the state that `restore` reads."""
-        save_state(
-            path,
-            State(
-                self.record,
-                self.micro,
-                self.optimizer_since,
-                self.pair.params,
-                self.optimizer.state(),
-                self.loss_sum,
-            ),
-        )
+        progress = (self.record, self.micro, self.optimizer_since)
+        save_state(path, State(*progress, self.pair.params, self.optimizer.state(), self.loss_sum))
 
-    def write(self, path: Path, storage: Storage, force: bool) -> Evaluation:
-        """Write the healed tensors and score them as they are stored; the student keeps that rounding."""
+    def write(self, path: Path, storage: Storage) -> None:
+        """Write the healed tensors over `path` and score them as they are stored; the student keeps the rounding."""
         tensors = {**self.start, **self.pair.tensors()}
         self.pair.set_params(as_stored(tensors, storage))
         with attention_kernels():
-            found = self.evaluate()
+            self.evaluate()
         assert self.latent_mean_square is not None
         tensors[MEAN_SQUARE] = self.latent_mean_square
-        write_healed(path, tensors, self.record, storage, force)
-        return found
+        write_healed(path, tensors, self.record, storage, force=True)
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

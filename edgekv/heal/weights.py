@@ -147,7 +147,7 @@ def _scaled(tensors: Tensors, storage: Storage) -> dict[str, Array]:
 
 
 def _unscaled(tensors: Tensors) -> dict[str, Array]:
-    """What `_scaled` was given."""
+    """Inverse of `_scaled`."""
     restored = dict(tensors)
     scale = restored.pop(COLUMN_SCALE, None)
     if scale is not None:
@@ -187,7 +187,7 @@ def read_healed(path: Path) -> tuple[HealedRecord, dict[str, Array]]:
             }
             tensors = _unscaled(tensors)
     except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist") from error
+        raise InputError(f"{path} does not exist; give a file that `edgekv heal` wrote") from error
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise InputError(
             f"{path} is not a file of healed weights ({error}); `edgekv heal` writes them"
@@ -218,19 +218,21 @@ def student_shapes(attention: MLA, n_layers: int, dim: int) -> dict[str, tuple[i
 def _check_shapes(path: Path, record: HealedRecord, tensors: Tensors) -> None:
     for name in (*ATTENTION, MEAN_SQUARE):
         if name not in tensors:
-            raise InputError(f"{path}: tensor {name} is missing; write the file again with `edgekv heal`")
+            raise InputError(f"{path}: tensor {name} is missing; fetch the file again")
     n_layers, _, dim = tensors["q"].shape
     wanted = {**student_shapes(record.attention, n_layers, dim), MEAN_SQUARE: (n_layers,)}
     for name, shape in wanted.items():
         if tensors[name].shape != shape:
-            raise InputError(f"{path}: tensor {name} has shape {tensors[name].shape}, not {shape}")
+            raise InputError(
+                f"{path}: tensor {name} has shape {tensors[name].shape}, not {shape}; fetch the file again"
+            )
     for name, array in tensors.items():
         if not np.isfinite(array).all():
             raise InputError(f"{path}: tensor {name} holds NaN or infinity; heal again with a lower --lr")
 
 
 def base_sha256(source: TensorSource) -> str:
-    """The hash that ties healed weights to their original: that of its GGUF file.
+    """SHA-256 of the GGUF file that a source reads: it ties healed weights to their original.
 
     Raises:
         UnsupportedError: the source is not a GGUF file.

@@ -1,1 +1,1 @@
-"""The NumPy reference model: the oracle that every engine is compared with."""
+"""NumPy reference model: the oracle that every engine is compared with."""

@@ -61,7 +61,7 @@ def attend(q: Array, k: Array, v: Array, scale: float, window: int = 0, cap: flo
 def gqa_attention(
     x: Array, w: Mapping[str, Array], spec: GQA, cache: KVCache, layer: int, eps: float = 1e-6
 ) -> Array:
-    """Grouped-query attention (arXiv 2305.13245); `eps` is that of QK-norm."""
+    """Grouped-query attention (arXiv 2305.13245); `eps` is QK-norm's."""
     n_rows = x.shape[0]
     positions = cache.positions(n_rows)
 

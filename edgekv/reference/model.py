@@ -1,4 +1,4 @@
-"""The reference forward pass in NumPy: the oracle that proves every faster path right."""
+"""Reference forward pass in NumPy: the oracle that proves every faster path right."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def write_on(
 
     Args:
         step: appends one token of each sequence, (B,), at a position; the logits of what follows, (B, vocab).
-        progress: is told of positions done and of all.
+        progress: counts positions.
     """
     n, given = prompts.shape
     windows = np.zeros((n, length), np.int64)

@@ -3,8 +3,8 @@
 A latent channel times g, and what reads it divided by g, is the same model; so are a head's no-rope query and
 its k_b, its value and W_o, and the rope key and the queries that meet it. A conversion leaves such pairs far apart (its
 encoder undoes the covariance of the input), while AdamW moves every weight by about the same amount: then one side
-hardly moves and the other is shaken. Here both sides get the same RMS; the pairs of the rope key keep their sizes
-among each other, which the conversion chose for a quantized cache.
+hardly changes and the other changes too much. Here both sides get the same RMS; the pairs of the rope key keep their
+relative sizes, which the conversion chose for a quantized cache.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The basis of a cached row in which block-quantized caches (q8_0 to q4_0) lose least.
+"""Basis of a cached row in which block-quantized caches (q8_0 to q4_0) lose least.
 
 A model does not depend on the basis of its latent: an invertible map of it is undone in k_b and v_b. Nor does it
 on a complex factor for each pair of the rope key, undone in the queries: such factors commute with RoPE. A block

@@ -18,7 +18,7 @@ from edgekv.spec import MLA
 from edgekv.tokenizer.tokenizer import Tokenizer
 
 MAX_TOKENS = 128
-TEXT = (  # sizes, not contents, are wanted of it: any text does
+TEXT = (  # any text does: only the sizes of its activations are used
     "The harbour lay quiet when the first boat came in. Its crew had been out for nine days, and the hold was "
     "full of mackerel; by noon the auction was over and 1,240 crates were on their way inland.\n\n"
     "def mean(values):\n    total = sum(values)\n    return total / len(values) if values else 0.0\n\n"

@@ -1,4 +1,4 @@
-"""Matrix functions of the conversion, in float64."""
+"""Matrix functions in float64: roots, low-rank factors, ridge regression."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def leading(vectors: Matrix, rank: int) -> Matrix:
 
 
 def kept_by_rank(energy: NDArray[np.float64], ranks: Sequence[int]) -> dict[int, float]:
-    """The share of ascending eigenvalues' sum that the largest ones hold, for each rank there is."""
+    """The share of ascending eigenvalues' sum that the largest `rank` hold, for each rank up to their number."""
     shares = energy[::-1].cumsum() / energy.sum()
     return {rank: float(shares[rank - 1]) for rank in ranks if rank <= len(shares)}
 

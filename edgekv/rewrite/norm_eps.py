@@ -1,4 +1,4 @@
-"""The epsilon of a model's norms, changed without changing what the model computes.
+"""Epsilon of a model's norms, changed without changing what the model computes.
 
 With a = sqrt(new / old),
 

@@ -1,4 +1,4 @@
-"""The norm trick: a linear latent under an RMSNorm that every MLA graph applies.
+"""Norm trick: a linear latent under an RMSNorm that every MLA graph applies.
 
 DeepSeek's graph normalises the latent (arXiv 2405.04434, section 2.1.2); a converted model has no such norm.
 Scaled far below sqrt(eps), the latent c passes RMSNorm unchanged in shape:
@@ -20,7 +20,7 @@ FOLDED_BELOW = 2.0**-10  # folded weights end far below this, trained ones far a
 
 
 def fold_norm(encoder: Array, mean_square: float, eps: float) -> tuple[Array, Array]:
-    """Scale a latent encoder (R, D) and give the norm weight (R,) that undoes it.
+    """A latent encoder (R, D), scaled, and the norm weight (R,) that undoes the scale.
 
     `mean_square` is the mean of c^2 over tokens and channels, c = x @ encoder.T.
     """
@@ -35,5 +35,5 @@ def unfold_norm(rows: Array, norm_weight: Array, eps: float) -> Array:
 
 
 def is_folded(rows: Array) -> bool:
-    """Whether latent rows (R, D) are those of `fold_norm`, so small that formats with f16 scales lose them."""
+    """Whether latent rows (R, D) come from `fold_norm`: they are so small that formats with f16 scales lose them."""
     return bool(0 < np.abs(rows).max() < FOLDED_BELOW)

@@ -1,1 +1,1 @@
-"""Text as token windows: from files, from the model itself, from chats."""
+"""Texts as token windows: from files, from the model itself, from chats."""

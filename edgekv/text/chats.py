@@ -51,7 +51,7 @@ def questions(seed: int) -> Iterator[str]:
 
 
 class Chat:
-    """An endless row of opened chats as tokens, the same for the same seed.
+    """Endless sequence of opened chats as tokens, the same for the same seed.
 
     Args:
         opened: turns a question into the tokens of a chat that waits for the answer.

@@ -29,7 +29,7 @@ class Text:
 
     @property
     def length(self) -> int:
-        """Tokens of a window."""
+        """Tokens per window."""
         return int(self.windows.shape[1])
 
     @property
@@ -39,7 +39,7 @@ class Text:
 
     @property
     def n_scored(self) -> int:
-        """Predictions scored in one window."""
+        """Predictions scored per window."""
         return self.length - self.first - 1
 
     def window(self, index: int) -> list[int]:
@@ -47,7 +47,7 @@ class Text:
         return [int(token) for token in self.windows[index]]
 
     def identity(self) -> dict[str, str | int | None]:
-        """What decides the figures of a window."""
+        """Key of cached results: what the figures of a window depend on."""
         return {"text": self.sha256, "length": self.length, "first": self.first}
 
 

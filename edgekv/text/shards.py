@@ -27,7 +27,7 @@ BREAK_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
 @dataclass(frozen=True)
 class Shard:
-    """One tokenized text: where it came from, so that an outcome can name its data."""
+    """One tokenized text: where it came from, so that a record can name its data."""
 
     name: str
     sha256: str
@@ -47,7 +47,9 @@ def break_token(metadata: Metadata) -> int:
                 return vocabulary.index(text)  # type: ignore[arg-type]  # a list of strings
     eos = metadata.get("tokenizer.ggml.eos_token_id")
     if not isinstance(eos, int):
-        raise ModelFileError("the model names no end-of-text token (tokenizer.ggml.eos_token_id)")
+        raise ModelFileError(
+            "the model names no end-of-text token (tokenizer.ggml.eos_token_id); export it with its tokenizer"
+        )
     return eos
 
 
@@ -103,13 +105,17 @@ def _read_tokens(path: Path, n_vocab: int) -> Tokens:
         else:
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, lzma.LZMAError) as error:
-        raise InputError(f"{path} is not a token file: {error}") from error
+        raise InputError(f"{path} is not a token file ({error}); give a .npy file of token ids") from error
     if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
         raise InputError(
-            f"{path} holds {tokens.dtype} of shape {tokens.shape}, not one row of uint16 or uint32"
+            f"{path} holds {tokens.dtype} of shape {tokens.shape}, not one row of uint16 or uint32; "
+            "save the token ids as one"
         )
     if tokens.size and (top := int(tokens.max())) >= n_vocab:
-        raise InputError(f"{path} holds token {top}, the model has {n_vocab}: it was made for another model")
+        raise InputError(
+            f"{path} holds token {top}, the model has {n_vocab}: it was made for another model; "
+            "tokenize the text with this one"
+        )
     return tokens
 
 
@@ -120,13 +126,8 @@ def cache_folder() -> Path:
 
 def _vocabulary_key(source: TensorSource) -> str:
     digest = hashlib.sha256()
-    for key in (
-        "tokenizer.ggml.model",
-        "tokenizer.ggml.pre",
-        "tokenizer.ggml.tokens",
-        "tokenizer.ggml.merges",
-    ):
-        digest.update(repr(source.metadata.get(key)).encode())
+    for key in ("model", "pre", "tokens", "merges"):
+        digest.update(repr(source.metadata.get(f"tokenizer.ggml.{key}")).encode())
     return digest.hexdigest()[:16]
 
 

@@ -1,1 +1,1 @@
-"""DeepseekV3 folders out, for transformers."""
+"""Writer of DeepseekV3 folders for transformers."""

@@ -2,8 +2,8 @@
 
 One thing stands between a GGUF and that format: the epsilon of the RMSNorm over the latent. transformers
 takes its default of 1e-6 there, whatever the config says (modeling_deepseek_v3.py, kv_a_layernorm), vLLM and
-SGLang take the config's rms_norm_eps, and the norm trick (edgekv.rewrite.norm_trick) needs the very epsilon
-it was made for. So every checkpoint gets rms_norm_eps = 1e-6 (edgekv.rewrite.norm_eps).
+SGLang take the config's rms_norm_eps, and the norm trick (edgekv.rewrite.norm_trick) needs the exact epsilon
+that it was computed with. So every checkpoint gets rms_norm_eps = 1e-6 (edgekv.rewrite.norm_eps).
 """
 
 from __future__ import annotations

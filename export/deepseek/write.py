@@ -18,7 +18,7 @@ WEIGHTS = "model.safetensors"
 def write_deepseek(
     source: TensorSource, folder: Path, dtype: DType, force: bool, progress: Progress
 ) -> tuple[str, ...]:
-    """Write config, weights, tokenizer and generation config; gives the names of the files.
+    """Write config, weights, tokenizer and generation config; returns the names of the files.
 
     Raises:
         UnsupportedError: DeepseekV3's graph or transformers' tokenizers do not compute such a model.

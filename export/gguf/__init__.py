@@ -1,1 +1,1 @@
-"""GGUF files out: writing and quantizing."""
+"""Writer and quantizer of GGUF files."""

@@ -67,7 +67,7 @@ def is_linear(rope: RopeSpec) -> bool:
 def _refuse(
     spec: ModelSpec, why: str, remedy: str = "run it in the reference, or choose another model"
 ) -> NoReturn:
-    raise UnsupportedError(f"{spec.name} cannot go out as GGUF {gguf_arch(spec)!r}: {why}; {remedy}")
+    raise UnsupportedError(f"{spec.name} cannot be written as GGUF {gguf_arch(spec)!r}: {why}; {remedy}")
 
 
 def _gqa_keys(spec: ModelSpec, attention: GQA) -> dict[str, MetaValue]:
@@ -76,18 +76,17 @@ def _gqa_keys(spec: ModelSpec, attention: GQA) -> dict[str, MetaValue]:
         "attention.key_length": attention.head_dim,
         "attention.value_length": attention.head_dim,
     }
-    _check_gqa(spec)
+    attentions = [layer.attention for layer in spec.layers if isinstance(layer.attention, GQA)]
+    _check_gqa(spec, attentions)
     if spec.arch in WITH_WINDOWS:
-        return keys | _gemma_keys(spec, attention)
-    windows = [layer.attention.window for layer in spec.layers if isinstance(layer.attention, GQA)]
-    if shortest := min((window for window in windows if window), default=0):
+        return keys | _gemma_keys(spec, attentions)
+    if shortest := min((a.window for a in attentions if a.window), default=0):
         # llama.cpp attends to all tokens here: the same thing as long as none lies outside the window.
         keys["context_length"] = min(spec.context_length, shortest)
     return keys | _rope_keys(spec, attention.rope)
 
 
-def _check_gqa(spec: ModelSpec) -> None:
-    attentions = [layer.attention for layer in spec.layers if isinstance(layer.attention, GQA)]
+def _check_gqa(spec: ModelSpec, attentions: list[GQA]) -> None:
     if spec.arch == "smollm3":
         for i, attention in enumerate(attentions):
             if bool(attention.rope.dim) != bool((i + 1) % NOPE_INTERVAL):
@@ -103,9 +102,9 @@ def _check_gqa(spec: ModelSpec) -> None:
         _refuse(spec, "its scores have a scale of their own")
 
 
-def _gemma_keys(spec: ModelSpec, attention: GQA) -> dict[str, MetaValue]:
+def _gemma_keys(spec: ModelSpec, attentions: list[GQA]) -> dict[str, MetaValue]:
     """Gemma 2 and 3: local layers with a window, and in Gemma 3 with a RoPE of their own."""
-    attentions = [layer.attention for layer in spec.layers if isinstance(layer.attention, GQA)]
+    attention = attentions[0]
     local = [bool(a.window) for a in attentions]
     shared = [a.rope for a in attentions if not a.window] or [attention.rope]
     implied = (
@@ -155,7 +154,7 @@ def _yarn_keys(spec: ModelSpec, rope: RopeSpec) -> dict[str, MetaValue]:
             spec,
             f"llama.cpp's YaRN has its ramp between 32 turns and 1, the model {yarn.beta_fast:g} and "
             f"{yarn.beta_slow:g}",
-            "with beta_fast 32 and beta_slow 1 in config.json it goes out as llama.cpp's own converter has it, "
+            "with beta_fast 32 and beta_slow 1 in config.json it is written as llama.cpp's own converter does, "
             "another model than was trained",
         )
     wanted = yarn_magnitude(gguf_arch(spec), yarn.factor)
@@ -172,7 +171,7 @@ def _latent_keys(spec: ModelSpec, attention: MLA) -> dict[str, MetaValue]:
     """What llama.cpp's loader reads for a model with a latent cache (src/models/deepseek2.cpp)."""
     lite = spec.n_layers in LITE_LAYERS or (spec.n_layers == 48 and spec.vocab == 128256)
     if attention.q_lora_rank and lite:
-        _refuse(spec, f"llama.cpp takes a model of {spec.n_layers} layers for one without low-rank queries")
+        _refuse(spec, f"llama.cpp reads no low-rank queries in a model of {spec.n_layers} layers")
     if attention.rope.dim and attention.rope.layout != "interleaved":
         _refuse(spec, "its rope pairs are not neighbours")
     factors = attention.rope.factors

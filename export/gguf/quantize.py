@@ -73,7 +73,7 @@ def calibration_windows(
         raise InputError("--text-tokens takes a positive number; 8192 is the default")
     tokenizer = Tokenizer.from_metadata(kept_header(path).metadata)
     added = tokenizer.encode("", add_special=True)[:1]
-    opening = [i for i in added if i == tokenizer.bos_id]  # models trained with it are lost without
+    opening = [i for i in added if i == tokenizer.bos_id]  # models trained with BOS fail without it
     if not texts:
         return _sampled_windows(path, opening, n_tokens, seed, quantizer, progress)
     windows = windows_from_files(texts, tokenizer, n_tokens, seed)
@@ -214,7 +214,7 @@ def _compare(
         )
 
     reports = []
-    with ThreadPoolExecutor(n_threads) as pool:  # NumPy lets go of the interpreter while it computes
+    with ThreadPoolExecutor(n_threads) as pool:  # NumPy releases the GIL while it computes
         for done, found in enumerate(pool.map(report, changed), start=1):
             reports.append(found)
             progress(len(changed) + done, 2 * len(changed))
@@ -222,7 +222,7 @@ def _compare(
 
 
 def _stored(path: Path, tensor: TensorInfo) -> StoredTensor:
-    """A tensor mapped by itself: with it goes its memory."""
+    """A tensor in a memory map of its own, which is freed with it."""
     rows = int(np.prod(tensor.dims[1:]))
     data = np.memmap(path, np.uint8, "r", tensor.offset, (rows, tensor.nbytes // rows))
     return StoredTensor(data, tensor.ggml_type, tensor.dims[0], int(np.prod(tensor.dims[2:])))

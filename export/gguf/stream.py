@@ -2,7 +2,7 @@
 
 llama_model_quantize takes a path. The file behind it has its header and its full length from the start; a thread
 writes the tensors in the order in which llama.cpp reads them, and every read waits for its tensor (StagedGGUF.wait).
-So reading a Hugging Face folder and quantizing it take the time of the slower one, not of both.
+So reading a Hugging Face folder and quantizing it take the time of the slower one, not the sum of both.
 
 After a tensor was read, its pages are given back (a hole is punched into the file), but for the rows that are compared
 afterwards. The file therefore takes a few hundred megabytes, whatever its length says. It lies in memory if nobody
@@ -18,7 +18,6 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import cache
 from math import inf, prod
 from pathlib import Path
 from typing import BinaryIO
@@ -192,10 +191,8 @@ def _compared_nbytes(source: TensorSource, plan: Mapping[str, QuantType]) -> int
 
 def _extend(path: Path, source: TensorSource, plan: Mapping[str, QuantType]) -> None:
     """Give the file its final size, without its data."""
-    size = _padded(path.stat().st_size)
-    size += sum(_padded(tensor_nbytes(source.shape(name), quant)) for name, quant in plan.items())
-    with path.open("r+b") as file:
-        file.truncate(size)
+    sizes = [path.stat().st_size, *(tensor_nbytes(source.shape(name), quant) for name, quant in plan.items())]
+    os.truncate(path, sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes))
 
 
 def _give_back(file: BinaryIO, start: int, stop: int) -> None:
@@ -203,16 +200,8 @@ def _give_back(file: BinaryIO, start: int, stop: int) -> None:
     start, stop = -(-start // PAGE_NBYTES) * PAGE_NBYTES, stop // PAGE_NBYTES * PAGE_NBYTES
     if sys.platform == "linux" and stop > start:
         # A file system without holes refuses: then the room is used until the end.
-        _libc().fallocate(file.fileno(), _PUNCH_HOLE, ctypes.c_int64(start), ctypes.c_int64(stop - start))
-
-
-@cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
-
-
-def _padded(nbytes: int) -> int:
-    return (nbytes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+        offsets = ctypes.c_int64(start), ctypes.c_int64(stop - start)
+        ctypes.CDLL(None).fallocate(file.fileno(), _PUNCH_HOLE, *offsets)
 
 
 def _reading_order(names: Mapping[str, QuantType]) -> list[str]:

@@ -31,13 +31,13 @@ WEIGHT_TYPES: Mapping[str, QuantType] = MappingProxyType(
 def tensor_type(name: str, shape: tuple[int, ...], weights: QuantType) -> QuantType:
     """The type a tensor is written in when the model's weights are `weights`.
 
-    Vectors and the experts' router stay F32. `attn_kv_a_mqa` stays F32 for quantized weights and f16, whose
-    range the norm trick leaves (edgekv.rewrite.norm_trick); BF16 has that range. Embeddings and the output
+    Vectors and the experts' router stay F32. `attn_kv_a_mqa` stays F32 for quantized weights and f16, because
+    norm trick weights underflow f16 (edgekv.rewrite.norm_trick); BF16 has the exponent range. Embeddings and the output
     head keep 8 bits, as llama.cpp's own presets do. A row that does not divide into blocks becomes F16.
     """
     if len(shape) == 1:
         return QuantType.F32
-    if name.endswith("ffn_gate_inp.weight"):  # small, and it decides
+    if name.endswith("ffn_gate_inp.weight"):  # small, and the choice of experts depends on it
         return QuantType.F32
     if name.endswith("attn_kv_a_mqa.weight"):
         return QuantType.BF16 if weights == QuantType.BF16 else QuantType.F32
@@ -47,7 +47,7 @@ def tensor_type(name: str, shape: tuple[int, ...], weights: QuantType) -> QuantT
 
 
 def stored_weights(source: TensorSource) -> str:
-    """The choice of weights that comes nearest to how most of a source's values are stored."""
+    """The --weights choice nearest to the format of most of a source's values."""
     sizes: Counter[str] = Counter()
     for name in source.names():
         sizes[source.quantization(name).lower()] += prod(source.shape(name))
@@ -75,7 +75,7 @@ def write_gguf(
 def begin_gguf(
     source: TensorSource, path: Path, weights: str, notes: Metadata
 ) -> tuple[gguf.GGUFWriter, dict[str, QuantType]]:
-    """Write everything but the data of a source in its file layout; gives the type of each tensor."""
+    """Write everything but the data of a source in its file layout; the open writer and the type of each tensor."""
     plan = {name: _plan(source, name, weights) for name in source.names()}
     writer = gguf.GGUFWriter(path, gguf_arch(source.spec))
     _write_metadata(writer, source, weights, notes)

@@ -1,1 +1,1 @@
-"""ONNX folders out: the decoder graph, its weights, companion files."""
+"""Writer of ONNX folders: the decoder graph, its weights, companion files."""

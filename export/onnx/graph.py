@@ -42,7 +42,7 @@ Shape = Sequence[int | str]
 
 
 class GraphWriter:
-    """A decoder graph whose large weights are appended to `data` as they come: memory holds one at a time.
+    """A decoder graph whose large weights are appended to `data` as they come: memory holds one of them.
 
     onnx-ir's LazyTensor asks for them when the graph is complete. A block that is loaded, and followed by
     edgekv.rewrite.int8_rows, as a whole would then stay in memory or be loaded once per weight.

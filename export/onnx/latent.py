@@ -115,11 +115,11 @@ class LatentAttention:
 class Int8LatentAttention(LatentAttention):
     """The same over a cache of 8-bit rows, each with its own scale: a quarter of the memory and the reading.
 
-    Many tokens at once read rows that are expanded to float32, a layer at a time. A single one would spend
+    Many tokens at once read rows that are expanded to float32, layer by layer. A single one would spend
     most of its time on that: its products are u8 by s8 or u8 by u8, which integer dot-product instructions do
-    four or more at a time. To leave the loss to the cache alone, the other operand has two digits: queries
+    four or more per instruction. To leave the loss to the cache alone, the other operand has two digits: queries
     7 + 6 bits, which also keeps AVX2's 16-bit sums from overflowing, and attention weights 8 + 8 bits, for
-    one digit would drop the thousands of small ones beside a strong attention sink.
+    one digit would round the thousands of small ones beside a strong attention sink to 0.
     """
 
     def __init__(self, g: GraphWriter, spec: MLA, eps: float, mask: Value, position_ids: Value) -> None:

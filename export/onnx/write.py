@@ -27,7 +27,7 @@ from edgekv.source import TensorSource
 from edgekv.spec import GQA, MLA
 from edgekv.tensors import looked_up, weight_flops
 
-# Of edgekv.spec.ModelSpec.peculiarities, those that the graph has.
+# The edgekv.spec.ModelSpec.peculiarities that the graph can express.
 EXPRESSED = frozenset(
     {
         "biases on queries, keys and values",
@@ -82,7 +82,7 @@ def write_onnx(
             model=_record(source, options, (partial / DATA).stat().st_size),
             opset=OPSET,
             onnxruntime_operators=graph.contrib_kinds(),
-            files={path.name: _file_record(path) for path in sorted(partial.iterdir())},
+            files={p.name: FileRecord(p.stat().st_size, file_sha256(p)) for p in sorted(partial.iterdir())},
         )
         (partial / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         forget_cached(partial / DATA)
@@ -94,12 +94,14 @@ def _check(source: TensorSource, options: OnnxOptions) -> None:
     spec = source.spec
     attention = spec.layers[0].attention
     if others := [what for what in spec.peculiarities if what not in EXPRESSED]:
-        raise UnsupportedError(f"{spec.name} has {others[0]}, which the ONNX graph does not know; use GGUF")
+        raise UnsupportedError(f"{spec.name} has {others[0]}, which the ONNX graph cannot express; use GGUF")
     if isinstance(attention, GQA):
         if attention.rope.dim != attention.head_dim:
-            raise UnsupportedError(f"{spec.name} rotates a part of each head, which ONNX has not; use GGUF")
+            raise UnsupportedError(f"{spec.name} rotates a part of each head, which ONNX cannot; use GGUF")
         if options.cache != "f32":
-            raise UnsupportedError(f"{spec.name}: an {options.cache} cache is for latents; convert it first")
+            raise UnsupportedError(
+                f"{spec.name}: an {options.cache} cache is for MLA; run `edgekv convert` first"
+            )
     if options.weights != "f32" and spec.dim % BLOCK:
         raise UnsupportedError(
             f"{spec.name}: a width of {spec.dim} does not divide into blocks of {BLOCK}; use --weights f32"
@@ -135,7 +137,3 @@ def _record(source: TensorSource, options: OnnxOptions, weights_nbytes: int) -> 
         cache_values=spec.cache_values,
         cache_nbytes=cache_nbytes,
     )
-
-
-def _file_record(path: Path) -> FileRecord:
-    return FileRecord(path.stat().st_size, file_sha256(path))
