@@ -16,8 +16,9 @@ from edgekv.models.open import open_model
 from edgekv.progress import ignore
 
 INSTALLED = {"edgekv", "numpy", "onnxruntime", "gguf", "tokenizers", "click", "rich"}
-# What two of them stand on: rich its markdown and highlighting, EdgeKV's chat templates jinja2.
-BENEATH = {"markdown-it-py", "mdurl", "pygments", "jinja2", "markupsafe"}
+# What two of them stand on: rich its markdown and highlighting; EdgeKV's chat templates jinja2, its manifests msgspec,
+# its cache folder platformdirs.
+BENEATH = {"markdown-it-py", "mdurl", "pygments", "jinja2", "markupsafe", "msgspec", "platformdirs"}
 HOOK = """\
 import sys
 
