@@ -263,7 +263,7 @@ def test_only_exports_are_replaced(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 def test_an_8_bit_cache_is_for_latents(tiny_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="convert it first"):
+    with pytest.raises(UnsupportedError, match="edgekv convert` first"):
         export(open_model(tiny_llama), tmp_path / "out", cache="int8")
 
 

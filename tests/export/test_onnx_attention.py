@@ -11,7 +11,7 @@ import pytest
 from edgekv.cache.store import KVCache
 from edgekv.export.onnx.attention import GroupedAttention
 from edgekv.export.onnx.graph import GraphWriter
-from edgekv.export.onnx.latent import Int8LatentAttention, LatentAttention
+from edgekv.export.onnx.latent import LatentAttention
 from edgekv.reference.attention import gqa_attention, mla_attention
 from edgekv.reference.model import BlockWeights
 from edgekv.source import Array
@@ -64,8 +64,7 @@ class Layer:
             if isinstance(self.attention, GQA):
                 nodes = GroupedAttention(g, self.attention, mask, positions, N_CTX)
             else:
-                kinds = {"mla": LatentAttention, "mla-int8": Int8LatentAttention}
-                nodes = kinds[kind](g, self.attention, EPS, mask, positions)
+                nodes = LatentAttention(g, self.attention, EPS, mask, positions)
             y = nodes.add(x, dict(self.weights), 0, 32)
             g.output(y, "y", np.float32, (1, "sequence_length", self.dim), first=True)
         g.save(folder / "graph", {})
@@ -73,14 +72,12 @@ class Layer:
         options.intra_op_num_threads = 1
         self.engine = onnxruntime.InferenceSession(str(folder / "graph"), options)
         self.past = {
-            i.name: self._garbage(i.shape, i.type, rng) for i in self.engine.get_inputs() if "past" in i.name
+            i.name: self._garbage(i.shape, rng) for i in self.engine.get_inputs() if "past" in i.name
         }
 
-    def _garbage(self, shape: list[int | str], kind: str, rng: np.random.Generator) -> np.ndarray:
+    def _garbage(self, shape: list[int | str], rng: np.random.Generator) -> np.ndarray:
         """What slots hold that nothing has been written to: it must not be read."""
         sizes = [N_CTX if isinstance(n, str) else n for n in shape]
-        if kind == "tensor(uint8)":
-            return rng.integers(0, 256, sizes, np.uint8)
         return rng.uniform(50, 99, sizes).astype(np.float32)
 
     def run(self, x: Array) -> tuple[Array, Array]:
@@ -112,40 +109,8 @@ def test_latent_attention(seed: int, tmp_path: Path) -> None:
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-5)
 
 
-def test_both_sides_of_the_rank_are_tried() -> None:
-    drawn = [random_mla(np.random.default_rng(seed)) for seed in range(12)]
-    assert {mla.kv_lora_rank <= mla.value_dim for mla in drawn} == {True, False}
-    assert {mla.q_lora_rank > 0 for mla in drawn} == {True, False}
-    assert {mla.rope.layout for mla in drawn} == {"half", "interleaved"}
-
-
 def test_grouped_attention(tmp_path: Path) -> None:
     layer = Layer(tmp_path, "gqa", 0)
     for n_tokens in (7, 1, 1, 30, 1):
         found, expected = layer.run(layer.tokens(n_tokens))
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-5)
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_latent_attention_in_8_bits(seed: int, tmp_path: Path) -> None:
-    """One token is computed in integers, several are in floats: both are as near as 8 bits of the rows allow."""
-    layer = Layer(tmp_path, "mla-int8", seed)
-    for n_tokens in (7, 1, 1, 30, 1):
-        found, expected = layer.run(layer.tokens(n_tokens))
-        assert np.linalg.norm(found - expected) < 0.03 * np.linalg.norm(expected)
-    assert {array.dtype for array in layer.past.values()} == {np.dtype(np.uint8), np.dtype(np.float32)}
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_integers_lose_no_more_than_the_cache(seed: int, tmp_path: Path) -> None:
-    """The same rows of codes, read in integers and in floats, give the same to far below a code's worth."""
-    layer = Layer(tmp_path, "mla-int8", seed)
-    tokens = layer.tokens(20)
-    layer.run(tokens[:18])
-    before = dict(layer.past)
-    layer.run(tokens[18:19])
-    in_integers, _ = layer.run(tokens[19:])
-    layer.past, layer.n_past = before, 18
-    layer.reference.trim(18)
-    in_floats, _ = layer.run(tokens[18:])
-    assert np.linalg.norm(in_integers - in_floats[1:]) < 2e-3 * np.linalg.norm(in_floats[1:])
