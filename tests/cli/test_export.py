@@ -45,7 +45,7 @@ def test_the_manifest_as_json(edgekv: Callable[..., Result], tiny_mla: Path, tmp
 def test_bad_input(refused: Callable[..., str], tiny_llama: Path, tmp_path: Path) -> None:
     assert "no such file" in refused("export", "onnx", tmp_path / "no.gguf", "-o", tmp_path / "out")
     assert "exists" in refused("export", "onnx", tiny_llama, "-o", tmp_path)
-    assert "convert it first" in refused(
+    assert "run `edgekv convert` first" in refused(
         "export", "onnx", tiny_llama, "-o", tmp_path / "out", "--cache-type", "int8"
     )
     assert not (tmp_path / "out").exists()

@@ -243,7 +243,7 @@ def test_an_output_is_not_overwritten_and_another_training_not_resumed(
     heal(tiny_gguf, out, text_file, "--steps", "2", *start)
     with pytest.raises(OutputError, match="exists"):
         heal(tiny_gguf, out, text_file, "--steps", "2", *start)
-    with pytest.raises(InputError, match="the recipe is not that"):
+    with pytest.raises(InputError, match="the recipe differs from the stopped training's"):
         heal(tiny_gguf, out, text_file, "--steps", "3", "--resume")
     heal(tiny_gguf, out, text_file, "--steps", "2", *start, "--force")
 
