@@ -8,7 +8,9 @@ import functools
 import glob
 import hashlib
 import os
+import shlex
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,14 +25,44 @@ def check_output(path: Path, force: bool) -> None:
     """Refuse, before any work is done, an output that could not be written at its end.
 
     Raises:
-        OutputError: the folder is missing, or `path` is a folder, or exists without `force`.
+        OutputError: the folder is missing, or `path` is a folder or a device, or exists without `force`.
     """
+    _require_parent(path)
     if path.is_dir():
         raise OutputError(f"{path} is a folder; name a file to write")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path} is a device, a pipe or a socket; name a file to write")
     if path.exists() and not force:
         raise OutputError(f"{path} exists; pass --force to replace it, or choose another name")
-    if not path.parent.is_dir():
-        raise OutputError(f"the folder {path.parent} does not exist; create it first: mkdir -p {path.parent}")
+
+
+def _target(path: Path) -> Path:
+    """Where a path leads: links are written through, and what is not there yet may still be made.
+
+    Raises:
+        OutputError: a link leads to itself.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise OutputError(f"{path} is a link that leads to itself; remove it, or choose another name")
+    return target
+
+
+def _require_parent(path: Path) -> None:
+    folder = (_target(path) if path.is_symlink() else path).parent
+    if not folder.is_dir():
+        raise OutputError(
+            f"the folder {folder} does not exist; create it first: mkdir -p {shlex.quote(str(folder))}"
+        )
+
+
+def _mode(path: Path, new: int) -> int:
+    """Permissions that a file or folder keeps when it is replaced, or gets as a new one under the umask."""
+    if path.exists():
+        return stat.S_IMODE(path.stat().st_mode)
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return new & ~umask
 
 
 @contextlib.contextmanager
@@ -38,16 +70,17 @@ def atomic_path(path: Path, force: bool) -> Iterator[Path]:
     """A temporary path beside `path`, renamed onto it when the block ends well and removed when not.
 
     A process killed in the block leaves at most a hidden `.<name>.*.partial`, never a half-written `path`;
-    the next one that writes `path` removes it.
+    the next one that writes `path` removes it. Where `path` is a link, all this holds for the file that it leads to.
 
     Raises:
         OutputError: the folder is missing or not writable, `path` exists without `force`, the disk is full.
     """
     check_output(path, force)
+    target = _target(path)
     with scratch_path(path) as partial:
         yield partial
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
+        os.chmod(partial, _mode(target, 0o666))
+        os.replace(partial, target)
 
 
 @contextlib.contextmanager
@@ -57,12 +90,13 @@ def scratch_path(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: the folder is not writable, the disk is full.
     """
-    _sweep(path)
+    target = _target(path)
+    _sweep(target)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
     except OSError as error:
         raise OutputError(
-            f"cannot write in {path.parent}: {error.strerror}; choose another folder"
+            f"cannot write in {target.parent}: {error.strerror}; choose another folder"
         ) from error
     os.close(handle)
     partial = Path(name)
@@ -118,19 +152,18 @@ def atomic_folder(folder: Path, force: bool, marker: str) -> Iterator[Path]:
             kind, the disk is full.
     """
     _check_folder(folder, force, marker)
+    folder = _target(folder)
     _sweep(folder)
     try:
-        partial = Path(
-            tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.absolute().parent)
-        )
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     except OSError as error:
         raise OutputError(
-            f"cannot write in {folder.absolute().parent}: {error.strerror}; choose another folder"
+            f"cannot write in {folder.parent}: {error.strerror}; choose another folder"
         ) from error
     try:
         with locked(partial):
             yield partial
-        os.chmod(partial, 0o755)
+        os.chmod(partial, _mode(folder, 0o777))
         if folder.exists():
             old = partial.with_suffix(".old")
             os.replace(folder, old)
@@ -148,10 +181,7 @@ def atomic_folder(folder: Path, force: bool, marker: str) -> Iterator[Path]:
 
 
 def _check_folder(folder: Path, force: bool, marker: str) -> None:
-    if not folder.absolute().parent.is_dir():
-        raise OutputError(
-            f"the folder {folder.parent} does not exist; create it first: mkdir -p {folder.parent}"
-        )
+    _require_parent(folder)
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -160,6 +190,42 @@ def _check_folder(folder: Path, force: bool, marker: str) -> None:
         raise OutputError(f"{folder} exists; pass --force to replace it, or choose another name")
     if not (folder / marker).is_file() and any(folder.iterdir()):
         raise OutputError(f"{folder} holds something else than an export; choose another folder")
+
+
+@contextlib.contextmanager
+def temporary_folder(prefix: str) -> Iterator[Path]:
+    """A folder for temporary files, removed with all that is in it when the block ends.
+
+    Raises:
+        OutputError: there is no place for it.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=prefix)
+    except OSError as error:
+        raise OutputError(
+            f"temporary files cannot be written: {error.strerror}; let TMPDIR name a folder with room for them"
+        ) from error
+    with folder as name:
+        yield Path(name)
+
+
+def unnamed_file(label: str) -> int:
+    """The descriptor of an empty file without a name, in memory where the system has that; above 2.
+
+    A system without a writable folder has memory still. A descriptor of a standard stream that this process was
+    started without would become the stream of a child.
+    """
+    if hasattr(os, "memfd_create"):  # Linux
+        handle = os.memfd_create(label)
+    else:
+        with tempfile.TemporaryFile() as file:
+            handle = os.dup(file.fileno())
+    if handle > 2:
+        return handle
+    try:
+        return fcntl.fcntl(handle, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(handle)
 
 
 def forget_cached(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import graphlib
+import re
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
@@ -172,3 +173,21 @@ def test_only_the_command_line_prints() -> None:
 def test_files_are_short() -> None:
     lengths = {str(path): len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES.values()}
     assert {path: n for path, n in lengths.items() if n > 400} == {}
+
+
+def test_paths_in_printed_commands_are_quoted() -> None:
+    """A command with a value in it, such as a path with a space, can be pasted into a shell."""
+    command = re.compile(r"(edgekv (?:\w+ )+|mkdir -p )\{(?!shlex\.|command)")
+    given = {"edgekv convert {entry.convert": "a user's own words"}
+    found = []
+    for path in MODULES.values():
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.JoinedStr):
+                text = "".join(
+                    part.value if isinstance(part, ast.Constant) else f"{{{ast.unparse(part.value)}"  # type: ignore[attr-defined]
+                    for part in node.values
+                )
+                found += [
+                    (path.name, text) for _ in command.findall(text) if not any(g in text for g in given)
+                ]
+    assert found == []

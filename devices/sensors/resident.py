@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,14 +31,14 @@ class ResidentSet:
 
             info = psutil.Process().memory_info()
             return cls(info.rss, getattr(info, "peak_wset", info.rss), 0)
-        smaps = (root / "proc/self/smaps").read_text()
+        smaps = os.fsdecode((root / "proc/self/smaps").read_bytes())
         return cls(sizes["VmRSS"], sizes["VmHWM"], mapped_resident_nbytes(smaps, mapped_file.resolve()))
 
 
 def mapped_resident_nbytes(smaps: str, mapped_file: Path) -> int:
     """Sum of Rss over the mappings of one file in the text of a /proc/PID/smaps."""
     total, inside = 0, False
-    for line in smaps.splitlines():
+    for line in smaps.split("\n"):
         first = line.split(" ", 1)[0]
         if not first.endswith(":"):  # a mapping's header: range, permissions, offset, device, inode, path
             parts = line.split(maxsplit=5)

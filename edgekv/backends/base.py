@@ -20,11 +20,13 @@ class Backend(Protocol):
 
     Attributes:
         n_ctx: tokens that the cache can hold.
+        n_ctx_train: tokens that the model was trained for (max_position_embeddings); None where it does not say.
         n_past: tokens in the cache; `prefill` and `decode` append to it.
     """
 
     name: str
     n_ctx: int
+    n_ctx_train: int | None = None
     n_vocab: int
     n_past: int
 

@@ -74,6 +74,7 @@ class OnnxBackend(Backend):
                 f"{folder} was exported for a context of {model.context_length} tokens, not {n_ctx}; "
                 f"use --ctx-size {model.context_length} or less"
             )
+        self.n_ctx_train = model.context_length
         self.n_ctx = n_ctx or min(model.context_length, DEFAULT_N_CTX)
         self.n_vocab = model.vocab
         self.n_threads = n_threads or default_threads()

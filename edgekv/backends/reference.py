@@ -19,6 +19,7 @@ class ReferenceBackend(Backend):
         self._model = ReferenceModel(source, form)
         self._cache = self._model.new_cache(n_ctx)
         self.n_ctx, self.n_past = n_ctx, 0
+        self.n_ctx_train = source.spec.context_length
         self.n_vocab = source.spec.vocab
 
     def prefill(self, tokens: Sequence[int]) -> Array:

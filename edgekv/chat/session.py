@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from edgekv.backends.base import Backend
 from edgekv.chat.generate import AnswerText, Finish, Generator, Step, Timings
 from edgekv.chat.pieces import PieceEncoder, token_name
 from edgekv.chat.sampling import Sampler
 from edgekv.chat.template import ChatTemplate
-from edgekv.errors import InputError
+from edgekv.errors import InputError, ModelFileError
 from edgekv.tokenizer.language import Language
 
 PRIVATE_USE = (
@@ -37,16 +39,23 @@ class Dropped:
 class PromptFormat:
     """Turns a conversation into tokens, by the model's chat template or else by joining its texts."""
 
-    def __init__(self, tokenizer: Language, template: ChatTemplate | None) -> None:
+    def __init__(
+        self, tokenizer: Language, template: ChatTemplate | None, where: str = "", remedy: str = ""
+    ) -> None:
         self._tokenizer = tokenizer
         self._template = template
+        self._where, self._remedy = where, remedy
         self._pieces = PieceEncoder(tokenizer)
         first = tokenizer.encode("", add_special=True)[:1]
         self._bos = [token for token in first if token == tokenizer.bos_id]
 
     @classmethod
-    def of_model(cls, tokenizer: Language) -> PromptFormat:
+    def of_model(cls, tokenizer: Language, where: str = "", remedy: str = "") -> PromptFormat:
         """The format of the model's chat template, if it has one.
+
+        Args:
+            where: what errors of the template begin with, such as the model's path.
+            remedy: what they end with.
 
         Raises:
             ModelFileError: the template is broken.
@@ -54,7 +63,8 @@ class PromptFormat:
         if tokenizer.chat_template is None:
             return cls(tokenizer, None)
         bos, eos = token_name(tokenizer, tokenizer.bos_id), token_name(tokenizer, tokenizer.eos_id)
-        return cls(tokenizer, ChatTemplate(tokenizer.chat_template, bos, eos))
+        with _template_errors(where, remedy):
+            return cls(tokenizer, ChatTemplate(tokenizer.chat_template, bos, eos), where, remedy)
 
     @property
     def has_template(self) -> bool:
@@ -77,7 +87,8 @@ class PromptFormat:
             messages.append({"role": "assistant", "content": turn.answer})
         messages.append({"role": "user", "content": question})
         stand_ins = self._hide_control_names(messages)
-        text = self._template.render(messages)
+        with _template_errors(self._where, self._remedy):
+            text = self._template.render(messages)
         starts_with_bos = bool(self._bos) and text.startswith(token_name(self._tokenizer, self._bos[0]))
         tokens = [] if starts_with_bos else list(self._bos)
         for part in re.split(f"([{''.join(stand_ins)}])", text) if stand_ins else [text]:
@@ -98,6 +109,16 @@ class PromptFormat:
             for message in messages:
                 message["content"] = message["content"].replace(name, stand_in)
         return stand_ins
+
+
+@contextmanager
+def _template_errors(where: str, remedy: str) -> Iterator[None]:
+    """Errors of a chat template with its model in front and a remedy behind."""
+    try:
+        yield
+    except ModelFileError as error:
+        parts = (f"{where}: " if where else "", str(error), f"; {remedy}" if remedy else "")
+        raise ModelFileError("".join(parts)) from error
 
 
 class ChatSession:
@@ -199,8 +220,8 @@ class ChatSession:
         bare = self._format.tokens(self.system, [], question)
         if len(bare) + n_answer > n_ctx:
             raise InputError(
-                f"this message takes {len(bare)} tokens and the context holds {n_ctx}; shorten it, or restart "
-                "with a larger --ctx-size"
+                f"this message takes {len(bare)} tokens and the context holds {n_ctx}; shorten it, or "
+                f"{more_context(self.generator.backend)}"
             )
 
         def is_enough(n: int) -> bool:
@@ -211,6 +232,13 @@ class ChatSession:
         n_dropped = bisect_left(range(n_turns), True, lo=min(1, n_turns), key=is_enough)
         del self.turns[:n_dropped]
         return self._format.tokens(self.system, self.turns, question), n_dropped
+
+
+def more_context(backend: Backend) -> str:
+    """The advice where a context is full."""
+    if backend.n_ctx_train is not None and backend.n_ctx >= backend.n_ctx_train:
+        return f"take a model that was trained for more than {backend.n_ctx_train} tokens"
+    return "restart with a larger --ctx-size"
 
 
 def _sum(first: Timings, then: Timings) -> Timings:

@@ -21,6 +21,7 @@ from edgekv.errors import ModelFileError
 
 MAX_TEMPLATE_CHARS = 256 * 1024
 MAX_OUTPUT_CHARS = 4 * 2**20
+MAX_ERROR_CHARS = 500
 MAX_MEMORY_NBYTES = 64 * 2**20  # bounds a single long C call too, which the deadline cannot interrupt
 TIMEOUT_S = 5.0
 MAX_INTEGER_BITS = 64
@@ -47,7 +48,7 @@ class ChatTemplate:
             try:
                 self._template = _environment().from_string(source)
             except jinja2.TemplateError as error:
-                raise ModelFileError(f"the chat template is not valid jinja2: {error}") from error
+                raise ModelFileError(f"the chat template is not valid jinja2: {_line(error)}") from error
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The text of a conversation, up to where the assistant's answer starts.
@@ -58,29 +59,20 @@ class ChatTemplate:
         Raises:
             ModelFileError: the template refused these messages, failed, or went past a limit.
         """
-        import jinja2
-
         parts: list[str] = []
         size = 0
         with self._limits("render"):
-            try:
-                for part in self._template.generate(
-                    messages=[dict(message) for message in messages],
-                    add_generation_prompt=True,
-                    tools=None,  # transformers always passes these two, and templates rely on it
-                    documents=None,
-                    **self._tokens,
-                ):
-                    parts.append(part)
-                    size += len(part)
-                    if size > MAX_OUTPUT_CHARS:
-                        raise ModelFileError(
-                            f"the chat template wrote more than {MAX_OUTPUT_CHARS} characters"
-                        )
-            except _TemplateRefusal as error:
-                raise ModelFileError(f"the model's chat template says: {error}") from error
-            except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-                raise ModelFileError(f"the chat template failed: {type(error).__name__}: {error}") from error
+            for part in self._template.generate(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=True,
+                tools=None,  # transformers always passes these two, and templates rely on it
+                documents=None,
+                **self._tokens,
+            ):
+                parts.append(part)
+                size += len(part)
+                if size > MAX_OUTPUT_CHARS:
+                    raise ModelFileError(f"the chat template wrote more than {MAX_OUTPUT_CHARS} characters")
         return "".join(parts)
 
     @contextlib.contextmanager
@@ -96,6 +88,14 @@ class ChatTemplate:
             ) from None
         except RecursionError:
             raise ModelFileError(f"the chat template is nested too deeply to {action}") from None
+        except ModelFileError:
+            raise
+        except _TemplateRefusal as error:
+            raise ModelFileError(f"the model's chat template says: {_line(error)}") from error
+        except Exception as error:  # a filter may raise anything when it meets another type than it expects
+            raise ModelFileError(
+                f"the chat template failed: {type(error).__name__}: {_line(error)}"
+            ) from error
 
 
 class _TemplateRefusal(Exception):
@@ -144,8 +144,27 @@ def _environment() -> Any:
     environment.globals.pop("lipsum", None)
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment.filters["tojson"] = _to_json
     return environment
+
+
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    """The filter with the arguments, and their order, of the transformers library."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _line(error: Exception) -> str:
+    """An error's words in one short line, without control characters: the template may have written them."""
+    words = " ".join(str(error).split())
+    return "".join(letter if letter.isprintable() else "?" for letter in words)[:MAX_ERROR_CHARS]
 
 
 def _refuse(message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -65,4 +66,5 @@ def command(
         return
     click.echo(as_terminal(report))
     if (output := request.output) is not None:
-        click.echo(f"report: {output}  (edgekv compare {output} --html page.html)")
+        page = shlex.join(["edgekv", "compare", str(output), "--html", "page.html"])
+        click.echo(f"report: {output}  ({page})")

@@ -71,6 +71,9 @@ def command(
     with open_chat(request) as chat:
         if request.template and not chat.has_template:
             click.echo("this model has no chat template: it continues the text as it is", err=True)
+        size, trained = request.ctx_size, chat.engine.n_ctx_train
+        if size is not None and trained is not None and size > trained:
+            click.echo(f"a context of {size} tokens, trained for {trained}: worse beyond that", err=True)
         if question is not None:
             answer_once(chat, model, question, stats=stats, as_json=as_json)
             return
@@ -88,7 +91,7 @@ def one_shot_question(prompt: str | None, file: Path | None) -> str | None:
     if file is not None:
         try:
             data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-            parts.append(data.decode().rstrip("\n"))
+            parts.append(data.decode("utf-8-sig").rstrip("\n"))
         except OSError as error:
             raise InputError(f"cannot read {file}: {error.strerror}; check the path") from error
         except UnicodeDecodeError as error:
@@ -117,7 +120,8 @@ def answer_once(chat: Chat, model: Path, question: str, *, stats: bool, as_json:
             "finish": answer.finish,
             **figures(answer.timings, engine),
         }
-        click.echo(json.dumps(report, ensure_ascii=False, indent=2))
+        escaped = not sys.stdout.encoding.lower().startswith("utf")  # nothing of the text may be lost
+        click.echo(json.dumps(report, ensure_ascii=escaped, indent=2))
     if stats:
         click.echo(stats_line(answer.timings, engine), err=True)
     if answer.finish == "interrupted":

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from typing import cast
 
 import click
 
 from edgekv import __version__
 from edgekv.cli.common.lazy import LazyGroup
+from edgekv.cli.common.streams import flush_output, is_lost_output, prepare_streams, report_lost_output
 from edgekv.errors import EdgeKVError
 
 COMMANDS = {  # name: one line for `edgekv --help`; the command lives in edgekv/cli/<name>.py as `command`
@@ -46,19 +48,32 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point: a known error becomes one line and an exit code; only a bug gives a traceback."""
+    prepare_streams()
     try:
-        sys.exit(cli(standalone_mode=False))
-    except click.exceptions.Abort:
+        code = _exit_code()
+        flush_output()
+    except OSError as error:
+        if not is_lost_output(error):
+            raise
+        report_lost_output(error)
+        code = 2
+    sys.exit(code)
+
+
+def _exit_code() -> str | int | None:
+    """Run the command."""
+    try:
+        return cast("int | None", cli(standalone_mode=False))
+    except SystemExit as stop:
+        return stop.code
+    except (click.exceptions.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
-        sys.exit(130)
+        return 130
     except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+        return stop.exit_code
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code
     except EdgeKVError as error:
         click.echo(f"edgekv: error: {error}", err=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        click.echo("interrupted", err=True)
-        sys.exit(130)
+        return error.exit_code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -127,6 +128,14 @@ def trained_context(path: Path) -> int:
     if not isinstance(length, int) or length < 1:
         raise ModelFileError(f"{path} names no context length; give one with --ctx-size")
     return length
+
+
+def beyond_training(path: Path, length: int) -> str | None:
+    """The note on contexts of this many tokens, if the model was trained for fewer."""
+    with contextlib.suppress(ModelFileError):  # a file that does not say
+        if length > (trained := trained_context(path)):
+            return f"note: measured up to {length} tokens, trained for {trained}"
+    return None
 
 
 def require_same_tokens(path: Path, reference: Path) -> None:

@@ -13,6 +13,7 @@ from edgekv.errors import InputError
 from edgekv.evaluate import report, retrieval
 from edgekv.evaluate.model_under_test import (
     ModelUnderTest,
+    beyond_training,
     read_tokenizer,
     require_same_tokens,
     trained_context,
@@ -92,6 +93,9 @@ class Evaluation:
         )
         model = report.Measured.of(self._subject, self._run.folder)
         self._say(report.model_line(model))
+        longest = max(text.length if text else 0, context if long or haystack else 0)
+        if note := beyond_training(path, longest):
+            self._say(note)
         return report.EvalReport(
             report.FORMAT,
             report.VERSION,

@@ -18,6 +18,7 @@ from edgekv.errors import InputError
 from edgekv.evaluate.model_under_test import (
     ModelUnderTest,
     Weights,
+    beyond_training,
     cache_nbytes_per_token,
     read_tokenizer,
     require_same_tokens,
@@ -68,7 +69,7 @@ def read_sweep(path: Path) -> SweepSpec:
         InputError: it cannot be read, is not TOML, or asks for something impossible; the message names the place.
     """
     try:
-        spec = decode(SweepSpec, tomllib.loads(path.read_text(encoding="utf-8")))
+        spec = decode(SweepSpec, tomllib.loads(path.read_text(encoding="utf-8-sig")))
         _check(spec)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; check the path") from error
@@ -192,6 +193,8 @@ class Sweep:
         """Measure every point on the first `limit` windows."""
         tokenizer = read_tokenizer(self._model)
         text = cut_windows(self._text, tokenizer, self._spec.window, limit)
+        if note := beyond_training(self._model, text.length):
+            self._say(note)
         subject = ModelUnderTest(self._model, "llama.cpp", "f32", self._spec.weights)
         cache = self._run.folder
         nbytes = [cache_nbytes_per_token(candidate, cache) for _, candidate in self._subjects]

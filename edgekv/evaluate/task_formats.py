@@ -7,6 +7,7 @@ lines: `{"text"}` for LAMBADA, `{"query", "choices", "gold"}` for the others; Wi
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ TASKS: Mapping[str, Callable[[Mapping[str, Any]], Question]] = {
 
 
 def read_task(name: str, path: Path, limit: int | None) -> Task:
-    """The first `limit` questions of a file.
+    """The first `limit` questions of a file; blank lines are passed over.
 
     Raises:
         InputError: there is no such task, or the file cannot be read; the message names the line.
@@ -91,19 +92,26 @@ def read_task(name: str, path: Path, limit: int | None) -> Task:
     if name not in TASKS:
         raise InputError(f"unknown task {name!r}; there are {', '.join(TASKS)}")
     text, sha256 = read_hashed_text(path)
-    questions = []
-    for number, line in enumerate(text.splitlines()[:limit], start=1):
+    lines = re.split(r"\r\n?|\n", text)  # str.splitlines would cut at U+2028, which JSON allows in a string
+    questions: list[Question] = []
+    for number, line in enumerate(lines, start=1):
+        if len(questions) == limit:
+            break
+        if not line.strip():
+            continue
         try:
             question = TASKS[name](json.loads(line))
+            if type(question.gold) is not int:
+                raise ValueError("gold is no whole number")
             if not 0 <= question.gold < len(question.choices) or not all(c.length for c in question.choices):
                 raise ValueError("gold is no choice, or a choice is empty")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
                 f"{path}, line {number}: not a question of {name}: {error}; wanted is JSON such as {_example(name)}"
             ) from error
         questions.append(question)
     if not questions:
-        raise InputError(f"{path} is empty; it should hold questions of {name}")
+        raise InputError(f"{path} is empty; it should hold questions of {name}: {_example(name)}")
     return Task(name, path.name, sha256, tuple(questions))
 
 

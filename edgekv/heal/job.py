@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from edgekv import __version__
 from edgekv.convert.layers import LayerLoss, convert
 from edgekv.convert.statistics import FitRecipe
 from edgekv.errors import InputError, OutputError
+from edgekv.files import temporary_folder
 from edgekv.heal.recipe import DataRecord, Evaluation, HealedRecord, HealRecipe, TrainingStep
 from edgekv.heal.weights import (
     FORMAT,
@@ -186,8 +186,8 @@ def _convert(job: HealJob, report: Report) -> dict[str, Array]:
     rows = [shard.tokens[: len(shard.tokens) // length * length].reshape(-1, length) for shard in job.shards]
     each = -(-CALIBRATION_TOKENS // length // len(rows))
     windows = np.concatenate([row[:each] for row in rows]).astype(np.int64)
-    with tempfile.TemporaryDirectory(prefix="edgekv-heal-") as folder:
-        converted = convert(job.source, job.attention, windows, Path(folder), FitRecipe(), report)
+    with temporary_folder("edgekv-heal-") as folder:
+        converted = convert(job.source, job.attention, windows, folder, FitRecipe(), report)
         return balanced(student_tensors(converted), job.attention)
 
 

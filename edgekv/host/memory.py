@@ -79,7 +79,7 @@ def release_file(file: Path) -> None:
 def _release_pages(chosen: Callable[[str, str], bool]) -> None:
     """Give back the mappings whose permissions and path are chosen; nothing may have been written to them."""
     try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
+        lines = os.fsdecode(Path("/proc/self/maps").read_bytes()).split("\n")[:-1]
         advise = ctypes.CDLL(None).madvise
     except (OSError, AttributeError):  # not Linux
         return

@@ -1,6 +1,7 @@
 """Text files: UTF-8, plain or packed (.xz), whole or one document at a time, with one set of errors.
 
-`option` is what the user typed the path behind, such as "--calib": errors name it. A byte order mark stays in the text.
+`option` is what the user typed the path behind, such as "--calib": errors name it. A byte order mark is no part of a
+text.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import IO
 
 from edgekv.errors import InputError
 
+ENCODING = "utf-8-sig"  # UTF-8 with or without a byte order mark, as Windows writes it
 DOCUMENT_BREAK = "\n\n\n"
 READ_CHARS = 1 << 20
 
@@ -31,7 +33,7 @@ def read_hashed_text(path: Path, option: str = "") -> tuple[str, str]:
     """A whole text with its line ends as they are, and the SHA-256 of the file's bytes; raises as `read_text`."""
     with _input_errors(path, option):
         data = path.read_bytes()
-        text = (lzma.decompress(data) if path.suffix == ".xz" else data).decode()
+        text = (lzma.decompress(data) if path.suffix == ".xz" else data).decode(ENCODING)
     if not text:
         raise InputError(f"{option} {path} is empty; give a file with text in it".lstrip())
     return text, hashlib.sha256(data).hexdigest()
@@ -59,8 +61,8 @@ def documents(path: Path, option: str = "") -> Iterator[str]:
 
 def _opened(path: Path) -> IO[str]:
     if path.suffix == ".xz":
-        return lzma.open(path, "rt", encoding="utf-8", newline="\n")
-    return open(path, encoding="utf-8", newline="\n")
+        return lzma.open(path, "rt", encoding=ENCODING, newline="\n")
+    return open(path, encoding=ENCODING, newline="\n")
 
 
 @contextmanager

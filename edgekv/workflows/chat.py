@@ -12,8 +12,6 @@ from edgekv.backends.open import Kind
 from edgekv.chat.generate import Generator, Step
 from edgekv.chat.sampling import Sampler, SamplingParams
 from edgekv.chat.session import ChatSession, Dropped, PromptFormat
-from edgekv.errors import ModelFileError
-from edgekv.tokenizer.language import Language
 from edgekv.workflows.request import Request
 
 __all__ = ["Chat", "ChatRequest", "SamplingParams", "open_chat"]
@@ -91,7 +89,11 @@ def open_chat(request: ChatRequest) -> Iterator[Chat]:
     )
     try:
         language = engine.language()
-        prompt_format = _prompt_format(request, language)
+        prompt_format = (
+            PromptFormat.of_model(language, str(request.model), "go on without it with --no-template")
+            if request.template
+            else PromptFormat(language, None)
+        )
         session = ChatSession(
             Generator(engine, language, engine.interrupt),
             prompt_format,
@@ -103,12 +105,3 @@ def open_chat(request: ChatRequest) -> Iterator[Chat]:
         yield Chat(engine, session, prompt_format.has_template)
     finally:
         engine.close()
-
-
-def _prompt_format(request: ChatRequest, language: Language) -> PromptFormat:
-    if not request.template:
-        return PromptFormat(language, None)
-    try:
-        return PromptFormat.of_model(language)
-    except ModelFileError as error:
-        raise ModelFileError(f"{request.model}: {error}; go on without it with --no-template") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from edgekv.convert.target import resolve_target
 from edgekv.errors import InputError
 from edgekv.evaluate.verify import Comparison
 from edgekv.export.gguf.write import write_gguf
-from edgekv.files import check_output
+from edgekv.files import check_output, temporary_folder
 from edgekv.heal.basis import BASIS_TOKENS, BASIS_WINDOW, in_best_basis
 from edgekv.heal.weights import check_base, healed_source, read_healed
 from edgekv.models.open import open_model
@@ -116,12 +115,12 @@ def convert_model(request: ConvertRequest, progress: Stages = silent) -> Convert
     """
     check_output(request.output, request.force)
     source = open_model(request.model)
-    with tempfile.TemporaryDirectory(prefix="edgekv-convert-") as spill:
+    with temporary_folder("edgekv-convert-") as spill:
         if request.healed is not None:
             converted, notes = _from_healed(source, request, request.healed, progress)
             losses: list[LayerLoss] = []
         else:
-            converted, notes, losses = _fitted(source, request, Path(spill), progress)
+            converted, notes, losses = _fitted(source, request, spill, progress)
         converted = with_balanced_values(converted)
         write_gguf(converted, request.output, request.weights, notes, request.force, progress("writing"))
     return ConvertResult(

@@ -152,7 +152,7 @@ def _written(
     source: TensorSource, tokenizer: Tokenizer, n_tokens: int, request: HealRequest, progress: Stages
 ) -> Shard:
     """Text that the model writes, half of it chats if it has a template."""
-    form = PromptFormat.of_model(tokenizer)
+    form = PromptFormat.of_model(tokenizer, str(request.model), "give a text with --text instead of --self")
     chat = None
     if form.has_template:
         seed = request.recipe.seed

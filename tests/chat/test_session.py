@@ -69,6 +69,15 @@ class TestPromptFormat:
             tokens = PromptFormat(tokenizer, ChatTemplate(source, "<|im_start|>", "")).tokens("", [], "hello")
             assert tokens == [bos, *tokenizer.encode("hello")]
 
+    @pytest.mark.parametrize("source", ["{% if %}", "{{ messages[0].content | xmlattr }}"])
+    def test_a_template_that_fails_names_the_model_and_a_way_around(self, smollm2: Path, source: str) -> None:
+        """Whether it cannot be compiled or cannot be rendered."""
+        tokenizer = Tokenizer.from_metadata(
+            dict(read_header(smollm2).metadata) | {"tokenizer.chat_template": source}
+        )
+        with pytest.raises(ModelFileError, match=r"^m\.gguf: the chat template .*; take another$"):
+            PromptFormat.of_model(tokenizer, "m.gguf", "take another").tokens("", [], "hello")
+
 
 def test_a_conversation_reuses_what_it_said(backend: Backend, tokenizer: Tokenizer) -> None:
     session = new_session(backend, tokenizer, system="Answer briefly.", max_tokens=20)

@@ -45,6 +45,46 @@ def test_tokens_tags_and_functions_that_templates_expect() -> None:
     assert text == '<s>{"role": "assistant", "content": "é"}</s>4True'
 
 
+TOJSON = (
+    "tojson",
+    "tojson(ensure_ascii=False)",
+    "tojson(ensure_ascii=True)",
+    "tojson(True)",
+    "tojson(4)",
+    "tojson(False, 2)",
+    "tojson(indent=4)",
+    "tojson(sort_keys=True, separators=(',', ':'))",
+    "tojson(false, none, (',', ':'), true)",
+)
+
+
+@pytest.mark.parametrize("call", TOJSON)
+def test_tojson_takes_the_arguments_of_transformers(call: str) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    source = "{{ {'é': ['<', 1.5], 'a': none} | " + call + " }}"
+    (expected,), _ = render_jinja_template([TALK], chat_template=source)
+    assert ChatTemplate(source, "", "").render(TALK) == expected
+
+
+FAILING = {
+    "a dictionary wanted": "{% for k, v in messages[0].content | dictsort %}{{ k }}{% endfor %}",
+    "attributes wanted": "{{ messages[0].content | xmlattr }}",
+    "hashable values wanted": "{{ messages | unique | list }}",
+    "a width wanted": "{{ messages[0].content | wordwrap(0) }}",
+    "a sequence wanted": "{{ [] | map('upper') | random }}",
+    "an unknown filter": "{{ messages | frobnicate }}",
+    "more blocks than Python nests": "{% for a in [1] %}" * 30 + "{% endfor %}" * 30,
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_whatever_a_template_raises_is_a_line(name: str) -> None:
+    with pytest.raises(ModelFileError, match=r"^the chat template ") as failed:
+        ChatTemplate(FAILING[name], "", "").render(TALK)
+    assert str(failed.value).isprintable()
+
+
 HOSTILE = {
     "reach into Python": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "reach through a global": "{{ cycler.__init__.__globals__.os.system('true') }}",
@@ -88,3 +128,10 @@ def test_a_template_may_refuse_in_its_own_words() -> None:
     template = ChatTemplate("{{ raise_exception('System role not supported') }}", "", "")
     with pytest.raises(ModelFileError, match="System role not supported"):
         template.render(TALK)
+
+
+def test_the_words_of_a_refusal_cannot_reach_the_terminal_as_commands() -> None:
+    template = ChatTemplate("{{ raise_exception('one\\ntwo \x1b]0;title\x07' ~ 'x' * 9999) }}", "", "")
+    with pytest.raises(ModelFileError, match=r"says: one two \?\]0;title\?x+$") as failed:
+        template.render(TALK)
+    assert len(str(failed.value)) < 600

@@ -87,17 +87,40 @@ class TestOneShot:
         assert "Traceback" not in result.stderr
         assert re.search(words, result.stderr), result.stderr
 
+    @pytest.mark.parametrize("backend", ["llama.cpp", "reference"])
+    def test_more_context_than_trained_for(self, tiny_llama: Path, backend: str, tmp_path: Path) -> None:
+        """The model was trained for 512 tokens: no larger context is advised, and one that is asked for is noted."""
+        model = [str(tiny_llama), "--backend", backend, "--temp", "0", "-n", "2", "--no-template"]
+        for size, note in (([], False), (["-c", "512"], False), (["-c", "600"], True)):
+            result = run(*model, *size, "-p", "hello")
+            assert result.returncode == 0
+            assert ("a context of 600 tokens, trained for 512" in result.stderr) == note
+        long = "word " * 200
+        assert "with a larger --ctx-size" in run(*model, "-c", "256", "-p", long).stderr
+        for size in ([], ["-c", "600"]):
+            refused = run(*model, *size, "-p", long)
+            assert refused.returncode == 2
+            assert "--ctx-size" not in refused.stderr
+            assert "trained for more than 512 tokens" in refused.stderr
+
     def test_an_engine_that_refuses_is_exit_code_3(self, smollm2: Path, tmp_path: Path) -> None:
         model = altered(smollm2, tmp_path / "empty.gguf", None, tensors=False)
         result = run(str(model), "-p", "x")
         assert result.returncode == 3
         assert result.stderr.splitlines()[-1].startswith("edgekv: error: llama.cpp could not load")
 
-    def test_a_hostile_template_is_refused_and_can_be_passed_by(self, smollm2: Path, tmp_path: Path) -> None:
-        model = altered(smollm2, tmp_path / "evil.gguf", "{{ ''.__class__.__mro__ }}{% for %}")
+    @pytest.mark.parametrize(
+        "source", ["{{ ''.__class__.__mro__ }}{% for %}", "{{ messages[0].content | xmlattr }}"]
+    )
+    def test_a_broken_template_is_refused_and_can_be_passed_by(
+        self, smollm2: Path, tmp_path: Path, source: str
+    ) -> None:
+        model = altered(smollm2, tmp_path / "evil.gguf", source)
         result = run(str(model), "-p", "x")
         assert result.returncode == 2
-        assert "--no-template" in result.stderr
+        (line,) = result.stderr.splitlines()
+        assert "evil.gguf: the chat template" in line
+        assert "--no-template" in line
         assert run(str(model), *QUICK, "-n", "2", "-p", "x", "--no-template").returncode == 0
 
     def test_a_model_without_a_template_says_so(self, smollm2: Path, tmp_path: Path) -> None:

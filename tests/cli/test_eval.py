@@ -52,7 +52,9 @@ def test_everything_at_once(
     assert len(report["retrieval"]["cells"]) == 20
     assert {cell["trials"] for cell in report["retrieval"]["cells"]} == {1}
     journals = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert "note: measured up to 1400 tokens, trained for 512" in result.stderr
     shown = edgekv(*call).stdout
+    assert "note: measured up to 1400 tokens, trained for 512" in shown
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == journals
     assert f"KL          {report['windows']['kl']:.6f}" in shown
     assert "mean relative change over 2 tasks" in shown

@@ -214,3 +214,20 @@ def test_unknown_tasks_and_empty_files(tmp_path: Path) -> None:
         read_task("piqa", tmp_path / "x", None)
     with pytest.raises(InputError, match="cannot read"):
         read_task("piqa", tmp_path / "y", None)
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+@pytest.mark.parametrize("letter", ["\u2028", "\u2029", "\x85", "\u200b"])
+def test_questions_as_other_tools_write_them(ends: str, letter: str, tmp_path: Path) -> None:
+    """Unescaped letters that end a line for str.splitlines and not for JSON, a byte order mark, blank lines."""
+    rows = [row | {"query": f"one{letter}two"} for row in ROWS["arc_easy"]]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(ends.join([lines[0], "", lines[1], "  ", lines[2], "", ""]).encode("utf-8-sig"))
+    task = read_task("arc_easy", path, None)
+    assert [question.gold for question in task.questions] == [0, 1, 2]
+    assert task.questions[0].choices[0].context == f"Question: one{letter}two\nAnswer:"
+    assert read_task("arc_easy", path, 2).questions == task.questions[:2]
+    path.write_bytes(path.read_bytes() + b"{}")
+    with pytest.raises(InputError, match="line 7: not a question"):
+        read_task("arc_easy", path, None)

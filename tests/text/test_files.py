@@ -12,7 +12,7 @@ import pytest
 from edgekv.errors import InputError
 from edgekv.text.files import documents, read_hashed_text, read_text
 
-TEXT = "\ufeffone\r\ntwo\rthree\n\n\ngrößer\n"
+TEXT = "one\r\ntwo\rthree\n\n\ngrößer\n"
 
 
 @pytest.fixture(params=["text.txt", "text.txt.xz"])
@@ -25,7 +25,7 @@ def path(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 def test_line_ends_become_newlines_as_in_pythons_text_mode(path: Path, tmp_path: Path) -> None:
     (tmp_path / "plain").write_bytes(TEXT.encode())
     assert read_text(path) == (tmp_path / "plain").read_text(encoding="utf-8")
-    assert read_text(path).startswith("\ufeffone\ntwo\nthree\n")
+    assert read_text(path).startswith("one\ntwo\nthree\n")
 
 
 def test_a_hashed_text_is_whole_and_hashed_as_stored(path: Path) -> None:
@@ -33,7 +33,16 @@ def test_a_hashed_text_is_whole_and_hashed_as_stored(path: Path) -> None:
 
 
 def test_documents_keep_their_line_ends(path: Path) -> None:
-    assert list(documents(path)) == ["\ufeffone\r\ntwo\rthree", "größer\n"]
+    assert list(documents(path)) == ["one\r\ntwo\rthree", "größer\n"]
+
+
+@pytest.mark.parametrize("name", ["text.txt", "text.txt.xz"])
+def test_a_byte_order_mark_is_no_text(name: str, tmp_path: Path) -> None:
+    path, data = tmp_path / name, TEXT.replace("größer", "größer\ufeff").encode("utf-8-sig")
+    path.write_bytes(lzma.compress(data) if path.suffix == ".xz" else data)
+    assert read_text(path) == "one\ntwo\nthree\n\n\ngrößer\ufeff\n"
+    assert read_hashed_text(path)[0].startswith("one\r\n")
+    assert next(documents(path)) == "one\r\ntwo\rthree"
 
 
 def test_a_pipe_is_read_once() -> None:

@@ -131,6 +131,7 @@ class IsolatedBackend(Backend):
             shared.close()
         self.name: str = about["name"]
         self.n_ctx: int = about["n_ctx"]
+        self.n_ctx_train: int | None = about["n_ctx_train"]
         self.n_vocab: int = about["n_vocab"]
         self.n_past = 0
         self._cache_nbytes: int = about["cache_nbytes"]

@@ -12,11 +12,11 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Self
 
 from edgekv.errors import BackendError, from_wire, to_wire
+from edgekv.files import unnamed_file
 
 OUTPUT_NBYTES = 2000  # bytes read of the end of a dead child's output
 _SIGNALS = {int(number): number.name for number in signal.Signals}
@@ -70,7 +70,7 @@ class Child:
     ) -> None:
         self._who, self._out_of_memory = who, out_of_memory
         self._closed = False
-        self._output = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the child)
+        self._output = os.fdopen(unnamed_file("edgekv-output"), "w+b")
         self._process = subprocess.Popen(
             # -P: a folder named edgekv in the current directory must not shadow the installed one.
             [sys.executable, "-P", "-m", module, *arguments],

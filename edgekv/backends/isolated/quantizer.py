@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.backends.isolated.child import Child
+from edgekv.files import temporary_folder
 from edgekv.host.threads import default_threads
 from edgekv.progress import Progress
 from edgekv.source import Array
@@ -73,9 +73,9 @@ class Quantizer:
     ) -> dict[str, NDArray[Any]]:
         """Run a job of edgekv.backends.isolated.quantizer_child; the arrays that it found, by name."""
         module, remedy = "edgekv.backends.isolated.quantizer_child", "close other programs"
-        with tempfile.TemporaryDirectory(prefix="edgekv-quantize-") as folder:
-            np.savez(Path(folder, "given.npz"), **arrays)  # type: ignore[arg-type]
-            arguments = os.fspath(self._model), str(self.n_threads), folder
+        with temporary_folder("edgekv-quantize-") as folder:
+            np.savez(folder / "given.npz", **arrays)  # type: ignore[arg-type]
+            arguments = os.fspath(self._model), str(self.n_threads), str(folder)
             with Child(module, *arguments, who="llama.cpp's process", out_of_memory=remedy) as child:
 
                 def hear(message: dict[str, Any]) -> None:
@@ -87,7 +87,7 @@ class Quantizer:
                         progress(message["done"], message["total"])
 
                 child.ask(action, hear, **job)
-            return read_arrays(Path(folder, "found.npz"))
+            return read_arrays(folder / "found.npz")
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:

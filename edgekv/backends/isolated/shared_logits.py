@@ -5,10 +5,10 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import tempfile
 
 import numpy as np
 
+from edgekv.files import unnamed_file
 from edgekv.source import Array
 
 MAX_ROWS = 128  # rows of logits; rows that are never written take no memory
@@ -36,12 +36,8 @@ class SharedLogits:
 
     @classmethod
     def create(cls) -> SharedLogits:
-        """New memory, without a name in the file system where the system allows that."""
-        if hasattr(os, "memfd_create"):
-            fd = os.memfd_create("edgekv-logits")
-        else:
-            with tempfile.TemporaryFile() as file:
-                fd = os.dup(file.fileno())
+        """New memory, without a name in the file system."""
+        fd = unnamed_file("edgekv-logits")
         os.ftruncate(fd, _HEADER_NBYTES)
         return cls(fd)
 

@@ -52,7 +52,7 @@ class LlamaCppBackend(Backend):
     Args:
         path: a GGUF file; it is validated before native code reads it.
         n_ctx: cells of the cache, rounded up by llama.cpp to a multiple of 256; by default the trained
-            length, but at most 4096.
+            length, but at most 4096; llama.cpp itself would take the whole trained length.
         cache_type: number format of K and V: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl.
         n_threads: by default one per physical big core.
         abort_flag: two bytes, which may lie in shared memory; a call in progress ends with Interrupted when
@@ -78,7 +78,8 @@ class LlamaCppBackend(Backend):
         require_positive(n_ctx=n_ctx, n_threads=n_threads)
         kind = ggml_type(cache_type)
         header = read_header(path)
-        n_ctx = n_ctx or _default_n_ctx(header)
+        self.n_ctx_train = _trained(header)
+        n_ctx = n_ctx or min(self.n_ctx_train or DEFAULT_N_CTX, DEFAULT_N_CTX)
         # src/models/plm.cpp passes V with two dims: more tokens at once abort the process.
         plm = header.metadata.get("general.architecture") == "plm"
         n_ubatch = min(1 if plm else default_ubatch(machine_nbytes()), n_ctx)
@@ -195,7 +196,6 @@ class LlamaCppBackend(Backend):
         return logits_rows(self._context, -1, 1, self.n_vocab).reshape(-1).copy()
 
 
-def _default_n_ctx(header: GGUFHeader) -> int:
-    """The trained length, but at most 4096; llama.cpp itself would take the whole trained length."""
+def _trained(header: GGUFHeader) -> int | None:
     trained = header.metadata.get(f"{header.metadata.get('general.architecture')}.context_length")
-    return min(trained, DEFAULT_N_CTX) if isinstance(trained, int) and trained > 0 else DEFAULT_N_CTX
+    return trained if isinstance(trained, int) and trained > 0 else None

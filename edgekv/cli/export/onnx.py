@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,5 +49,6 @@ def _show(manifest: Manifest, folder: Path) -> None:
     click.echo(f"weights  {about.weights}, {about.weights_nbytes / 1e6:.1f} MB")
     click.echo(f"cache    {about.cache_type}, {about.cache_nbytes} bytes per token")
     click.echo(
-        f"{folder}: {total / 1e6:.1f} MB in {len(manifest.files)} files; talk to it: edgekv chat {folder}"
+        f"{folder}: {total / 1e6:.1f} MB in {len(manifest.files)} files; "
+        f"talk to it: edgekv chat {shlex.quote(str(folder))}"
     )

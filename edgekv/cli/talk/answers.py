@@ -14,7 +14,7 @@ import click
 
 from edgekv.backends.isolated.backend import IsolatedBackend
 from edgekv.chat.generate import Generator, Step, Timings
-from edgekv.chat.session import ChatSession, Dropped
+from edgekv.chat.session import ChatSession, Dropped, more_context
 from edgekv.host.proc import peak_rss_nbytes
 
 # Escape sequences in a model's text could move the cursor, set the title or write the clipboard.
@@ -48,7 +48,8 @@ def show_answer(session: ChatSession, events: Iterator[Step | Dropped], *, visib
                 click.echo()
     assert last is not None
     if last.finish == "context":
-        notice("the context is full and no older turn is left to drop; restart with a larger --ctx-size")
+        advice = more_context(session.generator.backend)
+        notice(f"the context is full and no older turn is left to drop; {advice}")
     return replace(last, text="".join(texts))
 
 

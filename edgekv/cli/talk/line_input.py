@@ -56,8 +56,9 @@ class MessageReader:
         """Add a message to the history and its file, which only its owner may read."""
         if self._readline is None:
             return
-        self._readline.add_history(message)
-        with contextlib.suppress(OSError):  # chatting goes on with a read-only home
+        # Chatting goes on with a read-only home, and in a locale that lacks a letter.
+        with contextlib.suppress(OSError, UnicodeError):
+            self._readline.add_history(message)
             self._history.parent.mkdir(parents=True, exist_ok=True)
             self._history.touch(mode=0o600)
             self._readline.write_history_file(self._history)

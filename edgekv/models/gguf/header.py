@@ -13,6 +13,7 @@ pairs, the tensor infos, padding, the tensors one after another, each padded to 
 from __future__ import annotations
 
 import mmap
+import shlex
 import struct
 from functools import lru_cache
 from math import prod
@@ -43,7 +44,8 @@ def read_header(path: Path) -> GGUFHeader:
     try:
         if (path / "config.json").is_file():
             raise ModelFileError(
-                f"{path}: is a model folder, and llama.cpp runs GGUF; make one: edgekv export gguf {path} -o MODEL.gguf"
+                f"{path}: is a model folder, and llama.cpp runs GGUF; make one: "
+                f"edgekv export gguf {shlex.quote(str(path))} -o MODEL.gguf"
             )
         if path.is_dir():
             raise ModelFileError(f"{path}: is a folder; name the .gguf file inside it")
