@@ -36,7 +36,8 @@ _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 class Tokenizer:
     """Encodes and decodes as llama.cpp does with the same file.
 
-    `bos_id` and `eos_id` are None if the model has none. `stop_ids` are the tokens that end generation.
+    `bos_id` and `eos_id` are None if the model has none. `stop_ids` are the tokens that end generation,
+    `eats_space` those that swallow the white space behind them.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Tokenizer:
         special = [i for i, bits in enumerate(vocab.attributes) if bits & (CONTROL | USER_DEFINED | UNKNOWN)]
         special.sort(key=lambda i: -len(vocab.texts[i].encode()))
         self._special = special
-        self._eats_space = eats_space(vocab, special, str(metadata.get("general.name", "")))
+        self.eats_space = eats_space(vocab, special, str(metadata.get("general.name", "")))
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, MetaValue]) -> Tokenizer:
@@ -159,7 +160,7 @@ class Tokenizer:
                 yield part[start:at]
             yield token
             start = at + len(name)
-            while token in self._eats_space and part[start : start + 1] in _WHITESPACE:
+            while token in self.eats_space and part[start : start + 1] in _WHITESPACE:
                 start += 1
         if start < len(part):
             yield part[start:]

@@ -120,6 +120,8 @@ def _gemma_keys(spec: ModelSpec, attentions: list[GQA]) -> dict[str, MetaValue]:
     if spec.logit_softcap:
         keys["final_logit_softcapping"] = spec.logit_softcap
     if spec.arch == "gemma2":
+        if not spec.tied_embeddings:
+            _refuse(spec, "llama.cpp has the embedding for its head, the model another matrix")
         if not attention.softcap or not spec.logit_softcap:
             _refuse(spec, "llama.cpp always caps its scores and logits")
         keys["attn_logit_softcapping"] = attention.softcap

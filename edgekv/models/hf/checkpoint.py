@@ -7,6 +7,7 @@ checkpoint larger than RAM can be converted in little memory.
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -23,6 +24,7 @@ from edgekv.source import Array
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_BYTE_ORDER_MARKS = (BOM_UTF8, BOM_UTF16_LE, BOM_UTF16_BE)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 CHUNK_VALUES = 2**17  # checked at once: they fit the processor's cache
 DTYPES: Mapping[str, type[np.generic]] = MappingProxyType(  # as stored; BF16 has no numpy type of its own
@@ -51,11 +53,10 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._tensors: dict[str, StoredTensor] = {}
-        index = folder / INDEX
-        if index.is_file():
-            self._read_index(index)
-        elif (folder / SINGLE).is_file():
+        if (folder / SINGLE).is_file():  # before the index of an older download, as in transformers
             self._tensors = stored_tensors(folder / SINGLE)
+        elif (folder / INDEX).is_file():
+            self._read_index(folder / INDEX)
         else:
             raise _no_weights(folder)
 
@@ -85,6 +86,19 @@ class Checkpoint:
         if tensor.path.stat().st_size < tensor.offset + prod(tensor.shape) * DTYPES[tensor.dtype]().itemsize:
             raise ModelFileError(f"{tensor.path}: was cut short inside {name}; download it again")
         return np.memmap(tensor.path, DTYPES[tensor.dtype], "r", tensor.offset, tensor.shape)
+
+    def same(self, first: str, second: str) -> bool:
+        """Whether two tensors are equal, in values that transformers would give one dtype."""
+        tensors = self.tensor(first), self.tensor(second)
+        kinds = [tensor.dtype for tensor in tensors]
+        if tensors[0].shape != tensors[1].shape or not set(kinds) <= set(DTYPES):
+            return False
+        one, other = self.mapped(first).reshape(-1), self.mapped(second).reshape(-1)
+        for start in range(0, one.size, CHUNK_VALUES):
+            parts = one[start : start + CHUNK_VALUES], other[start : start + CHUNK_VALUES]
+            if not np.array_equal(widen(parts[0], kinds[0]), widen(parts[1], kinds[1])):
+                return False
+        return True
 
     def _read_index(self, index: Path) -> None:
         files = read_json(index).get("weight_map")
@@ -155,12 +169,18 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelFileError: it is missing or not a JSON object.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        if data.startswith(_BYTE_ORDER_MARKS):
+            raise ModelFileError(
+                f"{path}: begins with a byte order mark, which JSON does not have; save it as UTF-8 without one "
+                "(not 'UTF-8 with BOM', nor UTF-16)"
+            )
+        found = json.loads(data)
     except FileNotFoundError:
         raise ModelFileError(
             f"{path.parent}: there is no {path.name}; name a Hugging Face model folder or a .gguf file"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelFileError(f"{path}: cannot be read as JSON: {error}; download it again") from None
     if not isinstance(found, dict):
         raise ModelFileError(f"{path}: is not a JSON object; download it again")

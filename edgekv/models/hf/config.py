@@ -32,8 +32,8 @@ def read_spec(folder: Path) -> ModelSpec:
     if kind not in FAMILIES:
         what, remedy = why_not(kind, tuple(FAMILIES))
         config.unsupported(what, remedy)
-    if "quantization_config" in config.values:
-        method = (config.values["quantization_config"] or {}).get("quant_method", "unknown")
+    if quantized := config.inner("quantization_config"):
+        method = quantized.optional("quant_method") or "unknown"
         config.unsupported(
             f"a quantized checkpoint ({method})",
             "take the model's bfloat16 checkpoint and quantize while exporting: --weights q4_0",
@@ -43,6 +43,9 @@ def read_spec(folder: Path) -> ModelSpec:
     if n_layers > MAX_LAYERS:
         config.unsupported(f"a model of {n_layers} layers")
     arch, read = FAMILIES[kind]
+    if kind not in _WITH_WINDOWS:
+        for layer in range(n_layers):
+            _require_types(config, layer, False)
     layers = tuple(read(config, i) for i in range(n_layers))
     spec = ModelSpec(
         arch=arch,
@@ -57,6 +60,7 @@ def read_spec(folder: Path) -> ModelSpec:
     return _scaled(spec, config)
 
 
+_WITH_WINDOWS = ("mistral", "ministral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text")
 _TIED = ("gemma2", "gemma3_text", "minicpm3", "smollm3", "youtu")  # unless the config says otherwise
 
 
@@ -66,8 +70,8 @@ def _llama(config: ConfigFields, layer: int) -> LayerSpec:
 
 
 def _mistral(config: ConfigFields, layer: int) -> LayerSpec:
-    attention = _gqa(config, layout="interleaved")
-    return _swiglu(config, replace(attention, window=config.integer("sliding_window", 0, least=0)))
+    """Mistral, and Ministral, which is a Mistral with a list of the layers that have the window."""
+    return _swiglu(config, replace(_gqa(config, layout="interleaved"), window=_mistral_window(config, layer)))
 
 
 def _qwen2(config: ConfigFields, layer: int) -> LayerSpec:
@@ -81,7 +85,9 @@ def _qwen3(config: ConfigFields, layer: int) -> LayerSpec:
 
 
 def _phi3(config: ConfigFields, layer: int) -> LayerSpec:
-    return _swiglu(config, replace(_gqa(config), window=config.integer("sliding_window", 0, least=0)))
+    window = config.integer("sliding_window", 0, least=0)
+    _require_types(config, layer, bool(window))
+    return _swiglu(config, replace(_gqa(config), window=window))
 
 
 def _smollm3(config: ConfigFields, layer: int) -> LayerSpec:
@@ -90,6 +96,8 @@ def _smollm3(config: ConfigFields, layer: int) -> LayerSpec:
     attention = _gqa(config, layout="interleaved", theta=2e6)
     with_rope = config.values.get("no_rope_layers")
     interval = config.integer("no_rope_layer_interval", 4)
+    if isinstance(with_rope, list) and 0 < len(with_rope) <= layer:
+        config.fail("no_rope_layers", "0 or 1 for every layer")
     has_rope = bool(with_rope[layer]) if isinstance(with_rope, list) and with_rope else (layer + 1) % interval
     if not has_rope:
         attention = replace(attention, rope=replace(attention.rope, dim=0))
@@ -99,25 +107,19 @@ def _smollm3(config: ConfigFields, layer: int) -> LayerSpec:
 def _gemma2(config: ConfigFields, layer: int) -> LayerSpec:
     """Gemma 2 (arXiv 2408.00118): every other layer is local, starting with the first."""
     attention = _gemma_attention(config, "")
-    window = config.integer("sliding_window", 4096) if _is_local(config, layer, LOCAL_EVERY["gemma2"]) else 0
-    cap = config.values.get("attn_logit_softcapping")
-    return _geglu(config, replace(attention, window=window, softcap=float(cap or 0.0)))
+    window = _window(config, config.layer_is_local(layer, is_local(layer, LOCAL_EVERY["gemma2"])))
+    return _geglu(config, replace(attention, window=window, softcap=_cap(config, "attn_logit_softcapping")))
 
 
 def _gemma3(config: ConfigFields, layer: int) -> LayerSpec:
     """Gemma 3 (arXiv 2503.19786): five local layers, with a RoPE of their own, before each global one."""
     config.require("attn_logit_softcapping", (), "Gemma 3 with attention softcapping")
     config.require("use_bidirectional_attention", (False,), "attention to tokens to come")
-    every = config.values.get("_sliding_window_pattern", LOCAL_EVERY["gemma3"])
+    every = config.integer("_sliding_window_pattern", LOCAL_EVERY["gemma3"])
     every = config.integer("sliding_window_pattern", every)
-    local = _is_local(config, layer, every)
+    local = config.layer_is_local(layer, is_local(layer, every))
     attention = _gemma_attention(config, "sliding_attention" if local else "full_attention")
-    if local and "rope_parameters" not in config.values:  # before transformers 5
-        theta = config.number("rope_local_base_freq", 10000.0)
-        rope = replace(attention.rope, theta=theta, factors=())
-        attention = replace(attention, rope=rope)
-    window = config.integer("sliding_window", 4096) if local else 0
-    return _geglu(config, replace(attention, qk_norm=True, window=window))
+    return _geglu(config, replace(attention, qk_norm=True, window=_window(config, local)))
 
 
 def _deepseek(config: ConfigFields, layer: int) -> LayerSpec:
@@ -178,7 +180,7 @@ def _mla(config: ConfigFields, layout: RopeLayout) -> MLA:
 
 
 def _gemma_attention(config: ConfigFields, kind: str) -> GQA:
-    attention = _gqa(config, kind, theta=1e6 if kind else 1e4)
+    attention = _gqa(config, kind, theta=1e6 if kind == "full_attention" else 1e4)
     scale = config.number("query_pre_attn_scalar", attention.head_dim) ** -0.5
     return replace(attention, scale=0.0 if scale == attention.head_dim**-0.5 else scale)
 
@@ -219,18 +221,48 @@ def _bias(config: ConfigFields) -> bool:
     return config.flag("attention_bias", False)
 
 
-def _qwen_window(config: ConfigFields, layer: int) -> int:
-    if not config.flag("use_sliding_window", False):
+def _cap(config: ConfigFields, name: str) -> float:
+    """The bound of a softcapping; 0 without one."""
+    return config.number(name) if config.optional(name) else 0.0
+
+
+def _window(config: ConfigFields, local: bool, default: int = 4096) -> int:
+    """Tokens that a local layer attends to; the field may be left out, but null contradicts such a layer."""
+    if not local:
         return 0
-    from_layer = config.integer("max_window_layers", 28, least=0)
-    return config.integer("sliding_window", 4096) if layer >= from_layer else 0
+    if config.values.get("sliding_window", default) is None:
+        config.fail("sliding_window", "a number of tokens for the layers with a window")
+    return config.integer("sliding_window", default)
 
 
-def _is_local(config: ConfigFields, layer: int, every: int) -> bool:
-    types = config.values.get("layer_types")
-    if isinstance(types, list) and layer < len(types):
-        return bool(types[layer] == "sliding_attention")
-    return is_local(layer, every)
+def _mistral_window(config: ConfigFields, layer: int) -> int:
+    trained = config.integer("max_position_embeddings")
+    default = 4096 if trained > 4096 else 0  # transformers' own, which says nothing within a shorter context
+    size = config.integer("sliding_window", 0, least=0) if "sliding_window" in config.values else default
+    if config.prefix:  # inside a model that reads pictures transformers does not look at the list
+        _require_types(config, layer, bool(size))
+        return size
+    return _window(config, config.layer_is_local(layer, bool(size)))
+
+
+def _qwen_window(config: ConfigFields, layer: int) -> int:
+    on = config.flag("use_sliding_window", False)
+    windowed = on and config.values.get("sliding_window", 4096) is not None
+    local = config.layer_is_local(
+        layer, windowed and layer >= config.integer("max_window_layers", 28, least=0)
+    )
+    if local and not on:
+        config.unsupported("layers with a window (layer_types) that use_sliding_window turns off")
+    return _window(config, local)
+
+
+def _require_types(config: ConfigFields, layer: int, local: bool) -> None:
+    """Refuse a list of windows that says something else than transformers, which does not look at it here."""
+    if config.layer_is_local(layer, local) != local:
+        config.unsupported(
+            "a list of windows (layer_types) that transformers does not look at in this model type",
+            "choose another model, or remove layer_types from config.json if it is wrong",
+        )
 
 
 def _scaled(spec: ModelSpec, config: ConfigFields) -> ModelSpec:
@@ -241,7 +273,7 @@ def _scaled(spec: ModelSpec, config: ConfigFields) -> ModelSpec:
         scale = config.number("scale_emb", 12.0)
         return replace(spec, embedding_scale=scale, residual_scale=depth, logit_scale=base / spec.dim)
     if spec.arch in ("gemma2", "gemma3"):
-        cap = float(config.values.get("final_logit_softcapping") or 0.0)
+        cap = _cap(config, "final_logit_softcapping")
         return replace(spec, embedding_scale=sqrt(spec.dim), logit_softcap=cap)
     return spec
 
@@ -251,6 +283,7 @@ FAMILIES: Mapping[str, tuple[str, Reader]] = MappingProxyType(
     {  # model_type: (llama.cpp's architecture, reader of a layer)
         "llama": ("llama", _llama),
         "mistral": ("llama", _mistral),
+        "ministral": ("llama", _mistral),
         "qwen2": ("qwen2", _qwen2),
         "qwen3": ("qwen3", _qwen3),
         "phi3": ("phi3", _phi3),

@@ -43,6 +43,17 @@ class ConfigFields(Fields):
             self.fail(name, "an object")
         return ConfigFields(value, self.path, f"{self.prefix}{name}.")
 
+    def layer_is_local(self, layer: int, default: bool) -> bool:
+        """Whether `layer_types` gives a layer a sliding window; `default` without such a list."""
+        types = self.optional("layer_types")
+        if types is None:
+            return default
+        count = self.integer("num_hidden_layers")
+        known = ("full_attention", "sliding_attention", "attention")  # the last is an older name of the first
+        if not isinstance(types, list) or len(types) != count or any(kind not in known for kind in types):
+            self.fail("layer_types", f"'full_attention' or 'sliding_attention' for each of {count} layers")
+        return bool(types[layer] == "sliding_attention")
+
     def require(self, name: str, allowed: tuple[Any, ...], what: str) -> None:
         """Raise UnsupportedError unless the field is absent, null or one of `allowed`."""
         value = self.optional(name)

@@ -22,22 +22,21 @@ def read_rope(
     """
     if dim % 2:
         config.fail("head_dim", "an even number")
-    fields = config.inner("rope_parameters") or config.inner("rope_scaling")
-    if fields and kind and (of_kind := fields.inner(kind)):
-        fields = of_kind
+    fields = _rope_fields(config, kind)
     for part in (config, fields) if fields else (config,):
         part.require("partial_rotary_factor", (1, 1.0), "a rotary embedding of a part of each head")
-    theta = config.number("rope_theta", default_theta)
+    outer = "rope_local_base_freq" if kind == "sliding_attention" else "rope_theta"
+    theta = config.number(outer, default_theta)
     if not fields:
         return RopeSpec(theta, dim, layout)
     theta = fields.number("rope_theta", theta)
-    scaling = str(fields.values.get("rope_type") or fields.values.get("type") or "default")
+    scaling = _scaling(fields)
     if scaling == "default":
         return RopeSpec(theta, dim, layout)
     if scaling == "linear":
         return RopeSpec(theta, dim, layout, (fields.number("factor"),) * (dim // 2))
     if scaling == "llama3":
-        return RopeSpec(theta, dim, layout, _llama3_factors(fields, theta, dim))
+        return RopeSpec(theta, dim, layout, _llama3_factors(config, fields, theta, dim))
     if scaling == "yarn":
         return _yarn(config, fields, RopeSpec(theta, dim, layout))
     if scaling in ("longrope", "su"):
@@ -49,8 +48,8 @@ def trained_context(config: ConfigFields) -> int:
     """Tokens within which one set of frequencies holds: LongRoPE has a second one beyond, which nobody
     mixes with the first in one cache."""
     context = config.integer("max_position_embeddings")
-    fields = config.inner("rope_parameters") or config.inner("rope_scaling")
-    if fields and fields.values.get("rope_type", fields.values.get("type")) in ("longrope", "su"):
+    fields = _rope_fields(config)
+    if fields and _scaling(fields) in ("longrope", "su"):
         if fields.values.get("long_factor") == fields.values.get("short_factor"):
             return context
         return min(context, _original_context(config, fields))
@@ -59,21 +58,60 @@ def trained_context(config: ConfigFields) -> int:
 
 def attention_scale_of_yarn(config: ConfigFields) -> float:
     """DeepSeek's factor on the scores, mscale(mscale_all_dim)^2; 1 without YaRN."""
-    fields = config.inner("rope_parameters") or config.inner("rope_scaling")
+    fields = _rope_fields(config)
     if not fields or not fields.values.get("mscale_all_dim"):
         return 1.0
     return _mscale(fields.number("factor"), fields.number("mscale_all_dim")) ** 2
+
+
+def _rope_fields(config: ConfigFields, kind: str = "") -> ConfigFields | None:
+    """The fields of all layers' rotary embedding, or of a layer type's.
+
+    Where both objects are there, transformers takes `rope_scaling` (PreTrainedConfig.convert_rope_params_to_dict),
+    and in Gemma 3, whose `rope_parameters` has one object per layer type, both for the global layers.
+    """
+    new, old = config.inner("rope_parameters"), config.inner("rope_scaling")
+    if config.optional("model_type") == "gemma3_text":
+        return _of_layer_type(config, new, old, kind)
+    for fields in (new, old):
+        if fields and any(isinstance(value, dict) for value in fields.values.values()):
+            config.unsupported("a rotary embedding for each layer type")
+    if not (new and new.values and old and old.values):
+        return old if old and old.values else new
+    if "rope_theta" in new.values and "rope_theta" not in old.values:
+        theta = new.number("rope_theta")
+        if config.optional("rope_theta") != theta:
+            config.malformed(
+                f"rope_scaling stands beside rope_parameters, whose rope_theta, {theta:g}, it would replace",
+                'write the scaling into rope_parameters, with "rope_type", and remove rope_scaling',
+            )
+    return old
+
+
+def _of_layer_type(
+    config: ConfigFields, new: ConfigFields | None, old: ConfigFields | None, kind: str
+) -> ConfigFields | None:
+    if new and any(not isinstance(value, dict | None) for value in new.values.values()):
+        config.unsupported("rope_parameters that do not tell local and global layers apart")
+    fields = new.inner(kind) if new and kind else None
+    if not old or kind != "full_attention":
+        return fields
+    return ConfigFields({**(fields.values if fields else {}), **old.values}, config.path, old.prefix)
+
+
+def _scaling(fields: ConfigFields) -> str:
+    return str(fields.optional("rope_type") or fields.optional("type") or "default")
 
 
 def _mscale(factor: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def _llama3_factors(fields: ConfigFields, theta: float, dim: int) -> tuple[float, ...]:
+def _llama3_factors(config: ConfigFields, fields: ConfigFields, theta: float, dim: int) -> tuple[float, ...]:
     """Llama 3's scaling: slow pairs divided by `factor`, fast ones kept, a ramp in wavelengths between."""
     factor = fields.number("factor")
     low, high = fields.number("low_freq_factor"), fields.number("high_freq_factor")
-    original = fields.integer("original_max_position_embeddings")
+    original = _original_context(config, fields)
     if not high > low:
         fields.fail("high_freq_factor", f"a number above low_freq_factor, {low:g},")
     factors = []
@@ -109,6 +147,6 @@ def _longrope(config: ConfigFields, fields: ConfigFields, plain: RopeSpec) -> Ro
 
 
 def _original_context(config: ConfigFields, fields: ConfigFields) -> int:
-    default = config.values.get("original_max_position_embeddings")
-    context = default or config.integer("max_position_embeddings")
-    return fields.integer("original_max_position_embeddings", context)
+    """Tokens before scaling: the field outside goes before the one inside, as in transformers."""
+    name = "original_max_position_embeddings"
+    return config.integer(name, fields.integer(name, config.integer("max_position_embeddings")))

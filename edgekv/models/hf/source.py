@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from edgekv.errors import ModelFileError, UnsupportedError
 from edgekv.models.hf.checkpoint import DTYPES, Checkpoint, all_finite, widen
 from edgekv.models.hf.config import read_spec
-from edgekv.models.hf.tensors import Recipe, recipes
+from edgekv.models.hf.tensors import Recipe, recipes, with_stored_head
 from edgekv.source import Array
 from edgekv.spec import Metadata
 from edgekv.tensors import model_tensor_shapes
@@ -29,10 +29,11 @@ class HFSource:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.spec = read_spec(folder)
+        spec = read_spec(folder)
         self._checkpoint = Checkpoint(folder)
+        self._recipes, unknown = recipes(self._checkpoint, spec)
+        self.spec = with_stored_head(spec, self._recipes, self._checkpoint)
         self._shapes = model_tensor_shapes(self.spec)
-        self._recipes, unknown = recipes(self._checkpoint, self.spec)
         unknown += [name for name in self._recipes if name not in self._shapes]
         if unknown:
             raise UnsupportedError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from edgekv.tensors import keys_of_kv_b, values_of_kv_b, with_neighbouring_pairs
 Rows = Callable[[NDArray[Any]], NDArray[Any]]
 _EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _ARCHS = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
 
 
@@ -58,6 +59,8 @@ def recipes(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[dict[str, Recipe],
             continue
         known = plain.replace("e_score_correction_bias", "e_score_correction.bias")
         mapped = mapping.get_name(known, try_suffixes=(".weight", ".bias"))
+        if plain == "lm_head.weight":  # some of gguf-py's architectures have none of their own
+            mapped = _HEAD
         if mapped is None:
             unknown.append(name)
         else:
@@ -69,9 +72,24 @@ def recipes(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[dict[str, Recipe],
     return found, unknown
 
 
+def with_stored_head(spec: ModelSpec, found: dict[str, Recipe], checkpoint: Checkpoint) -> ModelSpec:
+    """The spec that fits the head and the embedding that are stored, as in transformers 5 (`tie_weights`).
+
+    A tied model may hold either or the same twice, and `found` loses the second; two that differ, which a merged
+    adapter leaves behind, are two, whatever config.json says.
+    """
+    if not spec.tied_embeddings or _HEAD not in found:
+        return spec
+    head, embedding = found[_HEAD], found.setdefault(_EMBEDDING, found[_HEAD])
+    if head is not embedding and not checkpoint.same(head.stored[0], embedding.stored[0]):
+        return replace(spec, tied_embeddings=False)
+    del found[_HEAD]
+    return spec
+
+
 def _has_no_use(name: str, spec: ModelSpec) -> bool:
-    """Buffers that are computed anew, a head that is the embedding, layers that predict tokens further on."""
-    if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and spec.tied_embeddings):
+    """Buffers that are computed anew, layers that predict tokens further on."""
+    if name.endswith("rotary_emb.inv_freq"):
         return True
     layer = _LAYER.match(name)
     return spec.arch == "deepseek2" and layer is not None and int(layer[1]) >= spec.n_layers

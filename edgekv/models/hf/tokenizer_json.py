@@ -11,18 +11,27 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import pre_tokenizers
 
 from edgekv.errors import ModelFileError, UnsupportedError
 from edgekv.models.hf.checkpoint import read_json
-from edgekv.models.hf.special_tokens import PROBE, looks_special, prove, read_special, special_pairs
+from edgekv.models.hf.special_tokens import (
+    ELSEWHERE,
+    PROBE,
+    looks_special,
+    proved,
+    read_special,
+    refuse_rules,
+    special_pairs,
+)
 from edgekv.models.hf.tokenizer_model import NAME, read_sentencepiece
 from edgekv.spec import MetaValue
 from edgekv.tokenizer.bpe import SPACE
 from edgekv.tokenizer.pre_tokenize import PRE_TYPES, splitters
 from edgekv.tokenizer.vocab import TokenType
 
+_RULES = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 _TIKTOKEN = "tiktoken.model"
 _PREFERRED = ("llama-bpe", "qwen2", "smollm", "gpt-2", "deepseek-v3", "deepseek-llm", "tekken", "gpt-4o")
 
@@ -59,6 +68,7 @@ def _read_json(path: Path, n_vocab: int) -> dict[str, MetaValue]:
         tokenizer = HFTokenizer.from_file(str(path))
     except Exception as error:  # the extension raises nothing narrower
         raise ModelFileError(f"{path}: is not a sound tokenizer: {error}; download it again") from None
+    _with_config_tokens(tokenizer, path.parent)
     model = document.get("model") or {}
     if model.get("type") != "BPE":
         raise UnsupportedError(
@@ -79,8 +89,47 @@ def _read_json(path: Path, n_vocab: int) -> dict[str, MetaValue]:
     else:
         pairs["tokenizer.ggml.merges"] = special.merges
     pairs |= special_pairs(path.parent, texts, special, _framed(tokenizer))
-    prove(pairs, tokenizer.encode(PROBE, add_special_tokens=False).ids, path)
-    return pairs
+    wanted = tokenizer.encode(PROBE, add_special_tokens=False).ids
+    return proved(pairs, wanted, path, _swallowing(tokenizer, path))
+
+
+def _with_config_tokens(tokenizer: HFTokenizer, folder: Path) -> None:
+    """Add the tokens of tokenizer_config.json; those that are there already get its rules, as in transformers."""
+    path = folder / "tokenizer_config.json"
+    entries = (read_json(path).get("added_tokens_decoder") if path.is_file() else None) or {}
+    there = {repr(token) for token in tokenizer.get_added_tokens_decoder().values()}
+    try:
+        tokens = [
+            AddedToken(
+                entries[i]["content"], **{rule: entries[i][rule] for rule in _RULES if rule in entries[i]}
+            )
+            for i in sorted(entries, key=int)
+        ]
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ModelFileError(
+            f"{path}: added_tokens_decoder cannot be read: {error!r}; download it again"
+        ) from None
+    for token in tokens:
+        if repr(token) not in there:
+            (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+
+
+def _swallowing(tokenizer: HFTokenizer, path: Path) -> frozenset[int]:
+    """Added tokens that swallow the white space behind them; refuses those with other rules."""
+    tokens = tokenizer.get_added_tokens_decoder()
+    for token in tokens.values():
+        refuse_rules(path, token.content, token.lstrip, token.single_word)
+        plain = token.normalized and not token.special and not looks_special(token.content)
+        if (
+            plain
+            and tokenizer.normalizer
+            and tokenizer.normalizer.normalize_str(token.content) != token.content
+        ):
+            raise UnsupportedError(
+                f"{path}: the added token {token.content!r} is looked for in normalized text (normalized), by "
+                f"llama.cpp in the text as it is: tokens would differ; {ELSEWHERE}"
+            )
+    return frozenset(i for i, token in tokens.items() if token.rstrip)
 
 
 def _texts(tokenizer: HFTokenizer, n_vocab: int, path: Path) -> list[str]:

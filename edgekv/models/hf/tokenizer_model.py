@@ -8,7 +8,6 @@ anything is merged. Tokens that were added afterwards stand in two JSON files.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,14 @@ import gguf
 
 from edgekv.errors import InputError, ModelFileError, UnsupportedError
 from edgekv.models.hf.checkpoint import read_json
-from edgekv.models.hf.special_tokens import PROBE, looks_special, prove, read_special, special_pairs
+from edgekv.models.hf.special_tokens import (
+    PROBE,
+    looks_special,
+    proved,
+    read_special,
+    refuse_rules,
+    special_pairs,
+)
 from edgekv.spec import MetaValue
 from edgekv.tokenizer.bpe import SPACE
 from edgekv.tokenizer.vocab import TokenType
@@ -48,8 +54,7 @@ def read_sentencepiece(folder: Path, n_vocab: int) -> dict[str, MetaValue]:
     }
     pairs |= special_pairs(folder, texts, _special(folder, texts, model), {"bos": True, "eos": False})
     text = PROBE + _COMPATIBLE
-    prove(pairs, processor.EncodeAsIds(text), path, text)
-    return pairs
+    return proved(pairs, processor.EncodeAsIds(text), path, _swallowing(folder), text)
 
 
 def _tokens(model: Any, folder: Path, n_vocab: int) -> tuple[list[str], list[float], list[int]]:
@@ -123,21 +128,40 @@ def _added(folder: Path, n_vocab: int) -> dict[int, tuple[str, bool]]:
         if (folder / "added_tokens.json").is_file():
             for text, i in read_json(folder / "added_tokens.json").items():
                 found[int(i)] = (text, looks_special(text))
-        if (folder / "tokenizer_config.json").is_file():
-            entries = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
-            for i, entry in entries.items():
-                text = str(entry["content"])
-                found[int(i)] = (text, bool(entry.get("special")) or looks_special(text))
-    except (ValueError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (ValueError, TypeError) as error:
         raise ModelFileError(
-            f"{folder}: added_tokens.json or tokenizer_config.json cannot be read: {error!r}; download them again"
+            f"{folder}: added_tokens.json cannot be read: {error!r}; download it again"
         ) from None
+    for i, entry in _config_tokens(folder).items():
+        text = str(entry["content"])
+        found[i] = (text, bool(entry.get("special")) or looks_special(text))
     if found and not 0 <= min(found) <= max(found) < n_vocab:
         raise ModelFileError(
             f"{folder}: adds a token {max(found)} and the model has {n_vocab}; tokenizer and weights are not of "
             "one model: download both again"
         )
     return found
+
+
+def _config_tokens(folder: Path) -> dict[int, dict[str, Any]]:
+    """The added tokens of tokenizer_config.json, by id."""
+    path = folder / "tokenizer_config.json"
+    entries = (read_json(path).get("added_tokens_decoder") if path.is_file() else None) or {}
+    try:
+        return {int(i): {"content": entry["content"], **entry} for i, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelFileError(
+            f"{path}: added_tokens_decoder cannot be read: {error!r}; download it again"
+        ) from None
+
+
+def _swallowing(folder: Path) -> frozenset[int]:
+    """Added tokens that swallow the white space behind them; refuses those with other rules."""
+    tokens = _config_tokens(folder)
+    for token in tokens.values():
+        lstrip, single_word = bool(token.get("lstrip")), bool(token.get("single_word"))
+        refuse_rules(folder / NAME, str(token["content"]), lstrip, single_word)
+    return frozenset(i for i, token in tokens.items() if token.get("rstrip"))
 
 
 def _special(folder: Path, texts: list[str], model: Any) -> gguf.SpecialVocab:

@@ -45,7 +45,7 @@ def text_fields(folder: Path) -> ConfigFields:
     if text is None:
         config.fail("text_config", "an object")
     kind = text.text("model_type", _WHOLES[config.text("model_type")])
-    shared = {name: config.values[name] for name in _SHARED if name in config.values}
+    shared = {name: config.values[name] for name in _SHARED if config.optional(name) is not None}
     values = {**_DEFAULTS.get(kind, {}), **text.values, **shared, "model_type": kind}
     return ConfigFields(values, path, "text_config.")
 

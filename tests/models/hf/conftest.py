@@ -66,6 +66,7 @@ _LONGROPE = {
     "long_factor": [4.0 + i for i in range(8)],
     "original_max_position_embeddings": 128,
 }
+_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 # name: (family in transformers, fields besides the common ones). A model named phi3 has to have Phi-3's tokens
 # in llama.cpp: these have not.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -74,10 +75,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3-linear": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
     "smollm2": ("Llama", {"tie_word_embeddings": True, "head_dim": 32}),
     "mistral": ("Mistral", {"sliding_window": 24, "head_dim": 32}),
+    "ministral": (
+        "Ministral",
+        {"sliding_window": 24, "head_dim": 32, "layer_types": [_LOCAL, _GLOBAL, _LOCAL]},
+    ),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2-yarn": ("Qwen2", {"rope_scaling": {k: v for k, v in _YARN.items() if "mscale" not in k}}),
     "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
+    "qwen3-window": (
+        "Qwen3",
+        {"use_sliding_window": True, "sliding_window": 20, "layer_types": [_GLOBAL, _LOCAL, _GLOBAL]},
+    ),
     "phi": ("Phi3", {"sliding_window": 24}),
     "phi-longrope": ("Phi3", {"rope_scaling": _LONGROPE, "original_max_position_embeddings": 128}),
     "smollm3": ("SmolLM3", {"num_hidden_layers": 5, "no_rope_layer_interval": 4}),

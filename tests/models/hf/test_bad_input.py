@@ -89,6 +89,7 @@ def test_index_that_leaves_the_folder(folder: Path, file: object) -> None:
 
 
 def test_index_without_a_map(folder: Path) -> None:
+    split(folder)
     (folder / "model.safetensors.index.json").write_text("{}")
     refused(folder, ModelFileError, "no weight_map")
 
@@ -130,8 +131,18 @@ def test_no_config(folder: Path) -> None:
     refused(folder, ModelFileError, "there is no config.json")
     (folder / "config.json").write_text("[]")
     refused(folder, ModelFileError, "not a JSON object")
-    (folder / "config.json").write_text("{,")
-    refused(folder, ModelFileError, "cannot be read as JSON")
+    for text in ("{,", "[" * 100_000):
+        (folder / "config.json").write_text(text)
+        refused(folder, ModelFileError, "cannot be read as JSON")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_byte_order_mark(folder: Path, name: str, encoding: str) -> None:
+    text = (folder / name).read_text()
+    (folder / name).write_text(text, encoding)
+    with pytest.raises(ModelFileError, match=rf"{name}: begins with a byte order mark.*; save it as UTF-8"):
+        dict(HFSource(folder).metadata)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +190,16 @@ def test_config_without_a_field(folder: Path, field: str, edit_config: Edit) -> 
         ({"partial_rotary_factor": 0.75}, UnsupportedError, "a part of each head"),
         ({"rope_parameters": {"rope_type": "llama3"}}, ModelFileError, "rope_parameters.factor is missing"),
         ({"rope_parameters": 3}, ModelFileError, "rope_parameters is 3, an object"),
+        (
+            {"rope_parameters": {"full_attention": {}}},
+            UnsupportedError,
+            "rotary embedding for each layer type",
+        ),
+        ({"layer_types": ["sliding_attention"] * 3}, UnsupportedError, "transformers does not look at"),
+        ({"layer_types": ["full_attention"]}, ModelFileError, "for each of 3 layers"),
+        ({"layer_types": ["linear_attention"] * 3}, ModelFileError, "for each of 3 layers"),
+        ({"quantization_config": {}}, UnsupportedError, r"quantized checkpoint \(unknown\)"),
+        ({"quantization_config": "fp8"}, ModelFileError, "quantization_config is 'fp8', an object"),
     ],
 )
 def test_config_that_contradicts(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
 
 from edgekv.backends.llama_cpp.backend import LlamaCppBackend
 from edgekv.cli.main import cli
@@ -25,6 +27,8 @@ from .conftest import MODELS, TOKENS, WITH_PICTURES, Zoo
 REFUSED = {"deepseek2-grouped": "two best experts", "kimi-k2-ramp": "ramp between 32 turns and 1.*beta_fast"}
 WINDOWS = {
     "mistral": 24,
+    "ministral": 24,
+    "qwen3-window": 20,
     "phi": 24,
     "qwen2-window": 20,
     "mistral3-pictures": 24,
@@ -62,6 +66,15 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(name: str, zoo: Zoo, 
     with pytest.raises(UnsupportedError, match=REFUSED[name]):
         export(zoo, name, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_gemma2_has_the_embedding_for_its_head(zoo: Zoo, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(zoo.folder("gemma2"), tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UnsupportedError, match="the embedding for its head"):
+        write_gguf(HFSource(folder), tmp_path / "x.gguf", "f32", {}, False, lambda *_: None)
 
 
 @pytest.mark.parametrize("name", ["phi-longrope", "minicpm3-longrope"])
