@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgekv.devices.reporting.llama_bench import looks_like_llama_bench, parse_llama_bench
-from edgekv.devices.reporting.report import parse_report, read_json
+from edgekv import documents
+from edgekv.devices.reporting.llama_bench import parse_llama_bench
+from edgekv.devices.reporting.llama_bench_text import find_llama_bench
+from edgekv.devices.reporting.report import Report, parse_report, read_text
 from edgekv.devices.reporting.tables import Source, entries, notes, tables, warnings
 from edgekv.devices.reporting.text_table import as_markdown, as_text
 from edgekv.documents import dumps
+from edgekv.errors import InputError
 
 
 def load_sources(paths: Sequence[Path]) -> tuple[Source, ...]:
@@ -21,12 +24,20 @@ def load_sources(paths: Sequence[Path]) -> tuple[Source, ...]:
     names = [path.name for path in paths]
     found = []
     for path in paths:
-        value = read_json(path)
-        report = (
-            parse_llama_bench(value, path) if looks_like_llama_bench(value) else parse_report(value, path)
-        )
-        found.append(Source(path.name if names.count(path.name) == 1 else str(path), report))
+        name = path.name if names.count(path.name) == 1 else str(path)
+        found += [Source(name, report) for report in _reports(path)]
     return tuple(found)
+
+
+def _reports(path: Path) -> tuple[Report, ...]:
+    """The report in a file of EdgeKV, or those in one of llama-bench."""
+    text = read_text(path)
+    try:
+        if tests := find_llama_bench(text, path):
+            return parse_llama_bench(tests, path)
+        return (parse_report(documents.parse(text), path),)
+    except RecursionError as error:
+        raise InputError(f"{path} is nested too deeply for a report; wrong file?") from error
 
 
 def as_terminal(sources: Sequence[Source]) -> str:

@@ -7,6 +7,7 @@ Units are in the names: `_s` seconds, `_nbytes` bytes, `_gb_s` 1e9 bytes per sec
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -197,6 +198,28 @@ def dumps(report: Report) -> str:
     return documents.dumps(report, indent=1) + "\n"
 
 
+def read_text(path: Path) -> str:
+    """The text of a file of a plausible size, in UTF-8, or in UTF-16 as PowerShell's `>` writes it.
+
+    Raises:
+        InputError: it cannot be read, or it is not text.
+    """
+    try:
+        if path.stat().st_size > MAX_REPORT_NBYTES:
+            raise InputError(f"{path} is larger than any report ({MAX_REPORT_NBYTES >> 20} MiB); wrong file?")
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    encoding = json.detect_encoding(content)
+    try:
+        return content.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not text in {encoding.upper()} ({error.reason} at byte {error.start}); take the file as the "
+            "bench wrote it"
+        ) from error
+
+
 def read_json(path: Path) -> Any:
     """Parse a JSON file of a plausible size.
 
@@ -204,15 +227,13 @@ def read_json(path: Path) -> Any:
         InputError: it cannot be read, or it is not JSON.
     """
     try:
-        if path.stat().st_size > MAX_REPORT_NBYTES:
-            raise InputError(f"{path} is larger than any report ({MAX_REPORT_NBYTES >> 20} MiB); wrong file?")
-        return documents.parse(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except (SchemaError, RecursionError) as error:
+        return documents.parse(read_text(path))
+    except SchemaError as error:
         raise InputError(
-            f"{path} is not valid JSON ({error}); it may be cut short: run the bench again"
+            f"{path} is not valid JSON ({error}); take the file as the bench wrote it"
         ) from error
+    except RecursionError as error:
+        raise InputError(f"{path} is nested too deeply for a report; wrong file?") from error
 
 
 def parse_report(value: Any, path: Path) -> Report:
@@ -222,7 +243,11 @@ def parse_report(value: Any, path: Path) -> Report:
         InputError: not a report, made by a newer EdgeKV, or edited into something else.
     """
     if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise InputError(f"{path} is JSON, but not an EdgeKV report; `edgekv bench MODEL -o FILE` writes one")
+        if value == []:
+            raise InputError(f"{path} is an empty list: llama-bench finished no test; run it again")
+        raise InputError(
+            f"{path} is JSON, but not an EdgeKV report, as `edgekv bench MODEL -o FILE` writes it, nor llama-bench's"
+        )
     version = value.get("version")
     if isinstance(version, int) and version > VERSION:
         raise InputError(

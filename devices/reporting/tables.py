@@ -126,7 +126,8 @@ def machine_name(machine: Machine) -> str:
 
 def engine_name(run: BenchRun, report: Report) -> str:
     """The engine and, where it is known, its version."""
-    versions = {"llama.cpp": report.software.llama_cpp, "onnx": report.software.onnxruntime}
+    llama_cpp = report.software.llama_cpp
+    versions = {"llama.cpp": llama_cpp, "llama-bench": llama_cpp, "onnx": report.software.onnxruntime}
     known = versions.get(run.engine)
     return f"{run.engine} {known}" if known else run.engine
 
@@ -138,6 +139,8 @@ def warnings(sources: Sequence[Source]) -> tuple[str, ...]:
     models = {(row.run.model.sha256 or row.run.model.name) for row in rows}
     if len(models) > 1:
         names = sorted({row.run.model.file for row in rows})
+        if len(names) < len(models):
+            names = sorted({f"{row.run.model.file} ({row.run.model.name})" for row in rows})
         said.append(f"different models are compared: {', '.join(names)}")
     machines = {source.report.machine.board for source in sources}
     if len(machines) > 1:

@@ -17,6 +17,7 @@ from edgekv.backends.open import Kind, open_backend
 from edgekv.errors import InputError, ModelFileError
 from edgekv.files import file_sha256
 from edgekv.models.gguf.header import kept_header
+from edgekv.models.gguf.parts import require_first
 from edgekv.models.onnx.manifest import MANIFEST, is_onnx_folder, language_file, read_manifest
 from edgekv.progress import ignore
 from edgekv.quant.formats import FORMATS, KEEP
@@ -112,7 +113,9 @@ def model_sha256(path: Path) -> str:
 
 def read_tokenizer(path: Path) -> Tokenizer:
     """The model's tokenizer."""
-    return Tokenizer.from_metadata(kept_header(language_file(path)).metadata)
+    metadata = kept_header(language_file(path)).metadata
+    require_first(metadata, path)
+    return Tokenizer.from_metadata(metadata)
 
 
 def trained_context(path: Path) -> int:

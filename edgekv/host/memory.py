@@ -30,7 +30,8 @@ def memory_limit_nbytes(root: Path = Path("/")) -> int | None:
 
 def _cgroup_limits(root: Path) -> Iterator[tuple[int, int]]:
     """Limit of each of this process's cgroups that has one, and the bytes of it that are in use."""
-    names = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}  # v2, v1
+    v2 = dict.fromkeys(("memory.max", "memory.high"), "memory.current")  # above high, a process crawls
+    names = v2 | {"memory.limit_in_bytes": "memory.usage_in_bytes"}
     for folder in cgroup_folders("memory", root):
         for limit, usage in names.items():
             text = read_text(folder / limit)

@@ -5,6 +5,7 @@ Everywhere `root` is the folder that holds proc and sys.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,15 +59,32 @@ def cgroup_folders(controller: str, root: Path) -> Iterator[Path]:
     """
     for line in (read_text(root / "proc/self/cgroup") or "").splitlines():
         _, controllers, name = line.split(":", 2)
-        if controllers == "":
-            base = root / "sys/fs/cgroup"
-        elif controller in controllers.split(","):
-            base = root / "sys/fs/cgroup" / controller
-        else:
+        if controllers and controller not in controllers.split(","):
             continue
-        folder = base / name.strip("/")
-        # Inside a container the named folder may not be visible; its own limits are then at the mount's root.
-        yield from (folder, *folder.parents[: len(folder.relative_to(base).parts)])
+        for base in _cgroup_mounts(controller if controllers else "", root):
+            folder = base / name.strip("/")
+            # Inside a container the named folder may not be visible; its own limits are then at the mount's root.
+            yield from (folder, *folder.parents[: len(folder.relative_to(base).parts)])
+
+
+def _cgroup_mounts(controller: str, root: Path) -> list[Path]:
+    """Where a version 1 controller, or with "" version 2, is mounted: as mountinfo or else the usual folder says.
+
+    Version 1 mounts several controllers at one place, such as cpu,cpuacct; links with the single names are only a
+    custom. proc_pid_mountinfo(5): field 5 is the place, blanks in octal; type and options follow a dash.
+    """
+    found = []
+    for line in (read_text(root / "proc/self/mountinfo") or "").splitlines():
+        match line.partition(" - ")[0].split(), line.partition(" - ")[2].split():
+            case [_, _, _, _, place, *_], [kind, _, options] if (
+                controller in options.split(",") if controller else kind == "cgroup2"
+            ) and kind.startswith("cgroup"):
+                place = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), place)
+                found.append(root / place.lstrip("/"))
+    base = root / "sys/fs/cgroup"
+    if found or not controller:
+        return found or [base]
+    return [folder for folder in sorted(base.glob("*")) if controller in folder.name.split(",")]
 
 
 def _sizes(path: Path) -> dict[str, int]:

@@ -146,7 +146,8 @@ def _language_pairs(source: TensorSource) -> dict[str, MetaValue]:
         key: value
         for key, value in source.metadata.items()
         if key.split(".")[0] in ("tokenizer", "general")
-        and key not in ("general.architecture", "general.file_type", "general.quantization_version")
+        and key.removeprefix("general.")
+        not in ("architecture", "file_type", "quantization_version", "alignment")
     }
 
 

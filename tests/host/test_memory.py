@@ -48,6 +48,12 @@ def test_every_ancestor_of_a_cgroup_counts(tmp_path: Path) -> None:
     assert available_nbytes(tmp_path) == (512 - 100 + 30 + 2) * MIB
 
 
+def test_a_limit_at_which_the_kernel_slows_a_process_down_counts(tmp_path: Path) -> None:
+    cgroup_v2(system(tmp_path, 4000), "chat", str(900 * MIB), used_mib=0, cached_mib=0)
+    (tmp_path / "sys/fs/cgroup/chat/memory.high").write_text(str(400 * MIB))
+    assert memory_limit_nbytes(tmp_path) == 400 * MIB
+
+
 def test_cgroup_v1_writes_a_huge_number_for_no_limit(tmp_path: Path) -> None:
     system(tmp_path, 4000)
     (tmp_path / "proc/self/cgroup").write_text("9:cpu:/x\n8:memory:/a/b\n0::/\n")
@@ -59,6 +65,16 @@ def test_cgroup_v1_writes_a_huge_number_for_no_limit(tmp_path: Path) -> None:
         (folder / "memory.stat").write_text(f"inactive_file 0\ntotal_inactive_file {MIB}\n")
     assert memory_limit_nbytes(tmp_path) == 1000 * MIB
     assert available_nbytes(tmp_path) == 601 * MIB
+
+
+def test_a_memory_limit_is_found_where_its_controller_is_mounted(tmp_path: Path) -> None:
+    folder = tmp_path / "dev/memcg/apps"  # Android
+    folder.mkdir(parents=True)
+    (folder / "memory.limit_in_bytes").write_text(str(300 * MIB))
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("2:memory:/apps\n")
+    (tmp_path / "proc/self/mountinfo").write_text("9 1 0:9 / /dev/memcg rw - cgroup none rw,memory\n")
+    assert memory_limit_nbytes(tmp_path) == 300 * MIB
 
 
 def test_bytes_left_beside_a_model_are_returned(tiny_llama: Path, tmp_path: Path) -> None:

@@ -80,3 +80,24 @@ def test_cpu_quota(tmp_path: Path, files: dict[str, str], quota: float | None) -
 def test_a_quota_below_one_cpu_still_gives_a_thread(tmp_path: Path) -> None:
     root = write(tmp_path, {"proc/self/cgroup": "0::/", "sys/fs/cgroup/cpu.max": "50000 100000"})
     assert default_threads(root) == 1
+
+
+@pytest.mark.parametrize(
+    "mounted",
+    [
+        {"sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "200000"},
+        {"sys/fs/cgroup/cpuacct,cpu/cpu.cfs_quota_us": "200000"},
+        {
+            "proc/self/mountinfo": "31 23 0:28 / /odd rw,relatime shared:9 - tmpfs tmpfs rw\n\n"
+            r"33 31 0:30 / /my\040groups/processors rw,relatime - cgroup cgroup rw,cpu,cpuacct",
+            "my groups/processors/cpu.cfs_quota_us": "200000",
+        },
+        {
+            "proc/self/cgroup": "2:cpuacct:/\n0::/",
+            "proc/self/mountinfo": "41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw",
+            "sys/fs/cgroup/unified/cpu.max": "200000 100000",
+        },
+    ],
+)
+def test_a_quota_is_found_where_its_controller_is_mounted(tmp_path: Path, mounted: dict[str, str]) -> None:
+    assert cpu_quota(write(tmp_path, {"proc/self/cgroup": "4:cpu,cpuacct:/"} | mounted)) == 2.0

@@ -30,8 +30,8 @@ from edgekv.backends.llama_cpp.library import (
 from edgekv.errors import BackendError, InputError
 from edgekv.host.memory import machine_nbytes
 from edgekv.host.threads import default_threads
-from edgekv.models.gguf.header import read_header
 from edgekv.models.gguf.layout import GGUFHeader
+from edgekv.models.gguf.parts import read_parts
 from edgekv.source import Array
 
 # Rows of logits computed at once when every token's are wanted: 64 rows are 10 % slower than 256, more rows
@@ -77,7 +77,7 @@ class LlamaCppBackend(Backend):
     ) -> None:
         require_positive(n_ctx=n_ctx, n_threads=n_threads)
         kind = ggml_type(cache_type)
-        header = read_header(path)
+        header = read_parts(path)
         self.n_ctx_train = _trained(header)
         n_ctx = n_ctx or min(self.n_ctx_train or DEFAULT_N_CTX, DEFAULT_N_CTX)
         # src/models/plm.cpp passes V with two dims: more tokens at once abort the process.
@@ -88,10 +88,11 @@ class LlamaCppBackend(Backend):
         if not self._api.llama_supports_gpu_offload():
             spare = require_memory(path, header, n_ctx, cache_type, n_ubatch)
             repack &= spare is None or spare >= sum(tensor.nbytes for tensor in header.tensors)
+        mapped = header.mappable
         del header
         self._abort = abort_flag if abort_flag is not None else ctypes.create_string_buffer(2)
         self._context: Any = None
-        self._model = load_model(path, repack)
+        self._model = load_model(path, repack, mapped)
         self._context = self._open_context(path, n_ctx, kind, n_threads, n_ubatch)
         self._memory = self._api.llama_get_memory(self._context)
         self._cache_nbytes = exact_cache_nbytes(self._memory) or LOG.cache_nbytes()

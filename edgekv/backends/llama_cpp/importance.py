@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from edgekv.backends.llama_cpp.library import LOG, llama, load_model, logits_rows, repacking_is_safe
 from edgekv.errors import BackendError
+from edgekv.models.gguf.header import kept_header
 from edgekv.progress import Progress
 from edgekv.reference.sample import write_on
 from edgekv.source import Array
@@ -190,7 +191,7 @@ def _context(
     """A context on the CPU, freed with its model at the end."""
     api = llama()
     with ExitStack() as stack:
-        model = load_model(path, repacking_is_safe(), gpu=False)
+        model = load_model(path, repacking_is_safe(), kept_header(path).mappable, gpu=False)
         stack.callback(api.llama_model_free, model)
         params = api.llama_context_default_params()
         params.n_ctx, params.n_seq_max = n_ctx, n_sequences

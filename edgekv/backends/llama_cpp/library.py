@@ -116,11 +116,13 @@ def repacking_is_safe(root: Path = Path("/")) -> bool:
     return "amx_tile" not in cpu_flags(root)
 
 
-def load_model(path: Path, repack: bool, gpu: bool = True) -> Any:
+def load_model(path: Path, repack: bool, mapped: bool, gpu: bool = True) -> Any:
     """A llama_model, to be freed with llama_model_free; BackendError if llama.cpp refuses the file."""
     api = llama()
     params = api.llama_model_default_params()
     params.use_extra_bufts = repack
+    if not mapped:
+        params.load_mode = api.LLAMA_LOAD_MODE_NONE
     if not gpu:
         params.n_gpu_layers = 0
     LOG.clear()

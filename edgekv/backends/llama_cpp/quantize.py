@@ -11,6 +11,7 @@ from typing import Any
 
 from edgekv.backends.llama_cpp.library import LOG, llama
 from edgekv.errors import BackendError, OutputError
+from edgekv.models.gguf.header import DEFAULT_ALIGNMENT, kept_header
 from edgekv.progress import Progress
 from edgekv.source import Array
 
@@ -53,6 +54,13 @@ def quantize_file(
     for entry, (name, kind) in zip(overrides, keep.items(), strict=False):
         entry.pattern, entry.type = f"^{re.escape(name)}$".encode(), kind
     params.tt_overrides = overrides
+    if (
+        "general.alignment" in kept_header(source).metadata
+    ):  # llama.cpp pads to 32 and copies what the source says
+        aligned = (api.llama_model_kv_override * 2)()
+        aligned[0].key, aligned[0].tag = b"general.alignment", api.LLAMA_KV_OVERRIDE_TYPE_INT
+        aligned[0].value.val_i64 = DEFAULT_ALIGNMENT
+        params.kv_overrides = aligned
 
     def log(level: int, text: bytes, _: object) -> None:
         LOG.write(level, text)

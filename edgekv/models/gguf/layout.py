@@ -32,3 +32,11 @@ class GGUFHeader:
     version: int
     metadata: Mapping[str, MetaValue]
     tensors: tuple[TensorInfo, ...]
+
+    @property
+    def mappable(self) -> bool:
+        """Whether engines may use the data where a mapped file has them: ggml aborts on other offsets.
+
+        `general.alignment` may be less than TENSOR_ALIGNMENT of ggml/src/ggml-impl.h.
+        """
+        return not any(tensor.offset % 32 for tensor in self.tensors)

@@ -14,6 +14,7 @@ from pathlib import Path
 from edgekv.errors import ModelFileError, UnsupportedError
 from edgekv.models.gguf.architectures import READERS, read_layers
 from edgekv.models.gguf.keys import Keys
+from edgekv.models.gguf.parts import require_whole
 from edgekv.spec import MLA, MetaValue, ModelSpec
 from edgekv.tensors import model_tensor_shapes
 
@@ -57,7 +58,7 @@ def spec_from_gguf(
         tied_embeddings="output.weight" not in shapes,
         **_scales(keys, dim, n_layers),
     )
-    keys.reject_unknown()
+    keys.reject_unknown(_implied(spec))
     _require_tensors(spec, shapes, keys)
     tokens = metadata.get("tokenizer.ggml.tokens")
     if isinstance(tokens, list) and len(tokens) != spec.vocab:
@@ -72,14 +73,10 @@ def whole_model_architecture(metadata: Mapping[str, MetaValue], path: Path) -> s
         ModelFileError: the file names none.
         UnsupportedError: it is one part of a model.
     """
+    require_whole(metadata, path)
     arch = metadata.get("general.architecture")
     if not isinstance(arch, str):
         raise ModelFileError(f"{path}: key general.architecture is missing; {Keys.file_remedy}")
-    splits = metadata.get("split.count", 1)
-    if isinstance(splits, int) and splits > 1:
-        raise UnsupportedError(
-            f"{path}: is one of {splits} parts of a model; join them with `llama-gguf-split --merge`"
-        )
     return arch
 
 
@@ -102,6 +99,26 @@ def _scales(keys: Keys, dim: int, n_layers: int) -> dict[str, float]:
         cap = keys.number("final_logit_softcapping") if keys.optional("final_logit_softcapping") else 0.0
         return {"embedding_scale": sqrt(dim), "logit_softcap": cap}
     return {}
+
+
+def _implied(spec: ModelSpec) -> dict[str, tuple[float, ...]]:
+    """Values of keys that this architecture does not need, by name, which say what it does without them.
+
+    0 is llama.cpp's "not set", below 0 of the YaRN factor.
+    """
+    scales = {layer.attention.score_scale for layer in spec.layers}
+    rope = spec.layers[0].attention.rope
+    return {
+        "attention.scale": (0.0, *(scales if len(scales) == 1 else ())),
+        "logit_scale": (0.0, spec.logit_scale),
+        "embedding_scale": (0.0, spec.embedding_scale),
+        "residual_scale": (0.0, spec.residual_scale),
+        "embedding_length_out": (spec.dim,),
+        "rope.scaling.yarn_ext_factor": (
+            -1.0,
+            *((1.0,) if rope.yarn else (0.0,) if rope.factors else (0.0, 1.0)),
+        ),
+    }
 
 
 def minicpm3_scales(dim: int, n_layers: int) -> dict[str, float]:

@@ -124,7 +124,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], type[InputError], str]] = {
     "epsilon 0": ({"attention.layer_norm_rms_epsilon": 0.0}, ModelFileError, "positive"),
     "epsilon NaN": ({"attention.layer_norm_rms_epsilon": float("nan")}, ModelFileError, "positive"),
     "theta infinite": ({"rope.freq_base": float("inf")}, ModelFileError, "positive"),
-    "heads by layer": ({"attention.head_count": [2]}, UnsupportedError, "in each layer"),
+    "heads by layer": ({"attention.head_count": [2, 2]}, ModelFileError, "2 items, not one for each layer"),
     "experts": ({"expert_count": 8}, UnsupportedError, "expert_count is 8"),
     "rope scaling": (
         {"rope.scaling.type": "dynamic", "rope.scaling.factor": 4.0},
