@@ -151,3 +151,24 @@ def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         InputError, match=r"tokenizer.model and no tokenizer.json.*pip install 'edgekv\[sentenc"
     ):
         read_tokenizer(tmp_path, 10)
+
+
+def test_rules_of_added_tokens(
+    train: Callable[..., sentencepiece.SentencePieceProcessor], tmp_path: Path
+) -> None:
+    """Phi-3's swallow the white space behind them; llama.cpp knows no other rule."""
+    train(add_dummy_prefix=False)
+    decoder: dict[str, dict[str, object]] = {
+        "2": {"content": "</s>", "rstrip": True, "special": True},
+        str(N_PIECES): {"content": "<|user|>", "rstrip": True, "special": True},
+        str(N_PIECES + 1): {"content": "<|endoftext|>", "special": True},
+    }
+    configure(tmp_path, added_tokens_decoder=decoder)
+    pairs = read_tokenizer(tmp_path, N_PIECES + 8)
+    assert str(pairs["general.name"]).endswith("(Phi-3)")
+    tokens = Tokenizer.from_metadata(pairs).encode("<|user|>\n <|endoftext|>", parse_special=True)
+    assert tokens == [N_PIECES, N_PIECES + 1]
+    for rule in ("lstrip", "single_word"):
+        configure(tmp_path, added_tokens_decoder={"2": {"content": "</s>", rule: True}})
+        with pytest.raises(UnsupportedError, match=rf"{rule}.*; choose a model without"):
+            read_tokenizer(tmp_path, N_PIECES + 8)
