@@ -63,5 +63,6 @@ def test_a_sound_file_of_an_odd_model_is_not_to_be_downloaded_again() -> None:
             UnsupportedError, match=r"^model: a flying model is not supported; choose another model$"
         ):
             fields.unsupported("a flying model")
-    with pytest.raises(UnsupportedError, match=r"a different llama.many in each layer is not supported"):
-        keys().integer("many")
+    by_layer = Keys({"llama.attention.head_count": [1, 2], "llama.block_count": 2}, PATH, "llama")
+    with pytest.raises(UnsupportedError, match=r"a different llama.attention.head_count in each layer"):
+        by_layer.integer("attention.head_count")
