@@ -192,6 +192,8 @@ class _Bench:
             lane.card_nbytes = lane.worker.ask("card") - card_before
         lane.cache_nbytes, lane.repacked_nbytes = opened["cache_nbytes"], opened["repacked_nbytes"]
         lane.run = structs.replace(lane.run, load_s=opened["load_s"], first_ttft_s=first_ttft_s)
+        if opened["kernel"] == "edgekv":
+            self._notes += (f"{lane.run.label}: attention by EdgeKV's kernel",)
         if lane.card_nbytes:  # decoding reads the card's memory: the cores' bandwidth is no ceiling
             lane.run = structs.replace(lane.run, bandwidth_gb_s=None, bandwidth_nbytes=None)
 

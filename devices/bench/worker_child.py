@@ -47,6 +47,7 @@ class Worker:
         self._tokens = _tokens(n_ctx, self._backend.n_vocab)
         return {
             "load_s": load_s,
+            "kernel": self._backend.kernel,
             "cache_nbytes": self._backend.cache_nbytes(),
             "repacked_nbytes": self._repacked_nbytes(engine),
         }

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from edgekv.backends.llama_cpp.kernel.build import COMPILERS, is_built
 from edgekv.devices.bench.worker import WorkerProcess
 from edgekv.devices.doctor.check import Check
 from edgekv.devices.doctor.comfort import check_comfort
@@ -26,7 +27,7 @@ HOT_C = 75.0
 
 def examine() -> list[Check]:
     """All checks, in the order in which trouble would show."""
-    system = [check_python(), *check_packages(), check_wheels(), check_engine()]
+    system = [check_python(), *check_packages(), check_wheels(), check_engine(), check_kernel()]
     return [*system, *check_memory(), check_cores(), check_governor(), *check_heat(), check_comfort()]
 
 
@@ -112,6 +113,25 @@ def check_engine() -> Check:
     if not flags:
         return Check(name, "unknown", f"the build uses {used_words}; the CPU's flags are not readable")
     return Check(name, "ok", f"build uses {used_words}; the CPU has them")
+
+
+def check_kernel() -> Check:
+    """Whether EdgeKV's attention kernel is built for this machine and this llama.cpp."""
+    name = "attention kernel"
+    if engine_library() is None:
+        return Check(name, "unknown", "llama.cpp is not installed")
+    if is_built():
+        return Check(name, "ok", "built")
+    if not any(shutil.which(compiler) for compiler in COMPILERS):
+        return Check(
+            name,
+            "warn",
+            "not built, and there is no C++ compiler",
+            "apt-get install g++, then: edgekv kernel",
+        )
+    return Check(
+        name, "warn", "not built: decoding slows down with a long cache", "edgekv kernel (takes seconds)"
+    )
 
 
 def check_memory(root: Path = Path("/")) -> list[Check]:

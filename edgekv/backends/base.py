@@ -22,9 +22,11 @@ class Backend(Protocol):
         n_ctx: tokens that the cache can hold.
         n_ctx_train: tokens that the model was trained for (max_position_embeddings); None where it does not say.
         n_past: tokens in the cache; `prefill` and `decode` append to it.
+        kernel: "edgekv" where llama.cpp's attention is EdgeKV's kernel, else "stock".
     """
 
     name: str
+    kernel: str = "stock"
     n_ctx: int
     n_ctx_train: int | None = None
     n_vocab: int

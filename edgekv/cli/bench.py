@@ -37,6 +37,7 @@ def parse_depths(text: str) -> tuple[int, ...]:
 @click.option("--cpus", default="", metavar="CPUS", callback=options.parsed(parse_cpu_list),
               help="CPUs to run on, as 0-3,6.  [default: the fast physical cores]")  # fmt: skip
 @options.backend("Engine.  [default: the one for each model's format]")
+@options.kernel()
 @options.output("Write the JSON report here.", required=False)
 @options.force()
 @options.as_json("Print the JSON report instead of tables.")

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 @options.cache_type("How keys and values are stored.  [default: f16]")
 @options.threads()
 @options.backend()
+@options.kernel()
 @click.option("--stats", is_flag=True, help="Show times, tokens/s and memory after each answer.")
 @options.as_json("One-shot: the answer and its figures as JSON.")
 def command(

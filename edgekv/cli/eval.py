@@ -66,6 +66,7 @@ def parse_tasks(values: tuple[str, ...]) -> tuple[tuple[str, Path], ...]:
 )
 @click.option("--weights", type=click.Choice(WEIGHTS), default=WEIGHTS[0], show_default=True,
               help="Dequantize the weights first, so that only the cache's loss is left.")  # fmt: skip
+@options.kernel()
 @options.effort
 @options.as_json("Print one JSON document.")
 def command(

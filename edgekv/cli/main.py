@@ -25,6 +25,7 @@ COMMANDS = {  # name: one line for `edgekv --help`; the command lives in edgekv/
     "bench": "Measure prefill and decode speed, memory, and what explains them.",
     "compare": "Put reports side by side, as tables or as a page with charts.",
     "plan": "Predict whether a model fits a board, and how fast it will be.",
+    "kernel": "Build the attention kernel that makes a long cache fast in llama.cpp.",
     "doctor": "Check whether this machine is ready, and what would make it so.",
 }
 

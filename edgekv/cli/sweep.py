@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @options.output("Write OUTPUT.json, .md and .svg.  [default: FILE's name]", required=False)
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="At most N windows.")
 @options.force("Replace them.")
+@options.kernel()
 @options.effort
 @options.as_json("Print one JSON document.")
 def command(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @options.backend("Engine of A.", "--backend-a", "reference")
 @options.backend("Engine of B.  [default: the one for B's format]", "--backend-b")
 @options.cache_type("llama.cpp's cache type.", default="f32")
+@options.kernel()
 @options.text("Text to compare on.  [default: text that A samples itself]")
 @options.text_tokens(256, "Tokens to compare on.")
 @click.option("--tolerance", default=1e-5, show_default=True, help="Largest mean KL, in nats per token.")
@@ -52,4 +53,5 @@ def _show(found: Comparison) -> None:
     )
     click.echo(f"max logit error   {found.max_logit_error:.3e}")
     click.echo(f"argmax agreement  {found.argmax_agreement:.2%}")
+    click.echo(f"attention         {'EdgeKV kernel' if found.kernel == 'edgekv' else 'stock'} (llama.cpp)")
     click.echo(f"perplexity        {found.ppl_a:.4f} (A)  {found.ppl_b:.4f} (B)")

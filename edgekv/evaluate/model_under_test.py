@@ -13,6 +13,7 @@ from typing import Literal
 
 from edgekv import __version__
 from edgekv.backends.base import Backend
+from edgekv.backends.llama_cpp.kernel.load import chosen_kernel
 from edgekv.backends.open import Kind, open_backend
 from edgekv.errors import InputError, ModelFileError
 from edgekv.files import file_sha256
@@ -93,13 +94,14 @@ def cache_nbytes_per_token(subject: ModelUnderTest, folder: Path) -> float:
 
 
 def engine_version(kind: Kind) -> str:
-    """Version of the engine; the reference's is EdgeKV's own."""
+    """Version of the engine, and whether EdgeKV's attention kernel is in it; the reference's is EdgeKV's own."""
     if kind not in ENGINE_PACKAGES:
         return __version__
     try:
-        return version(ENGINE_PACKAGES[kind])
+        found = version(ENGINE_PACKAGES[kind])
     except PackageNotFoundError:
         return "not installed"
+    return f"{found} with EdgeKV's kernel" if kind == "llama.cpp" and chosen_kernel() == "edgekv" else found
 
 
 def model_sha256(path: Path) -> str:

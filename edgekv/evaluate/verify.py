@@ -28,6 +28,7 @@ class Comparison:
     argmax_agreement: float
     ppl_a: float
     ppl_b: float
+    kernel: str = "stock"  # "edgekv" where one of them ran in llama.cpp with EdgeKV's attention
 
 
 def sample_tokens(model: Backend, n_tokens: int, seed: int) -> list[int]:
@@ -70,5 +71,6 @@ def compare(
         max_logit_error=error,
         argmax_agreement=agree / len(tokens),
         ppl_a=float(np.exp(nll_a / predicted)),
+        kernel="edgekv" if "edgekv" in (a.kernel, b.kernel) else "stock",
         ppl_b=float(np.exp(nll_b / predicted)),
     )

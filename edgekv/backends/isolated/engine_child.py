@@ -38,7 +38,8 @@ class Engine:
         backend = self._backend = open_backend(self._path, abort_flag=self._shared.abort_flag, **options)
         self._shared.map_rows(backend.n_vocab)
         _release_memory()
-        attributes = {name: getattr(backend, name) for name in ("name", "n_ctx", "n_ctx_train", "n_vocab")}
+        names = ("name", "kernel", "n_ctx", "n_ctx_train", "n_vocab")
+        attributes = {name: getattr(backend, name) for name in names}
         return {**attributes, "cache_nbytes": backend.cache_nbytes()}
 
     def prefill(self, tokens: list[int]) -> bool:

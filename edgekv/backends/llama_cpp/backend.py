@@ -16,6 +16,7 @@ import numpy as np
 from edgekv.backends.base import DEFAULT_N_CTX, Backend, Interrupted, require_positive, require_room
 from edgekv.backends.llama_cpp.fits import require_memory
 from edgekv.backends.llama_cpp.footprint import default_ubatch
+from edgekv.backends.llama_cpp.kernel.load import use_kernel
 from edgekv.backends.llama_cpp.language import LlamaLanguage
 from edgekv.backends.llama_cpp.library import (
     LOG,
@@ -93,6 +94,7 @@ class LlamaCppBackend(Backend):
         self._abort = abort_flag if abort_flag is not None else ctypes.create_string_buffer(2)
         self._context: Any = None
         self._model = load_model(path, repack, mapped)
+        self.kernel = use_kernel()
         self._context = self._open_context(path, n_ctx, kind, n_threads, n_ubatch)
         self._memory = self._api.llama_get_memory(self._context)
         self._cache_nbytes = exact_cache_nbytes(self._memory) or LOG.cache_nbytes()

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -166,6 +167,22 @@ def backend(
     """--backend, an inference engine."""
     return click.option(
         flag, type=click.Choice(KINDS), default=default, show_default=default is not None, help=help_text
+    )
+
+
+def kernel() -> Option[Any]:
+    """--kernel, which attention llama.cpp runs: for this process and all that it starts."""
+
+    def choose(_: click.Context, __: click.Parameter, value: str | None) -> None:
+        if value:
+            os.environ["EDGEKV_KERNEL"] = value
+
+    return click.option(
+        "--kernel",
+        type=click.Choice(["edgekv", "stock"]),
+        expose_value=False,
+        callback=choose,
+        help="Attention of llama.cpp: EdgeKV's kernel or its own.  [default: the kernel where it is built]",
     )
 
 

@@ -68,7 +68,7 @@ def notice(text: str) -> None:
     click.secho(f"[{text}]", err=True, dim=True)
 
 
-def figures(timings: Timings, engine: IsolatedBackend) -> dict[str, float | int | None]:
+def figures(timings: Timings, engine: IsolatedBackend) -> dict[str, float | int | str | None]:
     """Figures of an answer under the names of the JSON output."""
     return {
         "n_reused": timings.n_reused,
@@ -78,6 +78,7 @@ def figures(timings: Timings, engine: IsolatedBackend) -> dict[str, float | int 
         "prefill_tps": round(timings.prefill_tps, 3),
         "decode_tps": round(timings.decode_tps, 3),
         "n_ctx": engine.n_ctx,
+        "kernel": engine.kernel,
         "cache_nbytes": engine.cache_nbytes(),
         "engine_peak_rss_nbytes": engine.peak_rss_nbytes(),
         "chat_peak_rss_nbytes": peak_rss_nbytes(os.getpid()),
@@ -89,10 +90,12 @@ def stats_line(timings: Timings, engine: IsolatedBackend) -> str:
     peaks = {"engine": engine.peak_rss_nbytes(), "chat": peak_rss_nbytes(os.getpid())}
     rss = [f"{name} {nbytes / 1e6:.0f} MB" for name, nbytes in peaks.items() if nbytes is not None]
     reused = f" (+{timings.n_reused} in cache)" if timings.n_reused else ""
+    kernel = " | EdgeKV kernel" if engine.kernel == "edgekv" else ""
     return click.style(
         f"[first token {timings.ttft_s:.2f} s | prefill {timings.n_prefilled} tokens{reused} "
         f"{timings.prefill_tps:.1f} tokens/s | decode {timings.n_generated} tokens {timings.decode_tps:.1f} "
         f"tokens/s | cache {engine.cache_nbytes() / 1e6:.1f} MB for {engine.n_ctx} tokens"
+        + kernel
         + (f" | peak RSS {', '.join(rss)}" if rss else "")
         + "]",
         dim=True,

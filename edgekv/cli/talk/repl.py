@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 
@@ -98,6 +99,9 @@ class Repl:
         """Print the error; reopen a dead engine, which prefills the conversation at the next question."""
         click.echo(f"error: {error}", err=True)
         if not self._engine.alive:
+            if self._engine.kernel == "edgekv":  # it may have been the kernel that died
+                os.environ["EDGEKV_KERNEL"] = "stock"
+                notice("the attention kernel is left out from here on")
             self._engine.restart()
             notice("the engine was restarted and the conversation is kept; /regen asks again")
 

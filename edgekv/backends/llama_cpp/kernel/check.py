@@ -1,0 +1,48 @@
+"""The check of a built kernel against NumPy: `python -m edgekv.backends.llama_cpp.kernel.check FILE`, exit code 0 or 1.
+
+It runs in a process of its own, since a build for another CPU dies of an illegal instruction.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType as GGMLType
+
+from edgekv.backends.llama_cpp.kernel.ggml import Node, attend, load_backend, twin
+
+TOLERANCE = 1e-5  # relative: the kernel computes in float32
+KINDS = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+
+
+def worst_error(path: Path) -> float:
+    """The largest relative error over a latent and a GQA node of every type, decoding and prefilling."""
+    backend = load_backend(path, n_threads=2)
+    rng = np.random.default_rng(0)
+
+    def noise(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    worst = 0.0
+    for kind in (GGMLType[name] for name in KINDS):
+        for tokens in (1, 19):
+            mask = np.where(np.arange(700) > 650 + np.arange(tokens)[:, None], -np.inf, 0.0)[None, None]
+            latent = Node(
+                noise(1, 9, tokens, 96), noise(1, 1, 700, 96), None, kind, kind, 64, mask, scale=0.1
+            )
+            gqa = Node(
+                noise(1, 6, tokens, 64), noise(1, 2, 700, 64), noise(1, 2, 700, 64), kind, kind, 64, mask
+            )
+            for node in (latent, gqa):
+                wanted = twin(node)
+                error = np.linalg.norm(attend(backend, node) - wanted) / np.linalg.norm(wanted)
+                worst = max(worst, float(error))
+    return worst
+
+
+if __name__ == "__main__":
+    error = worst_error(Path(sys.argv[1]))
+    if not error <= TOLERANCE:
+        sys.exit(f"it differs from NumPy by {error:.1e}")

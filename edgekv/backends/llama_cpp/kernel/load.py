@@ -1,0 +1,63 @@
+"""Which attention llama.cpp runs: its own, or the kernel, loaded once per process before a context is made.
+
+The choice is one for a process and all its children, so it lies in the environment: EDGEKV_KERNEL is "edgekv", "stock",
+or not set, which takes the kernel where it is built. `--kernel` of the command line sets it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Literal, get_args
+
+from edgekv.backends.llama_cpp.kernel.build import build_path, is_built
+from edgekv.backends.llama_cpp.library import llama
+from edgekv.errors import BackendError, InputError
+
+VARIABLE = "EDGEKV_KERNEL"
+Kernel = Literal["edgekv", "stock"]
+KERNELS: tuple[Kernel, ...] = get_args(Kernel)
+
+
+def chosen_kernel() -> Kernel:
+    """The attention that a CPU's llama.cpp would run in this process; nothing native is loaded to find out.
+
+    Raises:
+        InputError: EDGEKV_KERNEL is something else.
+        BackendError: the kernel is asked for and not built.
+    """
+    wanted = os.environ.get(VARIABLE) or None
+    if wanted not in (None, *KERNELS):
+        raise InputError(f"{VARIABLE} is {wanted!r}; it takes {' or '.join(KERNELS)}, or is not set")
+    if wanted == "stock":
+        return "stock"
+    if is_built():
+        return "edgekv"
+    if wanted:
+        raise BackendError(
+            "the attention kernel is not built; run `edgekv kernel` once, or leave out --kernel"
+        )
+    return "stock"
+
+
+def use_kernel() -> Kernel:
+    """Load the kernel if it is chosen; which attention the contexts made from here on run.
+
+    On a GPU llama.cpp runs its own. Once loaded the kernel stays for the life of the process: ggml has no way back.
+
+    Raises: as `chosen_kernel` does; BackendError: ggml refuses the kernel.
+    """
+    if llama().llama_supports_gpu_offload() or chosen_kernel() == "stock":
+        return "stock"
+    _load_once()
+    return "edgekv"
+
+
+@functools.cache
+def _load_once() -> None:
+    from edgekv.backends.llama_cpp.kernel.ggml import ggml
+
+    if not ggml("ggml_backend_load")(str(build_path()).encode()):
+        raise BackendError(
+            "ggml refuses the attention kernel; build it again with `edgekv kernel`, or take --kernel stock"
+        )

@@ -1,0 +1,245 @@
+"""The attention kernel against NumPy's float64, in the model, under sanitizers, and where it cannot be had."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as GGMLType
+
+from edgekv.backends.llama_cpp.kernel import build as kernel_build
+from edgekv.backends.llama_cpp.kernel.build import FLAGS, HERE, build, build_path, is_built
+from edgekv.backends.llama_cpp.kernel.check import KINDS
+from edgekv.backends.llama_cpp.kernel.ggml import Node, attend, load_backend, twin
+from edgekv.backends.llama_cpp.kernel.load import VARIABLE, chosen_kernel
+from edgekv.backends.open import open_backend
+from edgekv.errors import BackendError, InputError
+from edgekv.reference.ops import kl_rows, log_softmax
+
+SANITIZED = Path(__file__).with_name("kernel_sanitized.cpp")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A build in a cache folder of its own."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    yield build()
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def backend(built: Path) -> Any:
+    return load_backend(built, n_threads=2)
+
+
+def random_node(kind: GGMLType, rng: np.random.Generator) -> Node:
+    """A latent's or a GQA node with any number of sequences, heads, tokens and rows, masked in every way."""
+
+    def noise(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    def pick(*values: int) -> int:
+        return int(rng.choice(values))
+
+    n, groups, tokens, rows = (
+        pick(1, 1, 2),
+        pick(1, 1, 2, 3),
+        pick(1, 1, 2, 7, 13, 64, 90),
+        pick(1, 5, 64, 255, 640, 1100),
+    )
+    heads, width_k = groups * pick(1, 2, 3, 5, 9, 16), 32 * pick(1, 2, 3, 6, 8, 10)
+    latent = groups == 1 and rng.random() < 0.5
+    width_v = 32 * pick(*range(1, width_k // 32 + 1)) if latent else 32 * pick(1, 2, 3, 8)
+    other = GGMLType[KINDS[pick(*range(len(KINDS)))]] if rng.random() < 0.3 and not latent else kind
+    mask = None
+    if rng.random() < 0.8:
+        past = int(rng.integers(0, rows))
+        ahead = np.arange(rows) > past + np.arange(tokens)[:, None]
+        behind = np.arange(rows) < np.minimum(past + np.arange(tokens)[:, None], rows - 1) - 100
+        hidden = ahead | behind if rng.random() < 0.3 else ahead
+        shape = (pick(1, n), pick(1, 1, heads), tokens, rows)
+        mask = np.where(
+            hidden, -np.inf, rng.standard_normal(shape) if rng.random() < 0.3 else np.zeros(shape)
+        )
+        mask = mask.astype(np.float16)
+    return Node(
+        q=noise(n, heads, tokens, width_k),
+        k=noise(n, groups, rows, width_k),
+        v=None if latent else noise(n, groups, rows, width_v),
+        type_k=kind,
+        type_v=other,
+        width_v=width_v,
+        mask=mask,
+        sinks=noise(heads) if rng.random() < 0.2 else None,
+        scale=width_k**-0.5,
+        softcap=20.0 if rng.random() < 0.2 else 0.0,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_shape_equals_numpy(backend: Any, kind: str) -> None:
+    rng = np.random.default_rng(KINDS.index(kind))
+    for _ in range(10):
+        node = random_node(GGMLType[kind], rng)
+        wanted = twin(node)
+        error = np.linalg.norm(attend(backend, node) - wanted) / np.linalg.norm(wanted)
+        assert error < 1e-5, node
+
+
+def test_what_it_does_not_compute_is_left_to_ggml(backend: Any) -> None:
+    """Ternary weights are no cache type here."""
+    q, k = (np.zeros((1, 1, rows, 256), np.float32) for rows in (1, 32))
+    with pytest.raises(BackendError, match="does not compute"):
+        attend(backend, Node(q, k, None, GGMLType.TQ2_0, GGMLType.TQ2_0, 256))
+
+
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_mla"])
+def test_the_model_says_what_it_said(
+    built: Path, model: str, request: pytest.FixtureRequest, edgekv_logits: Callable[..., Any]
+) -> None:
+    """Prefill of 300 tokens, then single ones, f32 weights: near stock with an f16 cache, and with a q8_0 cache no
+    further from stock's f16 than stock's own q8_0 is."""
+    path = request.getfixturevalue(model)
+
+    def logits(cache_type: str, kernel: str) -> Any:
+        return log_softmax(edgekv_logits(path, cache_type, kernel, built))
+
+    def kl(found: Any) -> float:
+        return float(np.mean(kl_rows(wanted, found)))
+
+    wanted = logits("f16", "stock")
+    assert kl(logits("f16", "edgekv")) < 5e-5
+    assert kl(logits("q8_0", "edgekv")) < 1.5 * kl(logits("q8_0", "stock")) + 1e-5
+
+
+@pytest.fixture
+def edgekv_logits(tmp_path: Path) -> Callable[..., Any]:
+    """Logits of a model in a process of its own: a kernel that is loaded stays."""
+
+    def run(path: Path, cache_type: str, kernel: str, built: Path) -> Any:
+        out = tmp_path / f"{kernel}.npy"
+        code = (
+            "import sys, numpy as np\nfrom pathlib import Path\nfrom edgekv.backends.open import open_backend\n"
+            "from edgekv.backends.llama_cpp.library import llama\n"
+            "b = open_backend(Path(sys.argv[1]), 'llama.cpp', n_ctx=512, cache_type=sys.argv[2], n_threads=2)\n"
+            "assert b.kernel == sys.argv[4], b.kernel\n"
+            "tokens = np.random.default_rng(0).integers(0, b.n_vocab, 340).tolist()\n"
+            "rows = [b.prefill_all(tokens[:300]), *(b.decode(t)[None] for t in tokens[300:])]\n"
+            "np.save(sys.argv[3], np.concatenate(rows))\n"
+        )
+        environment = os.environ | {VARIABLE: kernel, "XDG_CACHE_HOME": str(built.parents[2])}
+        command = [
+            sys.executable,
+            "-P",
+            "-c",
+            code,
+            str(path),
+            cache_type,
+            str(out),
+            kernel,
+        ]
+        subprocess.run(command, check=True, env=environment, timeout=120)
+        return np.load(out)
+
+    return run
+
+
+def test_sanitizers_find_nothing(tmp_path: Path) -> None:
+    """AddressSanitizer and UndefinedBehaviorSanitizer over random shapes of every type."""
+    program = tmp_path / "sanitized"
+    flags = [flag for flag in FLAGS if flag not in ("-O3", "-shared", "-fopenmp")]
+    compiler = kernel_build._compiler()
+    command = [
+        compiler,
+        *flags,
+        "-O1",
+        "-g",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover",
+        f"-I{HERE}",
+    ]
+    subprocess.run([*command, str(SANITIZED), str(HERE / "attention.cpp"), "-o", str(program)], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["32", "problems"]
+
+
+class TestWhereItCannotBeHad:
+    @pytest.fixture(autouse=True)
+    def fresh_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.delenv(VARIABLE, raising=False)
+
+    def test_not_built_is_stock_unless_it_is_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert not is_built()
+        assert chosen_kernel() == "stock"
+        monkeypatch.setenv(VARIABLE, "edgekv")
+        with pytest.raises(BackendError, match="run `edgekv kernel` once"):
+            chosen_kernel()
+        monkeypatch.setenv(VARIABLE, "fast")
+        with pytest.raises(InputError, match="takes edgekv or stock"):
+            chosen_kernel()
+
+    def test_no_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PATH", "/nowhere")
+        monkeypatch.delenv("CXX", raising=False)
+        with pytest.raises(BackendError, match=r"no C\+\+ compiler .* or go on without"):
+            build()
+
+    def test_a_compiler_that_refuses(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kernel_build, "FLAGS", (*FLAGS, "-fno-such-flag"))
+        with pytest.raises(BackendError, match=r"compiling of the attention kernel failed: .*no-such-flag"):
+            build()
+        assert not is_built()
+
+    def test_a_file_that_somebody_else_put_there(self, built: Path, tiny_llama: Path) -> None:
+        path = build_path()
+        path.parent.mkdir(parents=True)
+        shutil.copy(built, path)
+        assert not is_built(), "it has passed no check here"
+        shutil.copy(built.with_suffix(".sha256"), path.with_suffix(".sha256"))
+        assert is_built()
+        with path.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\1")
+        assert not is_built(), "one byte is another"
+        assert chosen_kernel() == "stock"
+
+    def test_another_ggml_is_left_alone(
+        self, built: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """Compiled for a ggml of another version, the library declines, and ggml says that it was not loaded."""
+        defines = kernel_build._defines
+
+        def other() -> list[str]:
+            return [x.replace('EDGEKV_GGML_VERSION="', 'EDGEKV_GGML_VERSION="9.') for x in defines()]
+
+        monkeypatch.setattr(kernel_build, "_defines", other)
+        with pytest.raises(BackendError, match="the check of the attention kernel failed"):
+            build()
+
+    def test_a_read_only_cache_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "edgekv").write_text("")
+        with pytest.raises((BackendError, InputError)):
+            build()
+
+
+def test_nodes_are_computed_by_it(built: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(built.parents[2]))
+    monkeypatch.setenv(VARIABLE, "edgekv")
+    counter = ctypes.CDLL(str(built)).edgekv_n_computed
+    counter.restype = ctypes.c_int64
+    engine = open_backend(tiny_llama, "llama.cpp", n_ctx=256, n_threads=1)
+    before = counter()
+    engine.decode(5)
+    engine.close()
+    assert counter() - before == 3, "one node per layer"
