@@ -32,6 +32,7 @@ $(VENV)/.base: pyproject.toml
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.base
+	$(BIN)/edgekv kernel
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from edgekv.source import LazySource, TensorSource
 from edgekv.spec import GQA, LayerSpec, ModelSpec, RopeSpec
 from edgekv.tensors import layer_tensor_shapes
 from edgekv.tokenizer.bpe import BYTE_OF_LETTER
+
+os.environ.setdefault("EDGEKV_KERNEL", "stock")  # whatever this machine has built; its own tests choose
 
 LETTERS = [*BYTE_OF_LETTER, "ab", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 
