@@ -104,7 +104,7 @@ class Worker:
     def memory(self) -> dict[str, int]:
         """Resident set of this process and the model file's part of it, in bytes."""
         from edgekv.devices.sensors.resident import ResidentSet
-        from edgekv.models.onnx.manifest import DATA, is_onnx_folder
+        from edgekv.models.onnx.folder import DATA, is_onnx_folder
 
         seen = ResidentSet.of_self(self._path / DATA if is_onnx_folder(self._path) else self._path)
         return {"rss": seen.rss_nbytes, "peak": seen.peak_rss_nbytes, "file": seen.file_nbytes}

@@ -9,7 +9,8 @@ from pathlib import Path
 from edgekv.devices.reporting.report import CacheInfo, ModelInfo
 from edgekv.files import file_sha256
 from edgekv.models.gguf.spec import JOINT_KV_B
-from edgekv.models.onnx.manifest import MANIFEST, Manifest
+from edgekv.models.onnx.folder import MANIFEST
+from edgekv.models.onnx.manifest import Manifest
 from edgekv.source import SizedSource
 from edgekv.spec import MLA, ModelSpec, cache_row_nbytes
 from edgekv.tensors import read_nbytes, weight_flops

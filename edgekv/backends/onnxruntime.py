@@ -22,7 +22,8 @@ from edgekv.backends.base import DEFAULT_N_CTX, Backend, Interrupted, require_po
 from edgekv.errors import BackendError, InputError
 from edgekv.host.memory import is_small_machine, release_file
 from edgekv.host.threads import default_threads
-from edgekv.models.onnx.manifest import DATA, GRAPH, check_folder
+from edgekv.models.onnx.folder import DATA, GRAPH
+from edgekv.models.onnx.manifest import check_folder
 from edgekv.source import Array
 
 OLDEST = (1, 29)  # 1.26 has no Cos of float64 and gives other logits for quantized GQA

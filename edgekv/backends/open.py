@@ -85,7 +85,7 @@ def open_language(backend: Backend, path: Path) -> Language:
         assert isinstance(backend, LlamaCppBackend)
         return backend.language()
     from edgekv.models.gguf.header import read_header
-    from edgekv.models.onnx.manifest import language_file
+    from edgekv.models.onnx.folder import language_file
     from edgekv.tokenizer.tokenizer import Tokenizer
 
     return Tokenizer.from_metadata(read_header(language_file(path)).metadata)
@@ -93,6 +93,6 @@ def open_language(backend: Backend, path: Path) -> Language:
 
 def default_kind(path: Path) -> Kind:
     """The engine for a model: onnx for a folder that `edgekv export onnx` wrote, else llama.cpp."""
-    from edgekv.models.onnx.manifest import is_onnx_folder
+    from edgekv.models.onnx.folder import is_onnx_folder
 
     return "onnx" if is_onnx_folder(path) else "llama.cpp"

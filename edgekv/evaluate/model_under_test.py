@@ -19,7 +19,8 @@ from edgekv.errors import InputError, ModelFileError
 from edgekv.files import file_sha256
 from edgekv.models.gguf.header import kept_header
 from edgekv.models.gguf.parts import require_first
-from edgekv.models.onnx.manifest import MANIFEST, is_onnx_folder, language_file, read_manifest
+from edgekv.models.onnx.folder import MANIFEST, is_onnx_folder, language_file
+from edgekv.models.onnx.manifest import read_manifest
 from edgekv.progress import ignore
 from edgekv.quant.formats import FORMATS, KEEP
 from edgekv.tokenizer.tokenizer import Tokenizer

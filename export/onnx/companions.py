@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekv.export.tokenizer_json import write_json, write_tokenizer
-from edgekv.models.onnx.manifest import GRAPH
+from edgekv.models.onnx.folder import GRAPH
 from edgekv.source import TensorSource
 from edgekv.spec import GQA
 from edgekv.tokenizer.tokenizer import Tokenizer

@@ -12,16 +12,8 @@ from edgekv.export.gguf.write import write_vocabulary
 from edgekv.export.onnx.companions import write_companions
 from edgekv.export.onnx.weights import BLOCK, LatentCache, Weights
 from edgekv.files import atomic_folder, file_sha256, forget_cached
-from edgekv.models.onnx.manifest import (
-    DATA,
-    GRAPH,
-    MANIFEST,
-    VERSION,
-    VOCABULARY,
-    FileRecord,
-    Manifest,
-    ModelRecord,
-)
+from edgekv.models.onnx.folder import DATA, GRAPH, MANIFEST, VOCABULARY
+from edgekv.models.onnx.manifest import VERSION, FileRecord, Manifest, ModelRecord
 from edgekv.progress import Progress
 from edgekv.source import TensorSource
 from edgekv.spec import GQA, MLA

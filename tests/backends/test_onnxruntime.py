@@ -20,7 +20,8 @@ from edgekv.backends.onnxruntime import SLOT_STEP, OnnxBackend, _slots
 from edgekv.backends.open import open_backend
 from edgekv.errors import BackendError, InputError, ModelFileError
 from edgekv.export.onnx.write import OnnxOptions, write_onnx
-from edgekv.models.onnx.manifest import DATA, GRAPH, MANIFEST, check_folder
+from edgekv.models.onnx.folder import DATA, GRAPH, MANIFEST
+from edgekv.models.onnx.manifest import check_folder
 from edgekv.models.open import open_model
 from edgekv.progress import ignore
 

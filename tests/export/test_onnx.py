@@ -19,7 +19,8 @@ from edgekv.export.gguf.write import write_gguf
 from edgekv.export.onnx.weights import LatentCache, Weights, quantize_blocks
 from edgekv.export.onnx.write import OnnxOptions, write_onnx
 from edgekv.models.gguf.header import read_header
-from edgekv.models.onnx.manifest import DATA, GRAPH, MANIFEST, VOCABULARY, read_manifest
+from edgekv.models.onnx.folder import DATA, GRAPH, MANIFEST, VOCABULARY
+from edgekv.models.onnx.manifest import read_manifest
 from edgekv.models.open import open_model
 from edgekv.source import LazySource, TensorSource
 from edgekv.spec import MLA, RopeSpec, Yarn

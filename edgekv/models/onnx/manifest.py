@@ -16,8 +16,8 @@ from typing import Literal
 from edgekv.documents import Document, decode, dumps, parse
 from edgekv.errors import ModelFileError
 from edgekv.models.onnx.external_data import check_external_data
+from edgekv.models.onnx.folder import DATA, GRAPH, MANIFEST, VOCABULARY
 
-MANIFEST, GRAPH, DATA, VOCABULARY = "edgekv.json", "model.onnx", "model.onnx.data", "vocab.gguf"
 VERSION = 1
 MAX_MANIFEST_NBYTES = 2**20
 
@@ -63,16 +63,6 @@ class Manifest(Document, frozen=True):
 
     def to_json(self) -> str:
         return dumps(self, indent=1, ensure_ascii=False) + "\n"
-
-
-def is_onnx_folder(path: Path) -> bool:
-    """Whether this is a folder that `edgekv export onnx` wrote."""
-    return (path / MANIFEST).is_file()
-
-
-def language_file(model: Path) -> Path:
-    """The GGUF that holds a model's vocabulary and chat template: the model itself, or one in its folder."""
-    return model / VOCABULARY if is_onnx_folder(model) else model
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -1,6 +1,6 @@
 """Builds of the attention kernel: compiled for this machine and this llama.cpp, checked, kept in the cache folder.
 
-A build's name is made of the sources, the flags, llama.cpp's version and the CPU's features, so that a change of any
+A build's name is made of the sources, the flags, llama.cpp's library and the CPU's features, so that a change of any
 of them asks for a new one; the library itself compares ggml's version and layout when it is loaded. Beside a build
 lies the SHA-256 that it had when it passed its check: a file that somebody else put there, or that a disk damaged, is
 not loaded.
@@ -13,9 +13,7 @@ import hashlib
 import os
 import platform
 import shutil
-import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -23,11 +21,10 @@ from platformdirs import user_cache_path
 from edgekv.backends.llama_cpp.library import llama
 from edgekv.errors import BackendError, OutputError
 from edgekv.files import atomic_path, file_sha256
-from edgekv.host.isa import cpu_flags
+from edgekv.host.isa import cpu_flags, engine_library
 
 HERE = Path(__file__).parent
 SOURCES = tuple(HERE / name for name in ("attention.cpp", "backend.cpp"))
-PACKAGE = "llama-cpp-python"
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = (
     *("-std=c++17", "-O3", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden"),
@@ -43,20 +40,16 @@ def build_path() -> Path:
     Raises:
         BackendError: llama-cpp-python is not installed.
     """
-    try:
-        engine = version(PACKAGE)
-    except PackageNotFoundError:
+    library = engine_library()
+    if library is None:
         raise BackendError(
             "the attention kernel is for llama.cpp, which is not installed: pip install 'edgekv[llama]'"
-        ) from None
+        )
+    engine = f"{library} {library.stat().st_size} {library.stat().st_mtime_ns}"
     parts = [source.read_bytes() for source in (*SOURCES, HERE / "attention.h")]
     parts += [" ".join(FLAGS).encode(), " ".join(sorted(cpu_flags())).encode(), engine.encode()]
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    return (
-        user_cache_path("edgekv")
-        / "kernel"
-        / f"attention-{digest}-{PACKAGE}-{engine}-{platform.machine()}.so"
-    )
+    return user_cache_path("edgekv") / "kernel" / f"attention-{digest}-{platform.machine()}.so"
 
 
 def is_built() -> bool:
@@ -132,6 +125,8 @@ def _library() -> list[str]:
 
 
 def _run(command: list[str], what: str) -> None:
+    import subprocess  # 1.5 MB that a process which only loads a build does without
+
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=CHECK_TIMEOUT_S)
     except subprocess.CalledProcessError as error:

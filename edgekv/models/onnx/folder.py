@@ -1,0 +1,17 @@
+"""Files of an ONNX folder by name, and whether a path is one: all that a process without onnxruntime has to know."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+MANIFEST, GRAPH, DATA, VOCABULARY = "edgekv.json", "model.onnx", "model.onnx.data", "vocab.gguf"
+
+
+def is_onnx_folder(path: Path) -> bool:
+    """Whether this is a folder that `edgekv export onnx` wrote."""
+    return (path / MANIFEST).is_file()
+
+
+def language_file(model: Path) -> Path:
+    """The GGUF that holds a model's vocabulary and chat template: the model itself, or one in its folder."""
+    return model / VOCABULARY if is_onnx_folder(model) else model
