@@ -43,9 +43,13 @@ def minimal(tmp_path: Path) -> dict[str, str]:
     refused = {name for name, owners in providers.items() if not kept & {owner.lower() for owner in owners}}
     refused = {name for name in refused if not name.startswith("_")}
     assert {"llama_cpp", "onnx", "psutil", "safetensors", "torch"} <= refused
-    hook = tmp_path / "hook"
+    return without(refused, tmp_path / "hook")
+
+
+def without(packages: set[str], hook: Path) -> dict[str, str]:
+    """The environment of processes in which importing these packages fails."""
     hook.mkdir()
-    (hook / "sitecustomize.py").write_text(HOOK.format(refused=sorted(refused)))
+    (hook / "sitecustomize.py").write_text(HOOK.format(refused=sorted(packages)))
     path = os.pathsep.join(filter(None, (str(hook), os.environ.get("PYTHONPATH"))))
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
@@ -70,3 +74,19 @@ def test_a_minimal_installation_chats(tiny_mla: Path, tmp_path: Path, minimal: d
     refused = chat(tiny_mla, "-t", "1")
     assert refused.returncode == 3, "the hook hides llama-cpp-python"
     assert "llama" in refused.stderr
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnx_ir"])
+def test_only_the_export_to_onnx_needs_its_extra(missing: str, tiny_llama: Path, tmp_path: Path) -> None:
+    environment = without({missing}, tmp_path / "hook")
+
+    def export(kind: str, out: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-P", "-m", "edgekv", "export", kind, str(tiny_llama), "-o", str(out)]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+    refused = export("onnx", tmp_path / "out")
+    assert refused.returncode != 0
+    assert "pip install 'edgekv[onnx]'" in refused.stderr
+    assert not (tmp_path / "out").exists()
+    written = export("gguf", tmp_path / "out.gguf")
+    assert written.returncode == 0, written.stderr
