@@ -21,6 +21,7 @@ def command(force: bool, as_json: bool) -> None:
 
     \b
     edgekv kernel
+    edgekv kernel --force
     edgekv chat model.gguf --kernel stock --stats
     """
     from edgekv.backends.llama_cpp.kernel.build import build, build_path, is_built
