@@ -20,7 +20,8 @@
 namespace edgekv {
 namespace {
 
-// Vectors of the machine's width, by the compiler's vector extensions: one source for AVX-512, AVX2 and NEON.
+// Vectors of the machine's width, by the compiler's vector extensions: one source for AVX-512, AVX2 and NEON. They are
+// moved to and from memory by `load` and `store` alone: a vector type of lesser alignment would never stay in registers.
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
 #elif defined(__AVX2__)
@@ -28,8 +29,8 @@ constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
 #endif
-typedef float   vf __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef int32_t vi __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef float   vf __attribute__((vector_size(LANES * 4)));
+typedef int32_t vi __attribute__((vector_size(LANES * 4)));
 typedef float   f16x __attribute__((vector_size(64)));      // 16 values
 typedef int32_t i16x __attribute__((vector_size(64)));
 typedef uint8_t u8x __attribute__((vector_size(16)));
