@@ -95,6 +95,16 @@ def test_any_shape_equals_numpy(backend: Any, kind: str) -> None:
         assert error < 1e-5, node
 
 
+def test_many_threads_share_one_query(built: Path) -> None:
+    """78 stretches of one query's cache, more than the 64 that an earlier version had room for."""
+    rng = np.random.default_rng(0)
+    q, k = (rng.standard_normal((1, 1, rows, 32)).astype(np.float32) for rows in (1, 40_000))
+    node = Node(q, k, None, GGMLType.F16, GGMLType.F16, 32, scale=32**-0.5)
+    wanted = twin(node)
+    found = attend(load_backend(built, n_threads=40), node)
+    assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 1e-5
+
+
 def test_what_it_does_not_compute_is_left_to_ggml(backend: Any) -> None:
     """Ternary weights are no cache type here."""
     q, k = (np.zeros((1, 1, rows, 256), np.float32) for rows in (1, 32))

@@ -464,21 +464,21 @@ private:
     }
 };
 
-// Parts of one block, each over a stretch of the cache, as one row of the output.
-void finish(const Problem & p, const Sizes & s, const Block * parts, int64_t n_parts, int64_t r) {
-    const Block & b     = parts[0];
+// Parts of one block, each over a stretch of the cache and `step` floats behind the one before, as one row of the output.
+void finish(const Problem & p, const Sizes & s, const Block & b, int64_t n_parts, size_t step, int64_t r) {
     const int64_t token = (b.first + r) / s.group, head = b.kv_head * s.group + (b.first + r) % s.group;
     float         top   = p.sinks ? p.sinks[head] : NOTHING;
-    for (int64_t i = 0; i < n_parts; i++) top = std::max(top, parts[i].largest[r]);
+    for (int64_t i = 0; i < n_parts; i++) top = std::max(top, b.largest[size_t(i) * step + size_t(r)]);
     float * out = p.out + ((b.seq * p.n_tokens + token) * p.n_heads + head) * p.width_v;
     std::fill(out, out + p.width_v, 0.0f);
     if (top == NOTHING) return;
     float sum = p.sinks ? std::exp(p.sinks[head] - top) : 0.0f;
     for (int64_t i = 0; i < n_parts; i++) {
-        if (parts[i].largest[r] == NOTHING) continue;
-        const float   weight = std::exp(parts[i].largest[r] - top);
-        const float * from   = parts[i].out + r * s.width_v;
-        sum += weight * parts[i].sum[r];
+        const size_t at = size_t(i) * step;
+        if (b.largest[at + size_t(r)] == NOTHING) continue;
+        const float   weight = std::exp(b.largest[at + size_t(r)] - top);
+        const float * from   = b.out + at + size_t(r * s.width_v);
+        sum += weight * b.sum[at + size_t(r)];
         for (int64_t c = 0; c < p.width_v; c++) out[c] += weight * from[c];
     }
     for (int64_t c = 0; c < p.width_v; c++) out[c] /= sum;
@@ -561,7 +561,7 @@ void attention(const Problem & p, int n_threads, Scratch & scratch) {
             for (int64_t i = 0; i < n_blocks; i++) {
                 const Block b = block(i, me);
                 worker.run(b, 0, p.n_rows);
-                for (int64_t r = 0; r < b.count; r++) finish(p, s, &b, 1, r);
+                for (int64_t r = 0; r < b.count; r++) finish(p, s, b, 1, part, r);
             }
         } else {
 #pragma omp for schedule(dynamic, 1)
@@ -571,9 +571,8 @@ void attention(const Problem & p, int n_threads, Scratch & scratch) {
             }
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < n_blocks; i++) {
-                Block parts[64];
-                for (int64_t j = 0; j < n_parts; j++) parts[j] = block(i, i * n_parts + j);
-                for (int64_t r = 0; r < parts[0].count; r++) finish(p, s, parts, n_parts, r);
+                const Block b = block(i, i * n_parts);
+                for (int64_t r = 0; r < b.count; r++) finish(p, s, b, n_parts, part, r);
             }
         }
     }
