@@ -18,8 +18,8 @@ from gguf import GGMLQuantizationType as GGMLType
 from edgekv.backends.llama_cpp.kernel import build as kernel_build
 from edgekv.backends.llama_cpp.kernel.build import FLAGS, HERE, build, build_path, is_built
 from edgekv.backends.llama_cpp.kernel.check import KINDS
-from edgekv.backends.llama_cpp.kernel.ggml import Node, attend, load_backend, twin
 from edgekv.backends.llama_cpp.kernel.load import VARIABLE, chosen_kernel
+from edgekv.backends.llama_cpp.kernel.node import Node, attend, load_backend, twin
 from edgekv.backends.open import open_backend
 from edgekv.errors import BackendError, InputError
 from edgekv.reference.ops import kl_rows, log_softmax

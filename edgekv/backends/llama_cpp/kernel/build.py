@@ -8,7 +8,6 @@ not loaded.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 import platform
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
+from edgekv.backends.llama_cpp.kernel.ggml import ggml
 from edgekv.backends.llama_cpp.library import llama
 from edgekv.errors import BackendError, OutputError
 from edgekv.files import atomic_path, file_sha256
@@ -105,18 +105,15 @@ def _compiler() -> str:
 
 def _defines() -> list[str]:
     """ggml's headers, and what tells its ABI: a library of another ggml declines to be loaded."""
-    api = llama()
-    include = Path(api.__file__).parents[1] / "include"
+    include = Path(llama().__file__).parents[1] / "include"
     if not (include / "ggml-backend.h").is_file():
         raise BackendError(
             f"ggml's headers are not in {include}; install llama-cpp-python 0.3.36 from its source"
         )
-    ggml_version = api._lib.ggml_version
-    ggml_version.restype = ctypes.c_char_p
     return [
         f"-I{include}",
-        f'-DEDGEKV_GGML_VERSION="{ggml_version().decode()}"',
-        f"-DEDGEKV_TENSOR_OVERHEAD={api._lib.ggml_tensor_overhead()}",
+        f'-DEDGEKV_GGML_VERSION="{ggml("ggml_version")().decode()}"',
+        f"-DEDGEKV_TENSOR_OVERHEAD={ggml('ggml_tensor_overhead')()}",
     ]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType as GGMLType
 
-from edgekv.backends.llama_cpp.kernel.ggml import Node, attend, load_backend, twin
+from edgekv.backends.llama_cpp.kernel.node import Node, attend, load_backend, twin
 
 TOLERANCE = 1e-5  # relative: the kernel computes in float32
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")

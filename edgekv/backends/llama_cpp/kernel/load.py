@@ -11,6 +11,7 @@ import os
 from typing import Literal, get_args
 
 from edgekv.backends.llama_cpp.kernel.build import build_path, is_built
+from edgekv.backends.llama_cpp.kernel.ggml import ggml
 from edgekv.backends.llama_cpp.library import llama
 from edgekv.errors import BackendError, InputError
 
@@ -55,8 +56,6 @@ def use_kernel() -> Kernel:
 
 @functools.cache
 def _load_once() -> None:
-    from edgekv.backends.llama_cpp.kernel.ggml import ggml
-
     if not ggml("ggml_backend_load")(str(build_path()).encode()):
         raise BackendError(
             "ggml refuses the attention kernel; build it again with `edgekv kernel`, or take --kernel stock"
