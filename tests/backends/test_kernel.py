@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as GGMLType
 
+from edgekv.backends.isolated.backend import IsolatedBackend
 from edgekv.backends.llama_cpp.kernel import build as kernel_build
 from edgekv.backends.llama_cpp.kernel.build import FLAGS, HERE, build, build_path, is_built
 from edgekv.backends.llama_cpp.kernel.check import KINDS
-from edgekv.backends.llama_cpp.kernel.load import VARIABLE, chosen_kernel
+from edgekv.backends.llama_cpp.kernel.ggml import ggml
+from edgekv.backends.llama_cpp.kernel.load import VARIABLE, _load_once, chosen_kernel
 from edgekv.backends.llama_cpp.kernel.node import Node, attend, load_backend, twin
 from edgekv.backends.open import open_backend
 from edgekv.errors import BackendError, InputError
@@ -34,6 +36,15 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     yield build()
     patch.undo()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unloaded_in_the_end() -> Iterator[None]:
+    """What this module loads would compute the attention of every later test in this process."""
+    yield
+    while reg := ggml("ggml_backend_reg_by_name")(b"EdgeKV"):
+        ggml("ggml_backend_unload")(reg)
+    _load_once.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -253,3 +264,17 @@ def test_nodes_are_computed_by_it(built: Path, tiny_llama: Path, monkeypatch: py
     engine.decode(5)
     engine.close()
     assert counter() - before == 3, "one node per layer"
+
+
+def test_an_engine_in_a_child_says_which(
+    built: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after a restart without it, which is how `edgekv chat` goes on when an engine died."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(built.parents[2]))
+    monkeypatch.setenv(VARIABLE, "edgekv")
+    engine = IsolatedBackend(tiny_llama, "llama.cpp", n_ctx=256, n_threads=1)
+    assert engine.kernel == "edgekv"
+    monkeypatch.setenv(VARIABLE, "stock")
+    engine.restart()
+    assert engine.kernel == "stock"
+    engine.close()

@@ -130,6 +130,7 @@ class IsolatedBackend(Backend):
         finally:
             shared.close()
         self.name: str = about["name"]
+        self.kernel: str = about["kernel"]
         self.n_ctx: int = about["n_ctx"]
         self.n_ctx_train: int | None = about["n_ctx_train"]
         self.n_vocab: int = about["n_vocab"]

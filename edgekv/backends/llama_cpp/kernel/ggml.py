@@ -30,6 +30,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {  # ggml/include/{ggml,ggml-bac
     "ggml_backend_graph_compute": (c_int, [c_void_p] * 2),
     "ggml_backend_supports_op": (c_bool, [c_void_p] * 2),
     "ggml_backend_load": (c_void_p, [c_char_p]),
+    "ggml_backend_unload": (None, [c_void_p]),
+    "ggml_backend_reg_by_name": (c_void_p, [c_char_p]),
     "ggml_backend_reg_dev_get": (c_void_p, [c_void_p, c_size_t]),
     "ggml_backend_reg_get_proc_address": (c_void_p, [c_void_p, c_char_p]),
     "ggml_backend_dev_init": (c_void_p, [c_void_p, c_char_p]),

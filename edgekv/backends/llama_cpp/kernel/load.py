@@ -44,7 +44,7 @@ def chosen_kernel() -> Kernel:
 def use_kernel() -> Kernel:
     """Load the kernel if it is chosen; which attention the contexts made from here on run.
 
-    On a GPU llama.cpp runs its own. Once loaded the kernel stays for the life of the process: ggml has no way back.
+    On a GPU llama.cpp runs its own. Once loaded the kernel stays for the life of the process, as open contexts use it.
 
     Raises: as `chosen_kernel` does; BackendError: ggml refuses the kernel.
     """
