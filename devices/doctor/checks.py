@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from edgekv.backends.llama_cpp.kernel.build import COMPILERS, is_built
+from edgekv.backends.llama_cpp.kernel.build import COMPILERS, built_path
 from edgekv.devices.bench.worker import WorkerProcess
 from edgekv.devices.doctor.check import Check
 from edgekv.devices.doctor.comfort import check_comfort
@@ -120,7 +120,7 @@ def check_kernel() -> Check:
     name = "attention kernel"
     if engine_library() is None:
         return Check(name, "unknown", "llama.cpp is not installed")
-    if is_built():
+    if built_path():
         return Check(name, "ok", "built")
     if not any(shutil.which(compiler) for compiler in COMPILERS):
         return Check(

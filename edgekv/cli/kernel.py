@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 
 import click
 
 from edgekv.cli.common import options
+from edgekv.cli.common.output import print_json
 
 
 @options.command("kernel")
@@ -24,13 +24,15 @@ def command(force: bool, as_json: bool) -> None:
     edgekv kernel --force
     edgekv chat model.gguf --kernel stock --stats
     """
-    from edgekv.backends.llama_cpp.kernel.build import build, build_path, is_built
+    from edgekv.backends.llama_cpp.kernel.build import build, built_path
 
     started = time.monotonic()
-    fresh = force or not is_built()
-    path = build() if fresh else build_path()
+    kept = None if force else built_path()
+    path = kept or build()
     seconds = time.monotonic() - started
     if as_json:
-        click.echo(json.dumps({"path": str(path), "built": fresh, "seconds": round(seconds, 3)}, indent=1))
+        print_json({"path": str(path), "built": kept is None, "seconds": round(seconds, 3)})
     else:
-        click.echo(f"built and checked in {seconds:.1f} s: {path}" if fresh else f"already built: {path}")
+        click.echo(
+            f"built and checked in {seconds:.1f} s: {path}" if kept is None else f"already built: {path}"
+        )

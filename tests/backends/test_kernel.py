@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType as GGMLType
 
 from edgekv.backends.isolated.backend import IsolatedBackend
 from edgekv.backends.llama_cpp.kernel import build as kernel_build
-from edgekv.backends.llama_cpp.kernel.build import FLAGS, HERE, build, build_path, is_built
+from edgekv.backends.llama_cpp.kernel.build import FLAGS, HERE, build, build_path, built_path
 from edgekv.backends.llama_cpp.kernel.check import KINDS
 from edgekv.backends.llama_cpp.kernel.ggml import ggml
 from edgekv.backends.llama_cpp.kernel.load import VARIABLE, _load_once, chosen_kernel
@@ -201,7 +201,7 @@ class TestWhereItCannotBeHad:
         monkeypatch.delenv(VARIABLE, raising=False)
 
     def test_not_built_is_stock_unless_it_is_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert not is_built()
+        assert not built_path()
         assert chosen_kernel() == "stock"
         monkeypatch.setenv(VARIABLE, "edgekv")
         with pytest.raises(BackendError, match="run `edgekv kernel` once"):
@@ -220,19 +220,19 @@ class TestWhereItCannotBeHad:
         monkeypatch.setattr(kernel_build, "FLAGS", (*FLAGS, "-fno-such-flag"))
         with pytest.raises(BackendError, match=r"compiling of the attention kernel failed: .*no-such-flag"):
             build()
-        assert not is_built()
+        assert not built_path()
 
     def test_a_file_that_somebody_else_put_there(self, built: Path, tiny_llama: Path) -> None:
         path = build_path()
         path.parent.mkdir(parents=True)
         shutil.copy(built, path)
-        assert not is_built(), "it has passed no check here"
+        assert not built_path(), "it has passed no check here"
         shutil.copy(built.with_suffix(".sha256"), path.with_suffix(".sha256"))
-        assert is_built()
+        assert built_path()
         with path.open("r+b") as file:
             file.seek(-1, os.SEEK_END)
             file.write(b"\1")
-        assert not is_built(), "one byte is another"
+        assert not built_path(), "one byte is another"
         assert chosen_kernel() == "stock"
 
     def test_another_ggml_is_left_alone(

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Self
@@ -68,6 +67,8 @@ class Child:
         pass_fds: Collection[int] = (),
         environment: Mapping[str, str] | None = None,
     ) -> None:
+        import subprocess  # which the children, who import this module too, do without
+
         self._who, self._out_of_memory = who, out_of_memory
         self._closed = False
         self._output = os.fdopen(unnamed_file("edgekv-output"), "w+b")

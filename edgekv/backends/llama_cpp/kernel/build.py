@@ -52,13 +52,13 @@ def build_path() -> Path:
     return user_cache_path("edgekv") / "kernel" / f"attention-{digest}-{platform.machine()}.so"
 
 
-def is_built() -> bool:
-    """Whether the build is there, and is the file that passed its check; raises as `build_path` does."""
+def built_path() -> Path | None:
+    """The build, if it is there and is the file that passed its check; raises as `build_path` does."""
     path = build_path()
     try:
-        return _mark(path).read_text(encoding="ascii") == file_sha256(path)
+        return path if _mark(path).read_text(encoding="ascii") == file_sha256(path) else None
     except (OSError, BackendError, ValueError):
-        return False
+        return None
 
 
 def build() -> Path:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import os
+from pathlib import Path
 from typing import Literal, get_args
 
-from edgekv.backends.llama_cpp.kernel.build import build_path, is_built
+from edgekv.backends.llama_cpp.kernel.build import built_path
 from edgekv.backends.llama_cpp.kernel.ggml import ggml
 from edgekv.backends.llama_cpp.library import llama
 from edgekv.errors import BackendError, InputError
@@ -27,18 +28,7 @@ def chosen_kernel() -> Kernel:
         InputError: EDGEKV_KERNEL is something else.
         BackendError: the kernel is asked for and not built.
     """
-    wanted = os.environ.get(VARIABLE) or None
-    if wanted not in (None, *KERNELS):
-        raise InputError(f"{VARIABLE} is {wanted!r}; it takes {' or '.join(KERNELS)}, or is not set")
-    if wanted == "stock":
-        return "stock"
-    if is_built():
-        return "edgekv"
-    if wanted:
-        raise BackendError(
-            "the attention kernel is not built; run `edgekv kernel` once, or leave out --kernel"
-        )
-    return "stock"
+    return "edgekv" if _chosen_build() else "stock"
 
 
 def use_kernel() -> Kernel:
@@ -48,15 +38,30 @@ def use_kernel() -> Kernel:
 
     Raises: as `chosen_kernel` does; BackendError: ggml refuses the kernel.
     """
-    if llama().llama_supports_gpu_offload() or chosen_kernel() == "stock":
+    if llama().llama_supports_gpu_offload() or not (path := _chosen_build()):
         return "stock"
-    _load_once()
+    _load_once(path)
     return "edgekv"
 
 
+def _chosen_build() -> Path | None:
+    """The build to load; None for llama.cpp's own attention."""
+    wanted = os.environ.get(VARIABLE) or None
+    if wanted not in (None, *KERNELS):
+        raise InputError(f"{VARIABLE} is {wanted!r}; it takes {' or '.join(KERNELS)}, or is not set")
+    if wanted == "stock":
+        return None
+    path = built_path()
+    if wanted and not path:
+        raise BackendError(
+            "the attention kernel is not built; run `edgekv kernel` once, or leave out --kernel"
+        )
+    return path
+
+
 @functools.cache
-def _load_once() -> None:
-    if not ggml("ggml_backend_load")(str(build_path()).encode()):
+def _load_once(path: Path) -> None:
+    if not ggml("ggml_backend_load")(str(path).encode()):
         raise BackendError(
             "ggml refuses the attention kernel; build it again with `edgekv kernel`, or take --kernel stock"
         )
