@@ -129,9 +129,8 @@ def trained_context(path: Path) -> int:
     """
     if is_onnx_folder(path):
         return read_manifest(path).model.context_length
-    metadata = kept_header(path).metadata
-    length = metadata.get(f"{metadata.get('general.architecture')}.context_length")
-    if not isinstance(length, int) or length < 1:
+    length = kept_header(path).trained_context
+    if length is None:
         raise ModelFileError(f"{path} names no context length; give one with --ctx-size")
     return length
 

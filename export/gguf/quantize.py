@@ -85,9 +85,9 @@ def _sampled_windows(
     path: Path, opening: list[int], n_tokens: int, seed: int, quantizer: Quantizer, progress: Progress
 ) -> NDArray[np.int64]:
     """Windows that the model writes, each from another first token, behind the tokens of `opening`."""
-    metadata = kept_header(path).metadata
-    trained = metadata.get(f"{metadata['general.architecture']}.context_length")
-    length = min(SAMPLE_LENGTH, trained) if isinstance(trained, int) else SAMPLE_LENGTH
+    header = kept_header(path)
+    metadata = header.metadata
+    length = min(SAMPLE_LENGTH, header.trained_context or SAMPLE_LENGTH)
     n = max(1, n_tokens // length)
     tokens = metadata.get("tokenizer.ggml.tokens")
     assert isinstance(tokens, list)  # the tokenizer was read

@@ -26,12 +26,12 @@ from edgekv.backends.llama_cpp.library import (
     llama,
     load_model,
     logits_rows,
+    possible_ubatch,
     repacking_is_safe,
 )
 from edgekv.errors import BackendError, InputError
 from edgekv.host.memory import machine_nbytes
 from edgekv.host.threads import default_threads
-from edgekv.models.gguf.layout import GGUFHeader
 from edgekv.models.gguf.parts import read_parts
 from edgekv.source import Array
 
@@ -79,11 +79,9 @@ class LlamaCppBackend(Backend):
         require_positive(n_ctx=n_ctx, n_threads=n_threads)
         kind = ggml_type(cache_type)
         header = read_parts(path)
-        self.n_ctx_train = _trained(header)
+        self.n_ctx_train = header.trained_context
         n_ctx = n_ctx or min(self.n_ctx_train or DEFAULT_N_CTX, DEFAULT_N_CTX)
-        # src/models/plm.cpp passes V with two dims: more tokens at once abort the process.
-        plm = header.metadata.get("general.architecture") == "plm"
-        n_ubatch = min(1 if plm else default_ubatch(machine_nbytes()), n_ctx)
+        n_ubatch = possible_ubatch(header, min(default_ubatch(machine_nbytes()), n_ctx))
         self._api = llama()
         repack = repacking_is_safe()
         if not self._api.llama_supports_gpu_offload():
@@ -197,8 +195,3 @@ class LlamaCppBackend(Backend):
 
     def _last_logits(self) -> Array:
         return logits_rows(self._context, -1, 1, self.n_vocab).reshape(-1).copy()
-
-
-def _trained(header: GGUFHeader) -> int | None:
-    trained = header.metadata.get(f"{header.metadata.get('general.architecture')}.context_length")
-    return trained if isinstance(trained, int) and trained > 0 else None

@@ -19,7 +19,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekv.backends.llama_cpp.library import LOG, llama, load_model, logits_rows, repacking_is_safe
+from edgekv.backends.llama_cpp.library import (
+    LOG,
+    llama,
+    load_model,
+    logits_rows,
+    possible_ubatch,
+    repacking_is_safe,
+)
 from edgekv.errors import BackendError
 from edgekv.models.gguf.header import kept_header
 from edgekv.progress import Progress
@@ -74,7 +81,7 @@ class Importance:
         try:
             node = Tensor.from_address(address)
             if not self._checked:
-                self._check_layout(address, node)
+                self._check_layout(address)
             if node.op not in (self._plain, self._routed):
                 return not ask
             name = node.src[0].contents.name.decode()
@@ -100,7 +107,7 @@ class Importance:
             found[name] = np.asarray(np.maximum(mean, FLOOR * mean.mean()), np.float32).reshape(-1)
         return {name: values for name, values in found.items() if values.any() and np.isfinite(values).all()}
 
-    def _check_layout(self, address: int, node: Tensor) -> None:
+    def _check_layout(self, address: int) -> None:
         expected = address + Tensor.name.offset
         if self._library.ggml_get_name(ctypes.c_void_p(address)) != expected:
             raise BackendError(
@@ -189,14 +196,13 @@ def _context(
     path: Path, n_ctx: int, n_sequences: int, n_threads: int, importance: Importance | None
 ) -> Iterator[Any]:
     """A context on the CPU, freed with its model at the end."""
-    api = llama()
+    api, header = llama(), kept_header(path)
     with ExitStack() as stack:
-        model = load_model(path, repacking_is_safe(), kept_header(path).mappable, gpu=False)
+        model = load_model(path, repacking_is_safe(), header.mappable, gpu=False)
         stack.callback(api.llama_model_free, model)
         params = api.llama_context_default_params()
         params.n_ctx, params.n_seq_max = n_ctx, n_sequences
-        # src/models/plm.cpp passes V with two dims: more tokens at once abort the process.
-        params.n_ubatch = 1 if b"plm" in _architecture(api, model) else min(n_ctx, 512)
+        params.n_ubatch = possible_ubatch(header, min(n_ctx, 512))
         params.n_batch = min(n_ctx, 2048)
         params.n_threads = params.n_threads_batch = n_threads
         params.offload_kqv = params.op_offload = False
@@ -207,12 +213,6 @@ def _context(
             raise BackendError(f"llama.cpp loaded {path} but could not open a context: {LOG.cause()}")
         stack.callback(api.llama_free, context)
         yield context
-
-
-def _architecture(api: Any, model: Any) -> bytes:
-    buffer = ctypes.create_string_buffer(64)
-    api.llama_model_meta_val_str(model, b"general.architecture", buffer, len(buffer))
-    return buffer.value
 
 
 def _decode(

@@ -17,6 +17,7 @@ import numpy as np
 
 from edgekv.errors import BackendError, InputError
 from edgekv.host.isa import cpu_flags, require_runnable
+from edgekv.models.gguf.layout import GGUFHeader
 from edgekv.quant.formats import CACHE_TYPES, FORMATS
 from edgekv.source import Array
 
@@ -130,6 +131,14 @@ def load_model(path: Path, repack: bool, mapped: bool, gpu: bool = True) -> Any:
     if not model:
         raise BackendError(f"llama.cpp could not load {path}: {LOG.cause()}")
     return model
+
+
+def possible_ubatch(header: GGUFHeader, wanted: int) -> int:
+    """Tokens that llama.cpp can compute at once, at most those wanted.
+
+    src/models/plm.cpp passes V with two dims: more than one token abort the process.
+    """
+    return 1 if header.metadata.get("general.architecture") == "plm" else wanted
 
 
 def logits_rows(context: Any, row: int, count: int, n_vocab: int) -> Array:

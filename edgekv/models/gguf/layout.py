@@ -40,3 +40,9 @@ class GGUFHeader:
         `general.alignment` may be less than TENSOR_ALIGNMENT of ggml/src/ggml-impl.h.
         """
         return not any(tensor.offset % 32 for tensor in self.tensors)
+
+    @property
+    def trained_context(self) -> int | None:
+        """Tokens that the model was trained for; None where the file does not say."""
+        trained = self.metadata.get(f"{self.metadata.get('general.architecture')}.context_length")
+        return trained if isinstance(trained, int) and trained > 0 else None
