@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from edgekv.spec import Metadata
 from edgekv.tokenizer.bpe import SPACE, SentencePiece, merge_lines, word_splitter
 from edgekv.tokenizer.pre_tokenize import PRE_TYPES, PreType
-from edgekv.tokenizer.tokenizer import Tokenizer, eats_space
+from edgekv.tokenizer.tokenizer import Tokenizer
 from edgekv.tokenizer.vocab import CONTROL, UNKNOWN, USER_DEFINED, Vocab, read_vocab
 
 
@@ -45,7 +45,7 @@ def tokenizer_json(ours: Tokenizer, metadata: Metadata) -> str:
     else:
         vocab = read_vocab(metadata)
         tokenizer = _sentence_piece(vocab, metadata)
-    _add_special(tokenizer, vocab, str(metadata.get("general.name", "")))
+    _add_special(tokenizer, vocab, ours)
     _wrap(tokenizer, vocab, ours)
     return tokenizer.to_str()
 
@@ -93,11 +93,9 @@ def _sentence_piece(vocab: Vocab, metadata: Metadata) -> HFTokenizer:
     The way of transformers' own converter (convert_slow_tokenizer.py, generate_merges).
     """
     model = SentencePiece(vocab, metadata)
-    scores = metadata.get("tokenizer.ggml.scores")
-    ranked = [float(score) for score in scores] if isinstance(scores, list) else [0.0] * len(vocab)
     merges = [
         (text[:cut], text[cut:])
-        for text in sorted(vocab.texts, key=lambda text: -ranked[vocab.ids[text]])
+        for text in sorted(vocab.texts, key=lambda text: -model.scores[vocab.ids[text]])
         for cut in range(1, len(text))
         if text[:cut] in vocab.ids and text[cut:] in vocab.ids
     ]
@@ -115,15 +113,14 @@ def _sentence_piece(vocab: Vocab, metadata: Metadata) -> HFTokenizer:
     return tokenizer
 
 
-def _add_special(tokenizer: HFTokenizer, vocab: Vocab, model_name: str) -> None:
+def _add_special(tokenizer: HFTokenizer, vocab: Vocab, ours: Tokenizer) -> None:
     """Tokens that are found in the text before anything else; they keep the ids they have."""
     special = [i for i, bits in enumerate(vocab.attributes) if bits & (CONTROL | USER_DEFINED | UNKNOWN)]
-    eaters = eats_space(vocab, special, model_name)
     tokenizer.add_tokens(
         [
             AddedToken(
                 vocab.texts[i],
-                rstrip=i in eaters,
+                rstrip=i in ours.eats_space,
                 normalized=False,
                 special=bool(vocab.attributes[i] & (CONTROL | UNKNOWN)),
             )

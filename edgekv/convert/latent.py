@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edgekv.reference.ops import inverse_frequencies
 from edgekv.rewrite.linalg import RANK_STEP, Matrix, kept_by_rank, leading, sqrt_and_inverse
 from edgekv.spec import GQA
 
@@ -38,7 +39,7 @@ class Latent:
 
 def shrink_by_frequency(leftover: Matrix, gqa: GQA) -> Matrix:
     """Leftover keys (G, K, D), each frequency scaled by the share of it that survives without RoPE."""
-    speed = gqa.rope.theta ** (-np.arange(0, gqa.rope.dim, 2) / gqa.rope.dim)
+    speed = inverse_frequencies(gqa.rope)
     turn = speed * DISTANCE
     shrink = np.where(turn < np.pi, np.sinc(turn / np.pi), 0.0)
     return np.asarray(leftover * np.repeat(shrink, 2)[None, :, None])

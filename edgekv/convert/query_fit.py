@@ -22,7 +22,7 @@ from edgekv.convert.workers import Workers
 from edgekv.reference.attention import QUERY_CHUNK
 from edgekv.reference.ops import apply_rope, per_head
 from edgekv.source import Array
-from edgekv.spec import MLA, RopeSpec
+from edgekv.spec import MLA
 
 DAMPING = 1e-4  # share of the mean curvature added to every direction
 
@@ -88,7 +88,7 @@ def rotate_rope_part(x: Array, mla: MLA, sign: int) -> Array:
     """Rotate the last P of R + P dims of x (T, H, R + P) by +position or -position."""
     r = mla.kv_lora_rank
     positions = sign * np.arange(x.shape[0])
-    rotated = apply_rope(np.ascontiguousarray(x[..., r:]), positions, RopeSpec(mla.rope.theta, mla.rope.dim))
+    rotated = apply_rope(np.ascontiguousarray(x[..., r:]), positions, mla.rope)
     return np.concatenate([x[..., :r], rotated], axis=-1)
 
 
@@ -151,8 +151,7 @@ def _rotated_back(rows: Array, position: int, mla: MLA) -> Array:
     """Cached rows (S, R + P) as a query at `position` sees them once its own rotation is undone."""
     r = mla.kv_lora_rank
     back = np.full(len(rows), -position)
-    rope = RopeSpec(mla.rope.theta, mla.rope.dim)
-    return np.concatenate([rows[:, :r], apply_rope(rows[:, None, r:], back, rope)[:, 0]], axis=-1)
+    return np.concatenate([rows[:, :r], apply_rope(rows[:, None, r:], back, mla.rope)[:, 0]], axis=-1)
 
 
 def _mean_eigenvalue(matrices: Array) -> Array:

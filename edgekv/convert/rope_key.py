@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekv.reference.ops import inverse_frequencies
 from edgekv.rewrite.linalg import Matrix
 from edgekv.rewrite.rope_pairs import Complex, to_complex, to_pairs
 from edgekv.spec import GQA, RopeSpec
@@ -34,8 +35,8 @@ class RopeKey:
 
 def frequency_slots(source: RopeSpec, target: RopeSpec) -> NDArray[np.int64]:
     """For each of the source's frequencies the target slot that turns at the same speed, or -1."""
-    source_speed = source.theta ** (-np.arange(0, source.dim, 2) / source.dim)
-    target_speed = target.theta ** (-np.arange(0, target.dim, 2) / target.dim)
+    source_speed = inverse_frequencies(source)
+    target_speed = inverse_frequencies(target)
     distance = np.abs(np.log(source_speed)[:, None] - np.log(target_speed)[None, :])
     return np.where(distance.min(axis=1) < 1e-6, distance.argmin(axis=1), -1)
 

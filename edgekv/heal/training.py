@@ -90,7 +90,6 @@ class Healer:
     ) -> None:
         recipe = record.recipe
         self.record, self.stream, self.device, self.report = record, stream, device, report
-        self.start = start
         self.pair = Pair(source, record.attention, start, recipe.cache_type, device, recipe.seq_len)
         self.optimizer = Optimizer(self.pair.params)
         self.judge = Judge(source, windows, device)
@@ -98,7 +97,6 @@ class Healer:
         self.micro = micro_sequences(source.spec, record.attention, recipe, trained, device)
         self.loss_sum = torch.zeros((), device=device)
         self.optimizer_since = record.steps_done  # the step before which its moments knew nothing
-        self.latent_mean_square: Array | None = None
         self._stop = False
 
     def restore(self, path: Path) -> None:
@@ -204,12 +202,12 @@ class Healer:
                 total += loss.detach()
         return total
 
-    def evaluate(self) -> None:
-        """Score the student as it is now, report it and put it on record."""
+    def evaluate(self) -> Array:
+        """Score the student as it is now, report it and put it on record; its latents' MEAN_SQUARE (layers,)."""
         found, squares = self.judge.evaluate(self.pair, self.record.steps_done)
-        self.latent_mean_square = squares.cpu().numpy()
         self.record = dataclasses.replace(self.record, evaluations=(*self.record.evaluations, found))
         self.report(found)
+        return np.asarray(squares.cpu().numpy())
 
     def _check(self, loss: float) -> None:
         if not np.isfinite(loss):
@@ -225,12 +223,10 @@ class Healer:
 
     def write(self, path: Path, storage: Storage) -> None:
         """Write the healed tensors over `path` and score them as they are stored; the student keeps the rounding."""
-        tensors = {**self.start, **self.pair.tensors()}
+        tensors = self.pair.tensors()
         self.pair.set_params(as_stored(tensors, storage))
         with attention_kernels():
-            self.evaluate()
-        assert self.latent_mean_square is not None
-        tensors[MEAN_SQUARE] = self.latent_mean_square
+            tensors[MEAN_SQUARE] = self.evaluate()
         write_healed(path, tensors, self.record, storage, force=True)
 
     def _synchronize(self) -> None:

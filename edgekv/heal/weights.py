@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +30,7 @@ from edgekv.models.gguf.source import GGUFSource
 from edgekv.quant import q6_k
 from edgekv.rewrite.cache_basis import ATTENTION
 from edgekv.rewrite.norm_trick import fold_norm, unfold_norm
-from edgekv.source import Array, LazySource, TensorSource
+from edgekv.source import Array, TensorSource, with_tensors
 from edgekv.spec import MLA, ModelSpec
 
 FORMAT = 2
@@ -79,14 +80,8 @@ def healed_source(source: TensorSource, attention: MLA, tensors: Tensors) -> Ten
     were trained.
     """
     replaced = _gguf_tensors(tensors, attention.kv_lora_rank, source.spec)
-    converted = converted_source(source, attention, lambda name: replaced[name])
-    healed = LazySource(converted.spec, converted.metadata)
-    for name in converted.names():
-        if name in replaced:
-            healed.add_array(name, replaced[name])
-        else:
-            healed.borrow(converted, name)
-    return healed
+    converted = converted_source(source, attention, replaced.__getitem__)
+    return with_tensors(converted, {name: partial(replaced.__getitem__, name) for name in replaced})
 
 
 def _gguf_tensors(tensors: Tensors, rank: int, spec: ModelSpec) -> dict[str, Array]:

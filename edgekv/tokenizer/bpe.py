@@ -145,7 +145,7 @@ class SentencePiece:
 
     def __init__(self, vocab: Vocab, metadata: Mapping[str, MetaValue]) -> None:
         scores = metadata.get("tokenizer.ggml.scores")
-        self._scores = [float(s) for s in scores] if isinstance(scores, list) else [0.0] * len(vocab)
+        self.scores = [float(s) for s in scores] if isinstance(scores, list) else [0.0] * len(vocab)
         self._ids = vocab.ids
         self.add_space_prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
 
@@ -171,7 +171,7 @@ class SentencePiece:
             if left >= 0 and right >= 0:
                 merged = symbols[left] + symbols[right]
                 if (token := self._ids.get(merged)) is not None:
-                    heappush(queue, (-self._scores[token], left, right, merged))
+                    heappush(queue, (-self.scores[token], left, right, merged))
 
         for i in range(1, len(symbols)):
             offer(i - 1, i)

@@ -62,7 +62,7 @@ class Tokenizer:
         special = [i for i, bits in enumerate(vocab.attributes) if bits & (CONTROL | USER_DEFINED | UNKNOWN)]
         special.sort(key=lambda i: -len(vocab.texts[i].encode()))
         self._special = special
-        self.eats_space = eats_space(vocab, special, str(metadata.get("general.name", "")))
+        self.eats_space = _eats_space(vocab, special, str(metadata.get("general.name", "")))
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, MetaValue]) -> Tokenizer:
@@ -166,7 +166,7 @@ class Tokenizer:
             yield part[start:]
 
 
-def eats_space(vocab: Vocab, special: list[int], model_name: str) -> frozenset[int]:
+def _eats_space(vocab: Vocab, special: list[int], model_name: str) -> frozenset[int]:
     """Special tokens that swallow the whitespace after them: Phi-3's, which GGUFs do not mark."""
     if not re.search("phi-?3", model_name.lower()):
         return frozenset()

@@ -22,7 +22,6 @@ from edgekv.models.gguf.architectures import (
 from edgekv.models.gguf.spec import JOINT_KV_B, minicpm3_scales
 from edgekv.spec import GQA, MLA, MetaValue, ModelSpec, RopeSpec
 
-WITH_WINDOWS = tuple(LOCAL_EVERY)
 LITE_LAYERS = (26, 27)  # deepseek2.cpp reads no q_lora_rank with this many, nor with 48 with 128256 tokens
 
 
@@ -49,9 +48,7 @@ def architecture_keys(spec: ModelSpec) -> dict[str, MetaValue]:
         "vocab_size": spec.vocab,
         "attention.head_count": attention.n_heads,
         "attention.layer_norm_rms_epsilon": spec.norm_eps,
-        "rope.freq_base": spec.layers[-1].attention.rope.theta
-        if spec.arch == "gemma3"
-        else attention.rope.theta,
+        "rope.freq_base": attention.rope.theta,
         "rope.dimension_count": attention.rope.dim,
     }
     if isinstance(attention, GQA):
@@ -78,7 +75,7 @@ def _gqa_keys(spec: ModelSpec, attention: GQA) -> dict[str, MetaValue]:
     }
     attentions = [layer.attention for layer in spec.layers if isinstance(layer.attention, GQA)]
     _check_gqa(spec, attentions)
-    if spec.arch in WITH_WINDOWS:
+    if spec.arch in LOCAL_EVERY:
         return keys | _gemma_keys(spec, attentions)
     if shortest := min((a.window for a in attentions if a.window), default=0):
         # llama.cpp attends to all tokens here: the same thing as long as none lies outside the window.
@@ -98,7 +95,7 @@ def _check_gqa(spec: ModelSpec, attentions: list[GQA]) -> None:
         _refuse(
             spec, f"llama.cpp wants heads that are together as wide as the model, {spec.dim}, not {width}"
         )
-    if spec.arch not in WITH_WINDOWS and any(a.scale for a in attentions):
+    if spec.arch not in LOCAL_EVERY and any(a.scale for a in attentions):
         _refuse(spec, "its scores have a scale of their own")
 
 
