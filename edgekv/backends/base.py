@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 from edgekv.errors import BackendError, InputError
 from edgekv.source import Array
 
 DEFAULT_N_CTX = 4096  # the largest context that is opened unasked
+Kernel = Literal["edgekv", "stock"]  # attention of llama.cpp: edgekv.backends.llama_cpp.kernel or its own
+KERNELS: tuple[Kernel, ...] = get_args(Kernel)
+KERNEL_VARIABLE = (
+    "EDGEKV_KERNEL"  # of the environment: the kernel that a process and its children are to take
+)
 
 
 class Interrupted(Exception):
@@ -26,7 +31,7 @@ class Backend(Protocol):
     """
 
     name: str
-    kernel: str = "stock"
+    kernel: Kernel = "stock"
     n_ctx: int
     n_ctx_train: int | None = None
     n_vocab: int

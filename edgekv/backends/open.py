@@ -56,7 +56,11 @@ def open_backend(
         from edgekv.backends.llama_cpp.backend import LlamaCppBackend
 
         return LlamaCppBackend(
-            path, n_ctx=n_ctx, cache_type=cache_type or "f16", n_threads=n_threads, abort_flag=abort_flag
+            path,
+            n_ctx=n_ctx,
+            cache_type=cache_type or default_cache_type(path, kind),
+            n_threads=n_threads,
+            abort_flag=abort_flag,
         )
     if kind != "reference":
         raise InputError(f"unknown backend {kind!r}; there are {', '.join(KINDS)}")
@@ -96,3 +100,16 @@ def default_kind(path: Path) -> Kind:
     from edgekv.models.onnx.folder import is_onnx_folder
 
     return "onnx" if is_onnx_folder(path) else "llama.cpp"
+
+
+def default_cache_type(path: Path, kind: Kind) -> str:
+    """The number format of a model's cache in an engine that was told none.
+
+    Raises:
+        ModelFileError: an ONNX folder's manifest is malformed.
+    """
+    if kind == "onnx":
+        from edgekv.models.onnx.manifest import read_manifest
+
+        return read_manifest(path).model.cache_type
+    return "f16" if kind == "llama.cpp" else "f32"

@@ -14,7 +14,7 @@ from edgekv.chat.pieces import PieceEncoder, token_name
 from edgekv.chat.sampling import Sampler
 from edgekv.chat.template import ChatTemplate
 from edgekv.errors import InputError, ModelFileError
-from edgekv.tokenizer.language import Language
+from edgekv.tokenizer.language import Language, opening_tokens
 
 PRIVATE_USE = (
     0xF0000  # supplementary private use area A: its characters stand for the names of control tokens
@@ -46,8 +46,7 @@ class PromptFormat:
         self._template = template
         self._where, self._remedy = where, remedy
         self._pieces = PieceEncoder(tokenizer)
-        first = tokenizer.encode("", add_special=True)[:1]
-        self._bos = [token for token in first if token == tokenizer.bos_id]
+        self._bos = opening_tokens(tokenizer)
 
     @classmethod
     def of_model(cls, tokenizer: Language, where: str = "", remedy: str = "") -> PromptFormat:

@@ -67,13 +67,13 @@ def command(
     if model is None:
         raise click.UsageError("name a model, as in: edgekv plan model.gguf --board pi-5")
     nbytes = parse_size(ram) if ram else None
-    request = plans.PlanRequest(model, board, ctx_size, cache_type, nbytes, threads)
+    request = plans.PlanRequest(
+        model, board, ctx_size, cache_type, nbytes, threads, output, force, command_line()
+    )
     if boards:
         _show_boards(plans.plan_all_boards(request), as_json)
         return
     result = plans.plan_board(request)
-    if output is not None:
-        plans.write_plan([result.plan], model, output, force, command_line())
     _show_one(result, as_json)
     if not result.plan.fits:
         sys.exit(DOES_NOT_FIT)

@@ -14,7 +14,7 @@ from typing import Literal
 from edgekv import __version__
 from edgekv.backends.base import Backend
 from edgekv.backends.llama_cpp.kernel.load import chosen_kernel
-from edgekv.backends.open import Kind, open_backend
+from edgekv.backends.open import Kind, default_cache_type, open_backend
 from edgekv.errors import InputError, ModelFileError
 from edgekv.files import file_sha256
 from edgekv.models.gguf.header import kept_header
@@ -45,11 +45,7 @@ class ModelUnderTest:
     @property
     def cache(self) -> str:
         """The cache type, the engine's default spelt out."""
-        if self.cache_type is not None:
-            return self.cache_type
-        if self.backend == "onnx":
-            return read_manifest(self.path).model.cache_type
-        return "f16" if self.backend == "llama.cpp" else "f32"
+        return default_cache_type(self.path, self.backend) if self.cache_type is None else self.cache_type
 
     @property
     def recorded_weights(self) -> str:

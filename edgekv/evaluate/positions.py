@@ -7,7 +7,6 @@ grouped between powers of two.
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +16,7 @@ from edgekv.backends.base import Backend
 from edgekv.evaluate.journal import Identity, measure
 from edgekv.evaluate.model_under_test import ModelUnderTest
 from edgekv.evaluate.top_and_tail import log_sum_exp, target_nll
-from edgekv.evaluate.windows import perplexity
+from edgekv.evaluate.windows import perplexity, standard_error
 from edgekv.evaluate.workers import Run
 from edgekv.text.scored import Text, scored_logits
 
@@ -77,8 +76,7 @@ def positions_result(
             base_mean = float(reference[:, i].sum()) / scored
             base, ratio = perplexity(base_mean), perplexity(mean - base_mean)
             differences = (losses[:, i] - reference[:, i]) / (stop - start)
-            spread = float(differences.std(ddof=1)) if len(losses) > 1 else 0.0
-            error = ratio * spread / math.sqrt(len(losses))
+            error = ratio * standard_error(differences)
         buckets.append(PositionBucket(start, stop, scored, perplexity(mean), base, ratio, error))
     return PositionsResult(text.name, text.sha256, text.length, len(losses), tuple(buckets))
 

@@ -15,9 +15,10 @@ from edgekv.evaluate.journal import measure
 from edgekv.evaluate.model_under_test import ModelUnderTest
 from edgekv.evaluate.task_formats import Question, Task
 from edgekv.evaluate.top_and_tail import log_sum_exp, target_nll
-from edgekv.evaluate.windows import perplexity
+from edgekv.evaluate.windows import perplexity, standard_error
 from edgekv.evaluate.workers import Run
 from edgekv.source import Array
+from edgekv.tokenizer.language import opening_tokens
 from edgekv.tokenizer.tokenizer import Tokenizer
 
 Scores = list[tuple[float, bool]]  # of each choice: log-probability, and whether greedy decoding writes it
@@ -55,7 +56,11 @@ class ChoiceTokens:
 
 def measure_task(tokenizer: Tokenizer, task: Task, subject: ModelUnderTest, run: Run) -> list[Scores]:
     """Score every choice of every question; raises as journal.measure does."""
-    tokens = [_question_tokens(tokenizer, question) for question in task.questions]
+    start = opening_tokens(tokenizer)
+    tokens = [
+        [continuation_tokens(tokenizer, c.context, c.continuation, start) for c in question.choices]
+        for question in task.questions
+    ]
     found: list[Scores] = measure(
         subject,
         run,
@@ -82,7 +87,7 @@ def task_result(task: Task, scores: Sequence[Scores], reference: Sequence[Scores
         file_sha256=task.sha256,
         questions=len(right),
         accuracy=float(right.mean()),
-        accuracy_se=_standard_error(right),
+        accuracy_se=standard_error(right),
         accuracy_sum=float(_right(task.questions, scores, by_length=False).mean()),
         chance=None if single else float(np.mean([1 / len(q.choices) for q in task.questions])),
         target_ppl=perplexity(-float(np.mean([s[0][0] for s in scores]))) if single else None,
@@ -114,12 +119,6 @@ def continuation_tokens(
     if first < 1:
         raise InputError(f"there is nothing before {continuation!r} that could predict it")
     return ChoiceTokens(whole, first)
-
-
-def _question_tokens(tokenizer: Tokenizer, question: Question) -> list[ChoiceTokens]:
-    """The choices, each behind the beginning-of-text token if the model wants one."""
-    start = [i for i in tokenizer.encode("", add_special=True) if i == tokenizer.bos_id]
-    return [continuation_tokens(tokenizer, c.context, c.continuation, start) for c in question.choices]
 
 
 def score_choices(backend: Backend, choices: Sequence[ChoiceTokens]) -> Scores:
@@ -182,10 +181,6 @@ def _right(
     return right
 
 
-def _standard_error(values: NDArray[np.float64]) -> float:
-    return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-
-
 def _relative_change(
     right: NDArray[np.float64], reference: NDArray[np.float64]
 ) -> tuple[float, float] | tuple[None, None]:
@@ -194,7 +189,7 @@ def _relative_change(
     if base == 0:
         return None, None
     ratio = float(right.mean()) / base
-    return ratio - 1, _standard_error(right - ratio * reference) / base
+    return ratio - 1, standard_error(right - ratio * reference) / base
 
 
 def _summary(task: Task, scores: dict[int, Scores]) -> str:

@@ -105,9 +105,11 @@ def _result(text: Text, values: list[Sums]) -> WindowsResult:
         ppl=perplexity(means["nll"]),
         reference_ppl=perplexity(means["reference_nll"]) if against else None,
         ppl_ratio=ratio,
-        ppl_ratio_se=ratio * _standard_error(sums["nll"] - sums["reference_nll"], text) if ratio else None,
+        ppl_ratio_se=ratio * standard_error(sums["nll"] - sums["reference_nll"]) / text.n_scored
+        if ratio
+        else None,
         kl=means["kl"] if against else None,
-        kl_se=_standard_error(sums["kl"], text) if against else None,
+        kl_se=standard_error(sums["kl"]) / text.n_scored if against else None,
         argmax_agreement=means["agree"] if against else None,
     )
 
@@ -117,11 +119,9 @@ def perplexity(nll: float) -> float:
     return math.exp(min(nll, 700.0))
 
 
-def _standard_error(window_sums: NDArray[np.float64], text: Text) -> float:
-    """Standard error of the mean over predictions, with windows as independent draws."""
-    if len(window_sums) < 2:
-        return 0.0
-    return float(window_sums.std(ddof=1)) / math.sqrt(len(window_sums)) / text.n_scored
+def standard_error(draws: NDArray[np.float64]) -> float:
+    """Standard error of the mean of independent draws (n,); 0 for a single one."""
+    return float(draws.std(ddof=1)) / math.sqrt(len(draws)) if len(draws) > 1 else 0.0
 
 
 def _summary(text: Text, values: list[Sums]) -> str:

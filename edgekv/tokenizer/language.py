@@ -42,6 +42,12 @@ class Language(Protocol):
         """Whether the token steers the model and is not part of the text."""
 
 
+def opening_tokens(language: Language) -> list[int]:
+    """The beginning-of-text token, if the model wants one before a text; else nothing."""
+    first = language.encode("", add_special=True)[:1]
+    return [token for token in first if token == language.bos_id]
+
+
 def without_surrogates(text: str) -> str:
     """The text with U+FFFD for what no UTF-8 can hold."""
     return _SURROGATES.sub("\ufffd", text)

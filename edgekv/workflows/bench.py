@@ -6,14 +6,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edgekv.backends.open import Kind, default_kind
+from edgekv.backends.open import Kind, default_cache_type, default_kind
 from edgekv.devices.bench.run import run
 from edgekv.devices.bench.settings import BenchSettings, Candidate
 from edgekv.devices.reporting import compare
 from edgekv.devices.reporting.report import Report, dumps
 from edgekv.devices.reporting.tables import Source
 from edgekv.files import atomic_path
-from edgekv.models.onnx.manifest import read_manifest
 from edgekv.progress import Progress, ignore
 from edgekv.workflows.request import Request
 
@@ -75,6 +74,4 @@ def as_terminal(report: Report) -> str:
 
 def _cache_types(model: Path, kind: Kind, wanted: tuple[str, ...]) -> tuple[str, ...]:
     """Cache types to measure a model with: `wanted`, where its engine has a choice."""
-    if kind == "onnx":
-        return (read_manifest(model).model.cache_type,)
-    return wanted or (("f16",) if kind == "llama.cpp" else ("f32",))
+    return wanted if wanted and kind != "onnx" else (default_cache_type(model, kind),)

@@ -28,7 +28,7 @@ from edgekv.spec import Metadata, MetaValue
 from edgekv.text.windows import WINDOW, windows_from_files, windows_from_model
 from edgekv.tokenizer.tokenizer import Tokenizer
 from edgekv.workflows.request import Request
-from edgekv.workflows.verify import verify_file
+from edgekv.workflows.verify import VerifyRequest, verify_models
 
 # KL of llama.cpp's own arithmetic to float32: it multiplies quantized weights by 8-bit activations.
 QUANTIZED_KL = 2e-2
@@ -129,7 +129,7 @@ def convert_model(request: ConvertRequest, progress: Stages = silent) -> Convert
         cache_nbytes=(source.spec.kv_bytes_per_token("f16"), converted.spec.kv_bytes_per_token("f16")),
         notes=notes,
         layers=tuple(losses),
-        comparison=verify_file(request.output, progress) if request.verify else None,
+        comparison=verify_models(VerifyRequest(request.output), progress) if request.verify else None,
         max_kl=WHOLE_KL.get(request.weights, QUANTIZED_KL),
     )
 

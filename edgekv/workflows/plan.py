@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,6 +30,8 @@ class PlanRequest(Request):
         ctx_size: tokens of context.
         ram_nbytes: RAM of the board, or for "this" all the memory that a program may use; by default the board's.
         threads: by default the board's fast cores.
+        output: a file for `plan_board`'s plan as a projected report, which `edgekv compare` reads.
+        command: recorded in the report as the command that made it.
     """
 
     model: Path
@@ -39,6 +40,9 @@ class PlanRequest(Request):
     cache_type: str = "f16"
     ram_nbytes: int | None = None
     threads: int | None = None
+    output: Path | None = None
+    force: bool = False
+    command: str = "edgekv.plan_board"
 
 
 @dataclass(frozen=True)
@@ -58,17 +62,21 @@ def plan_board(request: PlanRequest) -> PlanResult:
     Raises:
         InputError: no such board, or a cache type that does not fit the model.
         ModelFileError, UnsupportedError: the model is malformed, or of a kind that is not handled.
+        OutputError: the output exists without `force`, or cannot be written.
     """
     source = GGUFSource(request.model)
     chosen = _option(source, request)
     board = find_board(request.board) if request.board != THIS else this_board(chosen.read_nbytes)[0]
-    nbytes = request.ram_nbytes
-    sizes = [nbytes] if nbytes else [ram * MIB for ram in board.ram_mib]
-    if request.board == THIS and nbytes:
-        board = _with_budget(board, nbytes)
+    sizes = _sizes(board, request)
+    if request.board == THIS and request.ram_nbytes:
+        board = _with_budget(board, request.ram_nbytes)
     plans = [make_plan(board, chosen, request.ctx_size, size, request.threads or 0) for size in sizes]
     plan = next((plan for plan in plans if plan.fits), plans[-1])
     better = recommend(board, all_options(source), request.ctx_size, plan.ram_nbytes)
+    if request.output is not None:
+        report = projected_report([plan], describe_model(source, request.model), request.command)
+        with atomic_path(request.output, request.force) as partial:
+            partial.write_text(dumps(report), encoding="utf-8")
     return PlanResult(plan, tuple(better))
 
 
@@ -78,19 +86,13 @@ def plan_all_boards(request: PlanRequest) -> tuple[Plan, ...]:
     return tuple(
         make_plan(board, chosen, request.ctx_size, size)
         for board in load_boards().values()
-        for size in ([request.ram_nbytes] if request.ram_nbytes else [ram * MIB for ram in board.ram_mib])
+        for size in _sizes(board, request)
     )
 
 
-def write_plan(plans: Sequence[Plan], model: Path, output: Path, force: bool, command: str) -> None:
-    """Write plans as a projected report, for `edgekv compare`.
-
-    Raises:
-        OutputError: the output exists without `force`, or cannot be written.
-    """
-    with atomic_path(output, force) as partial:
-        report = projected_report(plans, describe_model(GGUFSource(model), model), command)
-        partial.write_text(dumps(report), encoding="utf-8")
+def _sizes(board: Board, request: PlanRequest) -> list[int]:
+    """The sizes of RAM in question, in bytes."""
+    return [request.ram_nbytes] if request.ram_nbytes else [ram * MIB for ram in board.ram_mib]
 
 
 def _option(source: GGUFSource, request: PlanRequest) -> Option:

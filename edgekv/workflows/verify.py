@@ -7,11 +7,9 @@ from pathlib import Path
 
 from edgekv.backends.base import Backend
 from edgekv.backends.open import Kind, default_kind, open_backend
-from edgekv.backends.reference import ReferenceBackend
 from edgekv.errors import InputError
 from edgekv.evaluate.model_under_test import read_tokenizer
 from edgekv.evaluate.verify import Comparison, compare, sample_tokens
-from edgekv.models.open import open_model
 from edgekv.progress import Stages, silent
 from edgekv.text.files import read_text
 from edgekv.workflows.request import Request
@@ -70,17 +68,6 @@ def verify_models(request: VerifyRequest, progress: Stages = silent) -> Comparis
             engine_b.close()
     finally:
         engine_a.close()
-
-
-def verify_file(path: Path, progress: Stages = silent) -> Comparison:
-    """A written GGUF in llama.cpp with a float32 cache, against the NumPy reference."""
-    reference = ReferenceBackend(open_model(path), TOKENS)
-    tokens = sample_tokens(reference, TOKENS, SEED)
-    engine = open_backend(path, "llama.cpp", n_ctx=TOKENS, cache_type="f32")
-    try:
-        return compare(reference, engine, tokens, progress("verifying"))
-    finally:
-        engine.close()
 
 
 def _open(path: Path, backend: Kind | None, n_ctx: int, cache_type: str) -> Backend:

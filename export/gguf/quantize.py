@@ -27,6 +27,7 @@ from edgekv.quant.tensor_error import RelativeError, StoredTensor, relative_erro
 from edgekv.rewrite.norm_trick import is_folded
 from edgekv.source import Array, TensorSource
 from edgekv.text.windows import windows_from_files
+from edgekv.tokenizer.language import opening_tokens
 from edgekv.tokenizer.tokenizer import Tokenizer
 from edgekv.tokenizer.vocab import text_tokens
 
@@ -72,8 +73,7 @@ def calibration_windows(
     if n_tokens < 1:
         raise InputError("--text-tokens takes a positive number; 8192 is the default")
     tokenizer = Tokenizer.from_metadata(kept_header(path).metadata)
-    added = tokenizer.encode("", add_special=True)[:1]
-    opening = [i for i in added if i == tokenizer.bos_id]  # models trained with BOS fail without it
+    opening = opening_tokens(tokenizer)  # models trained with BOS fail without it
     if not texts:
         return _sampled_windows(path, opening, n_tokens, seed, quantizer, progress)
     windows = windows_from_files(texts, tokenizer, n_tokens, seed)

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as GGMLType
 
+from edgekv.backends.base import KERNEL_VARIABLE
 from edgekv.backends.isolated.backend import IsolatedBackend
 from edgekv.backends.llama_cpp.kernel import build as kernel_build
 from edgekv.backends.llama_cpp.kernel.build import FLAGS, HERE, build, build_path, built_path
 from edgekv.backends.llama_cpp.kernel.check import KINDS
 from edgekv.backends.llama_cpp.kernel.ggml import ggml
-from edgekv.backends.llama_cpp.kernel.load import VARIABLE, _load_once, chosen_kernel
+from edgekv.backends.llama_cpp.kernel.load import _load_once, chosen_kernel
 from edgekv.backends.llama_cpp.kernel.node import Node, attend, load_backend, twin
 from edgekv.backends.open import open_backend
 from edgekv.errors import BackendError, InputError
@@ -157,7 +158,7 @@ def edgekv_logits(tmp_path: Path) -> Callable[..., Any]:
             "rows = [b.prefill_all(tokens[:300]), *(b.decode(t)[None] for t in tokens[300:])]\n"
             "np.save(sys.argv[3], np.concatenate(rows))\n"
         )
-        environment = os.environ | {VARIABLE: kernel, "XDG_CACHE_HOME": str(built.parents[2])}
+        environment = os.environ | {KERNEL_VARIABLE: kernel, "XDG_CACHE_HOME": str(built.parents[2])}
         command = [
             sys.executable,
             "-P",
@@ -198,15 +199,15 @@ class TestWhereItCannotBeHad:
     @pytest.fixture(autouse=True)
     def fresh_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        monkeypatch.delenv(VARIABLE, raising=False)
+        monkeypatch.delenv(KERNEL_VARIABLE, raising=False)
 
     def test_not_built_is_stock_unless_it_is_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not built_path()
         assert chosen_kernel() == "stock"
-        monkeypatch.setenv(VARIABLE, "edgekv")
+        monkeypatch.setenv(KERNEL_VARIABLE, "edgekv")
         with pytest.raises(BackendError, match="run `edgekv kernel` once"):
             chosen_kernel()
-        monkeypatch.setenv(VARIABLE, "fast")
+        monkeypatch.setenv(KERNEL_VARIABLE, "fast")
         with pytest.raises(InputError, match="takes edgekv or stock"):
             chosen_kernel()
 
@@ -256,7 +257,7 @@ class TestWhereItCannotBeHad:
 
 def test_nodes_are_computed_by_it(built: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(built.parents[2]))
-    monkeypatch.setenv(VARIABLE, "edgekv")
+    monkeypatch.setenv(KERNEL_VARIABLE, "edgekv")
     counter = ctypes.CDLL(str(built)).edgekv_n_computed
     counter.restype = ctypes.c_int64
     engine = open_backend(tiny_llama, "llama.cpp", n_ctx=256, n_threads=1)
@@ -271,10 +272,10 @@ def test_an_engine_in_a_child_says_which(
 ) -> None:
     """Also after a restart without it, which is how `edgekv chat` goes on when an engine died."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(built.parents[2]))
-    monkeypatch.setenv(VARIABLE, "edgekv")
+    monkeypatch.setenv(KERNEL_VARIABLE, "edgekv")
     engine = IsolatedBackend(tiny_llama, "llama.cpp", n_ctx=256, n_threads=1)
     assert engine.kernel == "edgekv"
-    monkeypatch.setenv(VARIABLE, "stock")
+    monkeypatch.setenv(KERNEL_VARIABLE, "stock")
     engine.restart()
     assert engine.kernel == "stock"
     engine.close()

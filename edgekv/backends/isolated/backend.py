@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from edgekv.backends.base import Backend, Interrupted, require_room
+from edgekv.backends.base import Backend, Interrupted, Kernel, require_room
 from edgekv.backends.isolated.child import Child
 from edgekv.backends.isolated.shared_logits import MAX_ROWS, SharedLogits
 from edgekv.backends.open import Kind
@@ -130,7 +130,7 @@ class IsolatedBackend(Backend):
         finally:
             shared.close()
         self.name: str = about["name"]
-        self.kernel: str = about["kernel"]
+        self.kernel: Kernel = about["kernel"]
         self.n_ctx: int = about["n_ctx"]
         self.n_ctx_train: int | None = about["n_ctx_train"]
         self.n_vocab: int = about["n_vocab"]

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import click
 
+from edgekv.backends.base import KERNEL_VARIABLE, KERNELS
 from edgekv.backends.open import KINDS
 from edgekv.quant.formats import CACHE_TYPES
 
@@ -175,11 +176,11 @@ def kernel() -> Option[Any]:
 
     def choose(_: click.Context, __: click.Parameter, value: str | None) -> None:
         if value:
-            os.environ["EDGEKV_KERNEL"] = value
+            os.environ[KERNEL_VARIABLE] = value
 
     return click.option(
         "--kernel",
-        type=click.Choice(["edgekv", "stock"]),
+        type=click.Choice(KERNELS),
         expose_value=False,
         callback=choose,
         help="Attention of llama.cpp: EdgeKV's kernel or its own.  [default: the kernel where it is built]",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import click
 
+from edgekv.backends.base import KERNEL_VARIABLE
 from edgekv.backends.isolated.backend import IsolatedBackend
 from edgekv.chat.generate import Step, Timings
 from edgekv.chat.session import ChatSession, Dropped
@@ -100,7 +101,7 @@ class Repl:
         click.echo(f"error: {error}", err=True)
         if not self._engine.alive:
             if self._engine.kernel == "edgekv":  # it may have been the kernel that died
-                os.environ["EDGEKV_KERNEL"] = "stock"
+                os.environ[KERNEL_VARIABLE] = "stock"
                 notice("the attention kernel is left out from here on")
             self._engine.restart()
             notice("the engine was restarted and the conversation is kept; /regen asks again")

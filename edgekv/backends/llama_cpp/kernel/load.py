@@ -9,16 +9,12 @@ from __future__ import annotations
 import functools
 import os
 from pathlib import Path
-from typing import Literal, get_args
 
+from edgekv.backends.base import KERNEL_VARIABLE, KERNELS, Kernel
 from edgekv.backends.llama_cpp.kernel.build import built_path
 from edgekv.backends.llama_cpp.kernel.ggml import ggml
 from edgekv.backends.llama_cpp.library import llama
 from edgekv.errors import BackendError, InputError
-
-VARIABLE = "EDGEKV_KERNEL"
-Kernel = Literal["edgekv", "stock"]
-KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 
 
 def chosen_kernel() -> Kernel:
@@ -46,9 +42,9 @@ def use_kernel() -> Kernel:
 
 def _chosen_build() -> Path | None:
     """The build to load; None for llama.cpp's own attention."""
-    wanted = os.environ.get(VARIABLE) or None
+    wanted = os.environ.get(KERNEL_VARIABLE) or None
     if wanted not in (None, *KERNELS):
-        raise InputError(f"{VARIABLE} is {wanted!r}; it takes {' or '.join(KERNELS)}, or is not set")
+        raise InputError(f"{KERNEL_VARIABLE} is {wanted!r}; it takes {' or '.join(KERNELS)}, or is not set")
     if wanted == "stock":
         return None
     path = built_path()
