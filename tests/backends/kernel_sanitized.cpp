@@ -11,7 +11,8 @@ using edgekv::Type;
 int main() {
     std::mt19937 random(1);
     auto         pick = [&](int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random); };
-    const Type   types[] = {Type::f32, Type::f16, Type::bf16, Type::q8_0, Type::q5_1, Type::q5_0, Type::q4_1, Type::iq4_nl};
+    const Type   types[] = {Type::f32, Type::f16, Type::bf16, Type::q8_0, Type::q5_1, Type::q5_0, Type::q4_1,
+                                  Type::q4_0, Type::iq4_nl};
     int          done = 0;
     for (int round = 0; round < 4; round++) {
         for (Type type : types) {
@@ -20,8 +21,8 @@ int main() {
             p.n_tokens = pick(1, 40), p.n_rows = pick(1, 1300), p.width_k = 32 * pick(1, 9), p.width_v = 32 * pick(1, 9);
             p.shared = p.n_kv_heads == 1 && pick(0, 1) == 1;
             if (p.shared) p.width_v = 32 * pick(1, p.width_k / 32);
-            p.type_k = p.type_v = type;
-            const size_t row_k = edgekv::row_nbytes(type, p.width_k), row_v = edgekv::row_nbytes(type, p.width_v);
+            p.rows_k = p.rows_v = edgekv::rows_of(type);
+            const size_t row_k = edgekv::row_nbytes(*p.rows_k, p.width_k), row_v = edgekv::row_nbytes(*p.rows_v, p.width_v);
             const auto   n_rows = size_t(p.n_seq * p.n_kv_heads * p.n_rows);
             std::vector<float>    q(size_t(p.n_seq * p.n_heads * p.n_tokens * p.width_k), 0.1f);
             std::vector<char>     k(n_rows * row_k, 1), v(p.shared ? 0 : n_rows * row_v, 1);

@@ -6,17 +6,14 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "rows.h"
+
 namespace edgekv {
 
 // A tensor of up to four dims: bytes from one element of dims 1 to 3 to the next, as ggml's nb. Rows are contiguous.
 struct View {
     const char * data;
     size_t       nb1, nb2, nb3;
-};
-
-// Ids of enum ggml_type, the types that a row may be stored in.
-enum class Type : int {
-    f32 = 0, f16 = 1, q4_0 = 2, q4_1 = 3, q5_0 = 6, q5_1 = 7, q8_0 = 8, iq4_nl = 20, bf16 = 30
 };
 
 struct Problem {
@@ -28,7 +25,8 @@ struct Problem {
     float *       out;    // (sequences, T, H, V) contiguous
     int64_t       n_seq, n_heads, n_kv_heads, n_tokens, n_rows, width_k, width_v;
     int64_t       mask_heads, mask_seq;
-    Type          type_k, type_v;
+    const Rows *  rows_k;
+    const Rows *  rows_v;
     bool          shared;
     float         scale, softcap;  // softcap 0: none
 };
@@ -47,12 +45,6 @@ private:
     float * data_ = nullptr;
     size_t  size_ = 0;
 };
-
-bool supported(Type type);
-// Bytes of a row of n values, which whole blocks make up.
-size_t row_nbytes(Type type, int64_t n);
-// One row as float32.
-void to_float(Type type, const void * row, float * out, int64_t n);
 
 void attention(const Problem & problem, int n_threads, Scratch & scratch);
 

@@ -77,7 +77,7 @@ struct Context {
 
 std::atomic<int64_t> n_computed{0};
 
-bool known(const ggml_tensor * x) { return edgekv::supported(static_cast<edgekv::Type>(x->type)); }
+const edgekv::Rows * rows_of(const ggml_tensor * x) { return edgekv::rows_of(static_cast<edgekv::Type>(x->type)); }
 
 bool rows_contiguous(const ggml_tensor * x) { return x->nb[0] == ggml_type_size(x->type); }
 
@@ -86,7 +86,7 @@ bool computes(const ggml_tensor * op) {
     const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3], *sinks = op->src[4];
     float max_bias;
     std::memcpy(&max_bias, op->op_params + 1, sizeof max_bias);
-    return max_bias == 0.0f && q->type == GGML_TYPE_F32 && op->type == GGML_TYPE_F32 && known(k) && known(v) &&
+    return max_bias == 0.0f && q->type == GGML_TYPE_F32 && op->type == GGML_TYPE_F32 && rows_of(k) && rows_of(v) &&
            rows_contiguous(q) && rows_contiguous(k) && rows_contiguous(v) && ggml_is_contiguous(op) &&
            k->ne[0] % ggml_blck_size(k->type) == 0 && v->ne[0] % ggml_blck_size(v->type) == 0 &&
            k->ne[2] == v->ne[2] && q->ne[2] % k->ne[2] == 0 && q->ne[3] == k->ne[3] && q->ne[3] == v->ne[3] &&
@@ -116,8 +116,8 @@ void compute(Context & context, ggml_tensor * op) {
     p.width_v    = v->ne[0];
     p.mask_heads = mask ? mask->ne[2] : 1;
     p.mask_seq   = mask ? mask->ne[3] : 1;
-    p.type_k     = static_cast<edgekv::Type>(k->type);
-    p.type_v     = static_cast<edgekv::Type>(v->type);
+    p.rows_k     = rows_of(k);
+    p.rows_v     = rows_of(v);
     // A latent's values are the first of the cached row that its keys are.
     p.shared = k->data == v->data && k->type == v->type && v->ne[0] <= k->ne[0] && k->nb[1] == v->nb[1] &&
                k->nb[2] == v->nb[2] && k->nb[3] == v->nb[3];
@@ -235,6 +235,12 @@ __attribute__((visibility("default"))) ggml_backend_reg_t ggml_backend_init(void
     }
     static Reg reg = {API_VERSION, {reg_name, reg_device_count, reg_device, reg_function}, nullptr};
     return reinterpret_cast<ggml_backend_reg_t>(&reg);
+}
+
+// Whether queries are rounded to 8 bits beside keys of a ggml_type.
+__attribute__((visibility("default"))) bool edgekv_rounds_queries(int type) {
+    const edgekv::Rows * rows = edgekv::rows_of(static_cast<edgekv::Type>(type));
+    return rows && rows->to_codes;
 }
 
 // Attention nodes computed since the library was loaded: whether it is really used.

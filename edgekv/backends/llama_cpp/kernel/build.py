@@ -24,7 +24,8 @@ from edgekv.files import atomic_path, file_sha256
 from edgekv.host.isa import cpu_flags, engine_library
 
 HERE = Path(__file__).parent
-SOURCES = tuple(HERE / name for name in ("attention.cpp", "backend.cpp"))
+SOURCES = tuple(HERE / name for name in ("attention.cpp", "backend.cpp", "rows.cpp"))
+HEADERS = tuple(HERE / name for name in ("attention.h", "rows.h", "vectors.h"))
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = (
     *("-std=c++17", "-O3", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden"),
@@ -46,7 +47,7 @@ def build_path() -> Path:
             "the attention kernel is for llama.cpp, which is not installed: pip install 'edgekv[llama]'"
         )
     engine = f"{library} {library.stat().st_size} {library.stat().st_mtime_ns}"
-    parts = [source.read_bytes() for source in (*SOURCES, HERE / "attention.h")]
+    parts = [source.read_bytes() for source in (*SOURCES, *HEADERS)]
     parts += [" ".join(FLAGS).encode(), " ".join(sorted(cpu_flags())).encode(), engine.encode()]
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     return user_cache_path("edgekv") / "kernel" / f"attention-{digest}-{platform.machine()}.so"

@@ -23,6 +23,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {  # ggml/include/{ggml,ggml-bac
     "ggml_new_tensor_4d": (c_void_p, [c_void_p, c_int, *[c_int64] * 4]),
     "ggml_view_4d": (c_void_p, [c_void_p, c_void_p, *[c_int64] * 4, *[c_size_t] * 4]),
     "ggml_get_data": (c_void_p, [c_void_p]),
+    "ggml_quantize_chunk": (c_size_t, [c_int, c_void_p, c_void_p, *[c_int64] * 3, c_void_p]),
     "ggml_flash_attn_ext": (c_void_p, [*[c_void_p] * 5, *[c_float] * 3]),
     "ggml_flash_attn_ext_add_sinks": (None, [c_void_p] * 2),
     "ggml_new_graph": (c_void_p, [c_void_p]),

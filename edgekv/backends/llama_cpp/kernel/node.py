@@ -102,14 +102,36 @@ def _tensor(context: Any, array: Array, kind: GGMLType) -> tuple[Any, int]:
     return tensor, stored.nbytes // int(np.prod(array.shape[:-1]))
 
 
-def stored_as(array: Array, kind: GGMLType) -> np.ndarray[Any, Any]:
-    """The bytes of an array in a ggml type, by gguf-py."""
-    return gguf.quants.quantize(array, kind)
+def stored_as(array: Array, kind: GGMLType) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The bytes of an array in a ggml type, by ggml."""
+    *rows, width = array.shape
+    values = np.ascontiguousarray(array, np.float32)
+    block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    stored = np.empty((*rows, width // block * nbytes), np.uint8)
+    ggml("ggml_quantize_chunk")(
+        kind, values.ctypes.data, stored.ctypes.data, 0, int(np.prod(rows)), width, None
+    )
+    return stored
 
 
 def as_stored(array: Array, kind: GGMLType) -> Array:
     """An array as it is read back from a ggml type."""
     return np.asarray(gguf.quants.dequantize(stored_as(array, kind), kind), np.float32).reshape(array.shape)
+
+
+def rounds_queries(path: Path, kind: GGMLType) -> bool:
+    """Whether a plug-in multiplies keys of a type by queries that it rounds to 8 bits."""
+    function = ctypes.CDLL(str(path)).edgekv_rounds_queries
+    function.restype = ctypes.c_bool
+    return bool(function(int(kind)))
+
+
+def rounded(q: Array) -> Array:
+    """Queries (..., K) rounded as ggml/src/ggml-quants.c rounds to q8_0, but for the scale, which stays float32."""
+    blocks = q.reshape(*q.shape[:-1], -1, 32)
+    most = np.abs(blocks).max(-1, keepdims=True)
+    codes = np.rint(blocks * (np.float32(127) / np.where(most > 0, most, 1)))
+    return np.asarray(codes * (most / np.float32(127)), np.float32).reshape(q.shape)
 
 
 def twin(node: Node) -> np.ndarray[Any, np.dtype[np.float64]]:

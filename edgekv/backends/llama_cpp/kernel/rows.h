@@ -1,0 +1,41 @@
+// Cached rows, as they are stored, to numbers: layouts of ggml/src/ggml-common.h, values of ggml/src/ggml-quants.c.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace edgekv {
+
+// Ids of enum ggml_type, the types that a row may be stored in.
+enum class Type : int {
+    f32 = 0, f16 = 1, q4_0 = 2, q4_1 = 3, q5_0 = 6, q5_1 = 7, q8_0 = 8, iq4_nl = 20, bf16 = 30
+};
+
+constexpr int64_t QK = 32;  // values of a quantized block
+
+// A row of n values as float32.
+using ToFloat = void (*)(const uint8_t * row, float * out, int64_t n);
+
+// A quantized row of n values as whole numbers, value = d[block] * (code - offset) + m[block]. Of each four codes the
+// bytes lie together, `stride` bytes behind the four before; d and m are `lanes` floats apart. m may be null without minima.
+using ToCodes = void (*)(const uint8_t * row, uint8_t * codes, int64_t stride, float * d, float * m, int64_t lanes, int64_t n);
+
+struct Rows {
+    size_t  block_nbytes;
+    int64_t block_size;
+    ToFloat to_float;
+    ToCodes to_codes;  // null: not quantized, or the machine cannot multiply such codes
+    int32_t offset;
+    bool    minima;
+};
+
+// How rows of a type are read; null for a type that is not known.
+const Rows * rows_of(Type type);
+
+// Bytes of a row of n values, which whole blocks make up.
+inline size_t row_nbytes(const Rows & rows, int64_t n) { return size_t(n / rows.block_size) * rows.block_nbytes; }
+
+// f16 to float32, which masks are as well.
+void halves_to_float(const uint8_t * halves, float * out, int64_t n);
+
+}  // namespace edgekv
