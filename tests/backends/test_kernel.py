@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from edgekv.backends.llama_cpp.kernel.build import FLAGS, HERE, build, build_pat
 from edgekv.backends.llama_cpp.kernel.check import KINDS, relative_error
 from edgekv.backends.llama_cpp.kernel.ggml import ggml
 from edgekv.backends.llama_cpp.kernel.load import _load_once, chosen_kernel
-from edgekv.backends.llama_cpp.kernel.node import Node, attend, load_backend
+from edgekv.backends.llama_cpp.kernel.node import Node, attend, load_backend, rounded, stored_as, twin
 from edgekv.backends.open import open_backend
 from edgekv.errors import BackendError, InputError
 from edgekv.reference.ops import kl_rows, log_softmax
 
-SANITIZED = Path(__file__).with_name("kernel_sanitized.cpp")
+PROGRAM = Path(__file__).with_name("kernel_problem.cpp")
+ARM_COMPILER = "aarch64-linux-gnu-g++"
 
 
 @pytest.fixture(scope="module")
@@ -171,27 +173,65 @@ def edgekv_logits(tmp_path: Path) -> Callable[..., Any]:
     return run
 
 
-def test_sanitizers_find_nothing(tmp_path: Path) -> None:
-    """AddressSanitizer and UndefinedBehaviorSanitizer over random shapes of every type."""
-    program = tmp_path / "sanitized"
-    flags = [flag for flag in FLAGS if flag not in ("-O3", "-shared", "-fopenmp")]
-    compiler = kernel_build._compiler()
-    command = [
-        compiler,
-        *flags,
-        "-O1",
-        "-g",
-        "-fsanitize=address,undefined",
-        "-fno-sanitize-recover",
-        f"-I{HERE}",
+def compiled_program(folder: Path, compiler: str, *flags: str) -> Path:
+    """kernel_problem.cpp with the kernel's sources."""
+    program = folder / "problem"
+    shared = [f for f in FLAGS if f != "-shared" and not f.startswith(("-march", "-mcpu"))]
+    sources = [PROGRAM, HERE / "attention.cpp", HERE / "rows.cpp"]
+    command = [compiler, *shared, *flags, f"-I{HERE}", *map(str, sources), "-o", str(program)]
+    subprocess.run(command, check=True)
+    return program
+
+
+def error_of_program(command: list[str], node: Node, threads: int) -> float:
+    """How far the program is from NumPy for one node."""
+    mask = np.zeros((0, 0, 0, 0), np.float16) if node.mask is None else node.mask.astype(np.float16)
+    n, heads, tokens, width = node.q.shape
+    numbers = [
+        n,
+        heads,
+        node.k.shape[1],
+        tokens,
+        node.k.shape[2],
+        width,
+        node.width_v,
+        node.type_k,
+        node.type_v,
     ]
-    subprocess.run(
-        [*command, str(SANITIZED), str(HERE / "attention.cpp"), str(HERE / "rows.cpp"), "-o", str(program)],
-        check=True,
+    numbers += [node.v is None, mask.shape[1], mask.shape[0], threads]
+    parts = [np.array(numbers, np.int64), np.array([node.scale, node.softcap], np.float32), node.q]
+    parts += [stored_as(node.k, node.type_k)] + ([] if node.v is None else [stored_as(node.v, node.type_v)])
+    parts += [mask, np.array([node.sinks is not None], np.uint8)] + (
+        [] if node.sinks is None else [node.sinks]
     )
-    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["36", "problems"]
+    data = b"".join(np.ascontiguousarray(part).tobytes() for part in parts)
+    done = subprocess.run(command, input=data, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()
+    found = np.frombuffer(done.stdout, np.float32, offset=1).reshape(n, tokens, heads, node.width_v)
+    wanted = twin(replace(node, q=rounded(node.q)) if done.stdout[0] else node)
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+def test_sanitizers_find_nothing(tmp_path: Path) -> None:
+    """AddressSanitizer and UndefinedBehaviorSanitizer over random shapes of every type, in buffers of their size."""
+    flags = ("-O1", "-g", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover")
+    program = compiled_program(tmp_path, kernel_build._compiler(), *flags)
+    rng = np.random.default_rng(5)
+    for kind in (GGMLType[name] for name in KINDS):
+        for threads in (1, 3):
+            assert error_of_program([str(program)], random_node(kind, rng), threads) < 1e-5
+
+
+@pytest.mark.skipif(
+    not (shutil.which(ARM_COMPILER) and shutil.which("qemu-aarch64")), reason="no emulated ARM here"
+)
+@pytest.mark.parametrize("machine", ["armv8-a", "armv8.2-a+dotprod"])
+def test_on_an_emulated_arm(tmp_path: Path, machine: str) -> None:
+    """Plain NEON (Pi 3, 4, Zero 2 W) and dot products (Pi 5)."""
+    program = compiled_program(tmp_path, ARM_COMPILER, f"-march={machine}", "-static", "-Werror")
+    rng = np.random.default_rng(6)
+    for kind in (GGMLType[name] for name in KINDS):
+        assert error_of_program(["qemu-aarch64", str(program)], random_node(kind, rng), 2) < 1e-5
 
 
 class TestWhereItCannotBeHad:
