@@ -30,6 +30,7 @@ from edgekv.reference.ops import kl_rows, log_softmax
 
 PROGRAM = Path(__file__).with_name("kernel_problem.cpp")
 ARM_COMPILER = "aarch64-linux-gnu-g++"
+ARCHER = sorted(Path("/usr/lib").glob("llvm-*/lib/libarcher.so"))
 
 
 @pytest.fixture(scope="module")
