@@ -16,14 +16,43 @@
 namespace edgekv {
 namespace {
 
-constexpr int64_t TILE    = 64;   // most cached rows at a time
-constexpr int64_t BLOCK   = 72;   // rows of queries at a time: heads times tokens, a multiple of Q
-constexpr int     Q       = 3;    // rows of queries in registers
+constexpr int64_t TILE    = 64;   // cached rows at a time
+constexpr int64_t BLOCK   = 72;   // rows of queries at a time: heads times tokens
 constexpr int     R       = 4;    // cached rows in registers
-constexpr int     C       = 4;    // vectors of a value's columns in registers
 constexpr int64_t PADDING = 16;   // floats behind a row of the tile: rows a power of two apart would share sets of the L1 cache
 constexpr int64_t CHUNK   = 512;  // least cached rows that one thread takes
 constexpr float   NOTHING = -std::numeric_limits<float>::infinity();
+
+// Rows of queries in registers at a time, by what was fastest: x86 without AVX-512 has 16 registers, the others 32.
+#if defined(__x86_64__) && !defined(__AVX512F__)
+constexpr int DOTS = 2, WHOLE_DOTS = 3, MIXED = 6;
+constexpr int columns(int n) { return n > 4 ? 2 : 4; }  // vectors of values beside n rows
+constexpr bool has_registers(int n) { return n != 4; }
+#else
+constexpr int DOTS = 6, WHOLE_DOTS = 6, MIXED = 6;
+constexpr int columns(int) { return 4; }
+constexpr bool has_registers(int) { return true; }
+#endif
+
+template <int N> struct Count { static constexpr int value = N; };
+
+// f(Count<n>, r) for rows r..r+n of `count`, n at most MOST.
+template <int MOST, class F>
+inline void in_groups(int64_t count, F && f) {
+    for (int64_t r = 0; r < count;) {
+        int n = int(std::min<int64_t>(MOST, count - r));
+        if (!has_registers(n)) n /= 2;
+        switch (n) {
+            case 6: if constexpr (MOST >= 6) f(Count<6>(), r); break;
+            case 5: if constexpr (MOST >= 5) f(Count<5>(), r); break;
+            case 4: if constexpr (MOST >= 4) f(Count<4>(), r); break;
+            case 3: if constexpr (MOST >= 3) f(Count<3>(), r); break;
+            case 2: f(Count<2>(), r); break;
+            default: f(Count<1>(), r);
+        }
+        r += n;
+    }
+}
 
 // scores[N][R] = q[N] . k[R], the widths padded with zeros.
 template <int N>
@@ -45,7 +74,7 @@ inline void dots(const float * q, const float * k, int64_t width, int64_t k_stri
 struct WholeQueries {
     int8_t *  codes;   // (rows, width)
     float *   d;       // (rows, blocks)
-    int32_t * moved;   // (rows, blocks) sum of a block's codes times the offset of the keys' codes
+    int32_t * moved;   // (rows, blocks) minus the sum of a block's codes times the offset of the keys' codes
     float *   sum;     // (rows, blocks) d times the sum of a block's codes, for minima of keys
 };
 
@@ -65,7 +94,7 @@ inline void whole_dots(const WholeQueries & q, int64_t r, const WholeKeys & k, i
     vf              sum[N] = {};
     for (int64_t b = 0; b < n_blocks; b++) {
         vi dot[N];
-        for (int i = 0; i < N; i++) dot[i] = all(-q.moved[(r + i) * n_blocks + b]);
+        for (int i = 0; i < N; i++) dot[i] = all(q.moved[(r + i) * n_blocks + b]);
         add_dots<N>(codes + b * QK * LANES, q.codes + r * width + b * QK, width, dot);
         const vf scale = load(d + b * LANES);
         for (int i = 0; i < N; i++) sum[i] += __builtin_convertvector(dot[i], vf) * (scale * q.d[(r + i) * n_blocks + b]);
@@ -106,7 +135,6 @@ struct Sizes {
     int64_t width_k, width_v;     // padded to whole vectors
     int64_t n_blocks;             // of a key
     int64_t stride_k, stride_v;   // of the tile's rows
-    int64_t tile;                 // cached rows at a time: what the L1 cache holds
     size_t  q, scores, k, v;      // floats of a thread's scratch
 
     explicit Sizes(const Problem & p) {
@@ -118,11 +146,10 @@ struct Sizes {
         n_blocks = p.width_k / QK;
         stride_k = width_k + PADDING;
         stride_v = apart ? width_v + PADDING : stride_k;
-        tile     = p.width_k > 128 ? TILE / 2 : TILE;
         q        = size_t(whole ? BLOCK * (width_k / 4 + 3 * n_blocks) : BLOCK * width_k);
         scores   = size_t(BLOCK * TILE);
-        k        = size_t(whole ? tile * (width_k / 4 + 2 * n_blocks) : tile * stride_k);
-        v        = size_t(apart ? tile * stride_v : 0);
+        k        = size_t(whole ? TILE * (width_k / 4 + 2 * n_blocks) : TILE * stride_k);
+        v        = size_t(apart ? TILE * stride_v : 0);
         for (size_t * n : {&q, &scores, &k, &v}) *n = size_t(up(int64_t(*n), 16));
     }
     size_t floats() const { return q + scores + k + v; }
@@ -143,8 +170,8 @@ public:
         auto * codes = reinterpret_cast<int8_t *>(q_);
         auto * after = q_ + BLOCK * s.width_k / 4;
         whole_q_     = {codes, after, reinterpret_cast<int32_t *>(after + BLOCK * s.n_blocks), after + 2 * BLOCK * s.n_blocks};
-        after        = k_ + s.tile * s.width_k / 4;
-        whole_k_     = {reinterpret_cast<uint8_t *>(k_), after, after + s.tile * s.n_blocks};
+        after        = k_ + TILE * s.width_k / 4;
+        whole_k_     = {reinterpret_cast<uint8_t *>(k_), after, after + TILE * s.n_blocks};
     }
 
     void run(const Block & b, int64_t from, int64_t to) {
@@ -152,11 +179,11 @@ public:
         std::fill(b.out, b.out + b.count * s_.width_v, 0.0f);
         std::fill(b.largest, b.largest + b.count, NOTHING);
         std::fill(b.sum, b.sum + b.count, 0.0f);
-        for (int64_t start = from; start < to; start += s_.tile) {
-            const int64_t n = std::min(s_.tile, to - start);
+        for (int64_t start = from; start < to; start += TILE) {
+            const int64_t n = std::min(TILE, to - start);
             if (!seen(b, start, n)) continue;
             read_rows(b, start, n);
-            score(b, start, n, std::min(s_.tile, to - start - n));
+            score(b, start, n, std::min(TILE, to - start - n));
             for (int64_t r = 0; r < b.count; r++) weigh(b, r, start, n);
             add_values(b, n);
         }
@@ -215,7 +242,7 @@ private:
         }
         const int64_t at = r * s_.n_blocks + i;
         whole_q_.d[at]     = d;
-        whole_q_.moved[at] = sum * p_.rows_k->offset;
+        whole_q_.moved[at] = -sum * p_.rows_k->offset;
         whole_q_.sum[at]   = d * float(sum);
     }
 
@@ -235,22 +262,22 @@ private:
     }
 
     void read_rows(const Block & b, int64_t start, int64_t n) {
-        for (int64_t i = 0; i < n; i++) {
-            const uint8_t * from = row(p_.k, b, start + i);
-            if (s_.whole) {
-                const int64_t group = i / LANES, lane = i % LANES;
-                const int64_t at = group * s_.n_blocks * LANES + lane;
-                p_.rows_k->to_codes(from, whole_k_.codes + group * s_.width_k * LANES + lane * 4, LANES * 4, whole_k_.d + at, whole_k_.m + at, LANES, p_.width_k);
-            } else {
-                float * to = k_ + i * s_.stride_k;
-                p_.rows_k->to_float(from, to, p_.width_k);
-                std::fill(to + p_.width_k, to + s_.width_k, 0.0f);
+        if (s_.whole) {
+            for (int64_t i = 0; i < n; i += LANES) {
+                const int64_t at = i * s_.n_blocks;
+                p_.rows_k->to_codes(row(p_.k, b, start + i), p_.k.nb1, int(std::min<int64_t>(LANES, n - i)),
+                                    whole_k_.codes + i * s_.width_k, whole_k_.d + at, whole_k_.m + at, p_.width_k);
             }
-            if (s_.apart) {
-                float * to = v_ + i * s_.stride_v;
-                p_.rows_v->to_float(row(p_.v, b, start + i), to, p_.width_v);
-                std::fill(to + p_.width_v, to + s_.width_v, 0.0f);
-            }
+        } else {
+            read_floats(*p_.rows_k, row(p_.k, b, start), p_.k.nb1, n, p_.width_k, k_, s_.stride_k, s_.width_k);
+        }
+        if (s_.apart) read_floats(*p_.rows_v, row(p_.v, b, start), p_.v.nb1, n, p_.width_v, v_, s_.stride_v, s_.width_v);
+    }
+
+    static void read_floats(const Rows & rows, const uint8_t * from, size_t step, int64_t n, int64_t width, float * to, int64_t stride, int64_t padded) {
+        for (int64_t i = 0; i < n; i++, from += step, to += stride) {
+            rows.to_float(from, to, width);
+            std::fill(to + width, to + padded, 0.0f);
         }
     }
 
@@ -270,19 +297,15 @@ private:
         const int64_t step = s_.whole ? LANES : R;
         for (int64_t i = 0; i < n; i += step) {
             prefetch(b, start + n + i, start + n + std::min(i + step, n_next));
-            int64_t r = 0;
-            for (; r + Q <= b.count; r += Q) score_rows<Q>(r, i);
-            for (; r < b.count; r++) score_rows<1>(r, i);
-        }
-    }
-
-    template <int N>
-    void score_rows(int64_t r, int64_t i) {
-        float * to = scores_ + r * TILE + i;
-        if (s_.whole) {
-            whole_dots<N>(whole_q_, r, whole_k_, i / LANES, s_.n_blocks, p_.rows_k->minima, to);
-        } else {
-            dots<N>(q_ + r * s_.width_k, k_ + i * s_.stride_k, s_.width_k, s_.stride_k, to);
+            if (s_.whole) {
+                in_groups<WHOLE_DOTS>(b.count, [&](auto rows, int64_t r) {
+                    whole_dots<rows.value>(whole_q_, r, whole_k_, i / LANES, s_.n_blocks, p_.rows_k->minima, scores_ + r * TILE + i);
+                });
+            } else {
+                in_groups<DOTS>(b.count, [&](auto rows, int64_t r) {
+                    dots<rows.value>(q_ + r * s_.width_k, k_ + i * s_.stride_k, s_.width_k, s_.stride_k, scores_ + r * TILE + i);
+                });
+            }
         }
     }
 
@@ -335,16 +358,14 @@ private:
     }
 
     void add_values(const Block & b, int64_t n) {
-        int64_t c = 0;
-        for (; c + C * LANES <= s_.width_v; c += C * LANES) add_columns<C>(b, c, n);
-        for (; c < s_.width_v; c += LANES) add_columns<1>(b, c, n);
-    }
-
-    template <int M>
-    void add_columns(const Block & b, int64_t c, int64_t n) {
-        int64_t r = 0;
-        for (; r + Q <= b.count; r += Q) mix<Q, M>(scores_ + r * TILE, v_ + c, s_.stride_v, n, b.out + r * s_.width_v + c, s_.width_v);
-        for (; r < b.count; r++) mix<1, M>(scores_ + r * TILE, v_ + c, s_.stride_v, n, b.out + r * s_.width_v + c, s_.width_v);
+        in_groups<MIXED>(b.count, [&](auto rows, int64_t r) {
+            constexpr int M = columns(rows.value);
+            const float * p = scores_ + r * TILE;
+            float *       out = b.out + r * s_.width_v;
+            int64_t       c = 0;
+            for (; c + M * LANES <= s_.width_v; c += M * LANES) mix<rows.value, M>(p, v_ + c, s_.stride_v, n, out + c, s_.width_v);
+            for (; c < s_.width_v; c += LANES) mix<rows.value, 1>(p, v_ + c, s_.stride_v, n, out + c, s_.width_v);
+        });
     }
 };
 

@@ -172,19 +172,18 @@ constexpr uint8_t SIGN = 128;
 #endif
 
 template <class Format>
-void codes(const uint8_t * p, uint8_t * to, int64_t stride, float * d, float * m, int64_t lanes, int64_t n) {
-    for (; n > 0; n -= QK, p += Format::NBYTES, d += lanes) {
-        const Codes   c    = Format::read(p);
-        const uint8_t sign = Format::SMALL ? 0 : SIGN;
-        const u8x     both[2] = {u8x(c.low) ^ sign, u8x(c.high) ^ sign};
-        uint32_t      words[8];
-        std::memcpy(words, both, sizeof words);
-        for (int i = 0; i < 8; i++, to += stride) std::memcpy(to, words + i, 4);
-        *d = c.d;
-        if (Format::MINIMA) {
-            *m = c.m;
-            m += lanes;
+void codes(const uint8_t * rows, size_t stride, int count, uint8_t * to, float * d, float * m, int64_t n) {
+    constexpr uint8_t sign = Format::SMALL ? 0 : SIGN;
+    alignas(32) uint8_t block[LANES][QK] = {};
+    for (; n > 0; n -= QK, rows += Format::NBYTES, to += QK * LANES, d += LANES, m += LANES) {
+        for (int i = 0; i < LANES && i < count; i++) {
+            const Codes c    = Format::read(rows + size_t(i) * stride);
+            const u8x   both[2] = {u8x(c.low) ^ sign, u8x(c.high) ^ sign};
+            std::memcpy(block[i], both, sizeof both);
+            d[i] = c.d;
+            if (Format::MINIMA) m[i] = c.m;
         }
+        interleave(block, to);
     }
 }
 

@@ -16,9 +16,9 @@ constexpr int64_t QK = 32;  // values of a quantized block
 // A row of n values as float32.
 using ToFloat = void (*)(const uint8_t * row, float * out, int64_t n);
 
-// A quantized row of n values as whole numbers, value = d[block] * (code - offset) + m[block]. Of each four codes the
-// bytes lie together, `stride` bytes behind the four before; d and m are `lanes` floats apart. m may be null without minima.
-using ToCodes = void (*)(const uint8_t * row, uint8_t * codes, int64_t stride, float * d, float * m, int64_t lanes, int64_t n);
+// Up to LANES quantized rows of n values, `stride` bytes apart, as whole numbers, value = d * (code - offset) + m: codes
+// (n / 4, LANES, 4), d and m (n / 32, LANES). m is written for formats with minima only.
+using ToCodes = void (*)(const uint8_t * rows, size_t stride, int count, uint8_t * codes, float * d, float * m, int64_t n);
 
 struct Rows {
     size_t  block_nbytes;

@@ -86,6 +86,38 @@ inline void sums_of_four(const vf * a, float * out) {
 #endif
 }
 
+// LANES rows of 32 bytes as (8, LANES, 4): four bytes of each row side by side.
+inline void interleave(const uint8_t (*rows)[32], uint8_t * out) {
+#if defined(__aarch64__)
+    for (int half = 0; half < 32; half += 16, out += 64) {
+        uint32x4x4_t x;
+        for (int i = 0; i < 4; i++) x.val[i] = vreinterpretq_u32_u8(vld1q_u8(rows[i] + half));
+        vst4q_u32(reinterpret_cast<uint32_t *>(out), x);
+    }
+#elif defined(__AVX2__)
+    for (int first = 0; first < LANES; first += 8) {
+        __m256i a[8], b[8];
+        for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(rows[first + i]));
+        for (int i = 0; i < 8; i += 2) b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]), b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+        for (int i = 0; i < 8; i += 4) {
+            for (int j = 0; j < 2; j++) {
+                a[i + 2 * j]     = _mm256_unpacklo_epi64(b[i + j], b[i + j + 2]);
+                a[i + 2 * j + 1] = _mm256_unpackhi_epi64(b[i + j], b[i + j + 2]);
+            }
+        }
+        for (int i = 0; i < 4; i++) {
+            auto at = [&](int step) { return reinterpret_cast<__m256i *>(out + step * LANES * 4 + first * 4); };
+            _mm256_storeu_si256(at(i), _mm256_permute2x128_si256(a[i], a[i + 4], 0x20));
+            _mm256_storeu_si256(at(i + 4), _mm256_permute2x128_si256(a[i], a[i + 4], 0x31));
+        }
+    }
+#else
+    for (int i = 0; i < LANES; i++) {
+        for (int step = 0; step < 8; step++) std::memcpy(out + (step * LANES + i) * 4, rows[i] + step * 4, 4);
+    }
+#endif
+}
+
 // Whether products of any two bytes can be added up below, or only those of codes under 32.
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
 constexpr bool ANY_CODE = true;
