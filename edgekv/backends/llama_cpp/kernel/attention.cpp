@@ -36,11 +36,11 @@ constexpr bool has_registers(int) { return true; }
 
 template <int N> struct Count { static constexpr int value = N; };
 
-// f(Count<n>, r) for rows r..r+n of `count`, n at most MOST.
+// f(Count<n>, r) for rows r..r+n of from..to, n at most MOST.
 template <int MOST, class F>
-inline void in_groups(int64_t count, F && f) {
-    for (int64_t r = 0; r < count;) {
-        int n = int(std::min<int64_t>(MOST, count - r));
+inline void in_groups(int64_t from, int64_t to, F && f) {
+    for (int64_t r = from; r < to;) {
+        int n = int(std::min<int64_t>(MOST, to - r));
         if (!has_registers(n)) n /= 2;
         switch (n) {
             case 6: if constexpr (MOST >= 6) f(Count<6>(), r); break;
@@ -155,9 +155,11 @@ struct Sizes {
     size_t floats() const { return q + scores + k + v; }
 };
 
-// A block of queries: rows (token, head) of one sequence and one KV head, and what they have seen so far.
+// A block of queries of one sequence, and what they have seen so far: of each of `heads` KV heads from kv_head on the rows
+// first..first+rows of its T * group rows (token, head). Several heads come in one block where they all fit: the cache
+// holds their rows side by side, and memory is read in order.
 struct Block {
-    int64_t seq, kv_head, first, count;  // rows first..first+count of T * group
+    int64_t seq, kv_head, heads, first, rows, count;  // count = heads * rows
     float * out;                         // (count, width_v)
     float * largest;                     // (count) of the scores
     float * sum;                         // (count) of exp(score - largest)
@@ -182,10 +184,12 @@ public:
         for (int64_t start = from; start < to; start += TILE) {
             const int64_t n = std::min(TILE, to - start);
             if (!seen(b, start, n)) continue;
-            read_rows(b, start, n);
-            score(b, start, n, std::min(TILE, to - start - n));
-            for (int64_t r = 0; r < b.count; r++) weigh(b, r, start, n);
-            add_values(b, n);
+            for (int64_t h = 0; h < b.heads; h++) {
+                read_rows(b, h, start, n);
+                score(b, h, start, n, std::min(TILE, to - start - n));
+                for (int64_t r = h * b.rows; r < (h + 1) * b.rows; r++) weigh(b, r, start, n);
+                add_values(b, h, n);
+            }
         }
     }
 
@@ -200,8 +204,8 @@ private:
     WholeKeys       whole_k_;
     float           added_[TILE];  // the mask of the token and stretch that weigh() saw last
 
-    int64_t token(const Block & b, int64_t r) const { return (b.first + r) / s_.group; }
-    int64_t head(const Block & b, int64_t r) const { return b.kv_head * s_.group + (b.first + r) % s_.group; }
+    int64_t token(const Block & b, int64_t r) const { return (b.first + r % b.rows) / s_.group; }
+    int64_t head(const Block & b, int64_t r) const { return (b.kv_head + r / b.rows) * s_.group + (b.first + r % b.rows) % s_.group; }
 
     const uint16_t * mask(const Block & b, int64_t r, int64_t start) const {
         const View & m = p_.mask;
@@ -211,8 +215,8 @@ private:
         return reinterpret_cast<const uint16_t *>(at) + start;
     }
 
-    const uint8_t * row(const View & x, const Block & b, int64_t i) const {
-        return reinterpret_cast<const uint8_t *>(x.data + size_t(i) * x.nb1 + size_t(b.kv_head) * x.nb2 +
+    const uint8_t * row(const View & x, const Block & b, int64_t h, int64_t i) const {
+        return reinterpret_cast<const uint8_t *>(x.data + size_t(i) * x.nb1 + size_t(b.kv_head + h) * x.nb2 +
                                                  size_t(b.seq) * x.nb3);
     }
 
@@ -249,29 +253,29 @@ private:
     // Whether any query of the block sees any of these rows. Masks are of tokens, or of tokens and heads.
     bool seen(const Block & b, int64_t start, int64_t n) const {
         if (!p_.mask.data) return true;
-        const int64_t step = p_.mask_heads == 1 ? s_.group : 1;
-        for (int64_t r = 0; r < b.count; r += step) {
+        const int64_t step = p_.mask_heads == 1 ? s_.group : 1, rows = p_.mask_heads == 1 ? b.rows : b.count;
+        for (int64_t r = 0; r < rows; r += step) {
             if (sees(mask(b, r, start), n)) return true;
         }
         // A block that began within a token: its last one was not looked at.
-        return step > 1 && b.first % step != 0 && sees(mask(b, b.count - 1, start), n);
+        return step > 1 && b.first % step != 0 && sees(mask(b, rows - 1, start), n);
     }
 
     static bool sees(const uint16_t * mask, int64_t n) {
         return std::any_of(mask, mask + n, [](uint16_t m) { return m != 0xfc00; });  // minus infinity
     }
 
-    void read_rows(const Block & b, int64_t start, int64_t n) {
+    void read_rows(const Block & b, int64_t h, int64_t start, int64_t n) {
         if (s_.whole) {
             for (int64_t i = 0; i < n; i += LANES) {
                 const int64_t at = i * s_.n_blocks;
-                p_.rows_k->to_codes(row(p_.k, b, start + i), p_.k.nb1, int(std::min<int64_t>(LANES, n - i)),
+                p_.rows_k->to_codes(row(p_.k, b, h, start + i), p_.k.nb1, int(std::min<int64_t>(LANES, n - i)),
                                     whole_k_.codes + i * s_.width_k, whole_k_.d + at, whole_k_.m + at, p_.width_k);
             }
         } else {
-            read_floats(*p_.rows_k, row(p_.k, b, start), p_.k.nb1, n, p_.width_k, k_, s_.stride_k, s_.width_k);
+            read_floats(*p_.rows_k, row(p_.k, b, h, start), p_.k.nb1, n, p_.width_k, k_, s_.stride_k, s_.width_k);
         }
-        if (s_.apart) read_floats(*p_.rows_v, row(p_.v, b, start), p_.v.nb1, n, p_.width_v, v_, s_.stride_v, s_.width_v);
+        if (s_.apart) read_floats(*p_.rows_v, row(p_.v, b, h, start), p_.v.nb1, n, p_.width_v, v_, s_.stride_v, s_.width_v);
     }
 
     static void read_floats(const Rows & rows, const uint8_t * from, size_t step, int64_t n, int64_t width, float * to, int64_t stride, int64_t padded) {
@@ -282,27 +286,27 @@ private:
     }
 
     // Rows that come next are fetched while these are multiplied: read a tile at a time, the hardware does not foresee them.
-    void prefetch(const Block & b, int64_t from, int64_t to) const {
+    void prefetch(const Block & b, int64_t h, int64_t from, int64_t to) const {
         for (int64_t i = from; i < to; i++) {
-            const uint8_t * k = row(p_.k, b, i);
+            const uint8_t * k = row(p_.k, b, h, i);
             for (size_t at = 0; at < row_nbytes(*p_.rows_k, p_.width_k); at += 64) __builtin_prefetch(k + at);
             if (p_.shared) continue;
-            const uint8_t * v = row(p_.v, b, i);
+            const uint8_t * v = row(p_.v, b, h, i);
             for (size_t at = 0; at < row_nbytes(*p_.rows_v, p_.width_v); at += 64) __builtin_prefetch(v + at);
         }
     }
 
     // scores_[r][0..n] of rows start..start+n; what lies behind n in the last group is not used.
-    void score(const Block & b, int64_t start, int64_t n, int64_t n_next) {
-        const int64_t step = s_.whole ? LANES : R;
+    void score(const Block & b, int64_t h, int64_t start, int64_t n, int64_t n_next) {
+        const int64_t step = s_.whole ? LANES : R, first = h * b.rows;
         for (int64_t i = 0; i < n; i += step) {
-            prefetch(b, start + n + i, start + n + std::min(i + step, n_next));
+            prefetch(b, h, start + n + i, start + n + std::min(i + step, n_next));
             if (s_.whole) {
-                in_groups<WHOLE_DOTS>(b.count, [&](auto rows, int64_t r) {
+                in_groups<WHOLE_DOTS>(first, first + b.rows, [&](auto rows, int64_t r) {
                     whole_dots<rows.value>(whole_q_, r, whole_k_, i / LANES, s_.n_blocks, p_.rows_k->minima, scores_ + r * TILE + i);
                 });
             } else {
-                in_groups<DOTS>(b.count, [&](auto rows, int64_t r) {
+                in_groups<DOTS>(first, first + b.rows, [&](auto rows, int64_t r) {
                     dots<rows.value>(q_ + r * s_.width_k, k_ + i * s_.stride_k, s_.width_k, s_.stride_k, scores_ + r * TILE + i);
                 });
             }
@@ -357,8 +361,8 @@ private:
         }
     }
 
-    void add_values(const Block & b, int64_t n) {
-        in_groups<MIXED>(b.count, [&](auto rows, int64_t r) {
+    void add_values(const Block & b, int64_t h, int64_t n) {
+        in_groups<MIXED>(h * b.rows, (h + 1) * b.rows, [&](auto rows, int64_t r) {
             constexpr int M = columns(rows.value);
             const float * p = scores_ + r * TILE;
             float *       out = b.out + r * s_.width_v;
@@ -371,7 +375,7 @@ private:
 
 // Parts of one block, each over a stretch of the cache and `step` floats behind the one before, as one row of the output.
 void finish(const Problem & p, const Sizes & s, const Block & b, int64_t n_parts, size_t step, int64_t r) {
-    const int64_t token = (b.first + r) / s.group, head = b.kv_head * s.group + (b.first + r) % s.group;
+    const int64_t local = b.first + r % b.rows, token = local / s.group, head = (b.kv_head + r / b.rows) * s.group + local % s.group;
     float         top   = p.sinks ? p.sinks[head] : NOTHING;
     for (int64_t i = 0; i < n_parts; i++) top = std::max(top, b.largest[size_t(i) * step + size_t(r)]);
     float * out = p.out + ((b.seq * p.n_tokens + token) * p.n_heads + head) * p.width_v;
@@ -406,15 +410,16 @@ float * Scratch::reserve(size_t n) {
 
 void attention(const Problem & p, int n_threads, Scratch & scratch) {
     const Sizes   s(p);
-    const int64_t rows = p.n_tokens * s.group, per_head = (rows + BLOCK - 1) / BLOCK;
-    const int64_t n_blocks = p.n_seq * p.n_kv_heads * per_head;
+    const int64_t rows = p.n_tokens * s.group, in_block = std::min(BLOCK, rows), per_head = (rows + BLOCK - 1) / BLOCK;
+    const int64_t heads = std::min(BLOCK / in_block, p.n_kv_heads), per_seq = (p.n_kv_heads + heads - 1) / heads * per_head;
+    const int64_t n_blocks = p.n_seq * per_seq;
     // Few blocks are shared out by stretches of the cache: four for each thread, so that nobody waits long.
     int64_t n_parts = n_blocks >= 4 * n_threads ? 1 : (4 * n_threads + n_blocks - 1) / n_blocks;
     n_parts         = std::max<int64_t>(1, std::min(n_parts, p.n_rows / CHUNK));
     const int64_t stretch = up((p.n_rows + n_parts - 1) / n_parts, TILE);
 
-    const int64_t in_block = std::min(BLOCK, rows);
-    const size_t  part     = size_t(up(in_block * (s.width_v + 2), 16));
+    const int64_t most     = heads * in_block;
+    const size_t  part     = size_t(up(most * (s.width_v + 2), 16));
     const size_t  thread   = size_t(up(int64_t(s.floats()), 16));
     // With whole blocks a thread's part is used again; else all of them are kept until the end.
     const int64_t n_kept = n_parts > 1 ? n_blocks * n_parts : n_threads;
@@ -423,13 +428,15 @@ void attention(const Problem & p, int n_threads, Scratch & scratch) {
 
     auto block = [&](int64_t index, int64_t slot) {
         Block b;
-        b.seq     = index / (p.n_kv_heads * per_head);
-        b.kv_head = index / per_head % p.n_kv_heads;
+        b.seq     = index / per_seq;
+        b.kv_head = index % per_seq / per_head * heads;
+        b.heads   = std::min(heads, p.n_kv_heads - b.kv_head);
         b.first   = index % per_head * BLOCK;
-        b.count   = std::min(BLOCK, rows - b.first);
+        b.rows    = std::min(in_block, rows - b.first);
+        b.count   = b.heads * b.rows;
         b.out     = kept + part * size_t(slot);
-        b.largest = b.out + in_block * s.width_v;
-        b.sum     = b.largest + in_block;
+        b.largest = b.out + most * s.width_v;
+        b.sum     = b.largest + most;
         return b;
     };
 #pragma omp parallel num_threads(n_threads)
