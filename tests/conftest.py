@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from edgekv.export.gguf.write import write_gguf
 from edgekv.models.open import open_model
 from edgekv.source import LazySource, TensorSource
 from edgekv.spec import GQA, LayerSpec, ModelSpec, RopeSpec
-from edgekv.tensors import layer_tensor_shapes
+from edgekv.tensors import layer_tensor_shapes, model_tensor_shapes
 from edgekv.tokenizer.bpe import BYTE_OF_LETTER
 
 os.environ.setdefault("EDGEKV_KERNEL", "stock")  # whatever this machine has built; its own tests choose
@@ -77,6 +78,39 @@ def random_llama(
     if not tied:
         source.add_array("output.weight", noise((len(tokens), dim), 0.3))
     return source
+
+
+def random_gemma(arch: str, window: int) -> LazySource:
+    """A Gemma 2 or 3 with random weights, a window in its first and last layer, and `random_llama`'s vocabulary."""
+    metadata = random_llama().metadata
+    softcap = 50.0 if arch == "gemma2" else 0.0
+    seeing_all = GQA(
+        4, 2, 32, RopeSpec(10000.0, 32, "half"), qk_norm=arch == "gemma3", scale=32**-0.5, softcap=softcap
+    )
+    local = replace(seeing_all, window=window)
+    layers = tuple(LayerSpec(a, 96, "geglu", post_norms=True) for a in (local, seeing_all, local))
+    scale = {"embedding_scale": 8.0, "logit_softcap": 30.0 if arch == "gemma2" else 0.0}
+    vocab = len(LETTERS)
+    source = LazySource(ModelSpec(arch, "tiny", layers, 64, vocab, 2048, 1e-6, True, **scale), metadata)
+    rng = np.random.default_rng(0)
+    for name, shape in model_tensor_shapes(source.spec).items():
+        noise = (rng.standard_normal(shape) * 0.15).astype(np.float32)
+        source.add_array(name, noise + np.float32("norm" in name))
+    return source
+
+
+@pytest.fixture(scope="session")
+def make_gemma() -> Callable[[str, int], LazySource]:
+    """The factory of small random Gemmas: (architecture, window) -> source."""
+    return random_gemma
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Gemma 3 in F32 with a window of 64 tokens in two of its three layers."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny-gemma.gguf"
+    write_gguf(random_gemma("gemma3", 64), path, "f32", {}, False, lambda *_: None)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -133,7 +133,7 @@ class _Bench:
             return True
         wanted = sum(
             (run.model.weights_nbytes or 0)
-            + (run.cache.nbytes_per_token or 0) * self._settings.n_ctx
+            + (run.cache.read_nbytes(self._settings.n_ctx) or 0)
             + WORKER_NBYTES
             for run in self._runs
         )
@@ -222,9 +222,9 @@ class _Bench:
         s = self._settings
         known = [joules for joules in lane.joules if joules is not None]
         decode_tps = Stat.of([s.n_gen / seconds for seconds in lane.decode])
-        read, kept = lane.run.model.read_nbytes, lane.run.cache.nbytes_per_token
         # The depth grows while the n_gen tokens are decoded: their mean is half way.
-        nbytes = None if read is None or kept is None else read + round(kept * (depth + s.n_gen / 2))
+        read, cached = lane.run.model.read_nbytes, lane.run.cache.read_nbytes(depth + s.n_gen / 2)
+        nbytes = None if read is None or cached is None else read + round(cached)
         ceiling = lane.run.bandwidth_gb_s
         return Point(
             depth=depth,

@@ -67,29 +67,29 @@ class Worker:
         return system_features(llama().llama_print_system_info().decode())
 
     def fill(self, depth: int) -> None:
-        """Bring the cache to `depth` tokens."""
+        """Bring the cache to `depth` tokens, by running them anew where it cannot go back to them."""
         if self._backend.n_past > depth:
             self._backend.trim(depth)
         if self._backend.n_past < depth:
             self._backend.prefill(self._tokens[self._backend.n_past : depth])
 
     def prefill(self, n: int) -> float:
-        """Seconds until the first answer token to `n` prompt tokens; the cache is trimmed back after."""
+        """Seconds until the first answer token to `n` prompt tokens; the cache is brought back after."""
         depth = self._backend.n_past
         start = time.perf_counter()
         int(self._backend.prefill(self._tokens[depth : depth + n]).argmax())
         seconds = time.perf_counter() - start
-        self._backend.trim(depth)
+        self.fill(depth)
         return seconds
 
     def decode(self, n: int) -> float:
-        """Seconds to decode `n` tokens one at a time; the cache is trimmed back after."""
+        """Seconds to decode `n` tokens one at a time; the cache is brought back after."""
         depth = self._backend.n_past
         start = time.perf_counter()
         for token in self._tokens[depth : depth + n]:
             int(self._backend.decode(token).argmax())
         seconds = time.perf_counter() - start
-        self._backend.trim(depth)
+        self.fill(depth)
         return seconds
 
     def runtime(self) -> int:

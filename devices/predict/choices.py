@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import product
+from operator import mul
 
+from edgekv.backends.llama_cpp.footprint import seen_tokens
 from edgekv.convert.layers import convertible_attention
 from edgekv.convert.target import choose_rank, target_spec
 from edgekv.devices.predict.model_info import main_quantization
@@ -53,16 +55,18 @@ class Option:
         """Short description."""
         return ", ".join(self.steps) or "as it is"
 
-    def workload(self) -> Workload:
-        """Bytes and FLOPs per token."""
+    def workload(self, depth: int = 0) -> Workload:
+        """Bytes and FLOPs per token; per cached token the mean over `depth` of them, as a window hides most."""
         spec = self.spec
+        attentions = [layer.attention for layer in spec.layers]
+        shares = [seen_tokens(spec, attention, depth) / depth if depth else 1 for attention in attentions]
         return Workload(
             n_layers=spec.n_layers,
             weight_flops=weight_flops(spec, model_tensor_shapes(spec)),
             read_nbytes=self.read_nbytes,
             weights=self.quantization,
-            cache_nbytes=spec.kv_bytes_per_token(self.cache_type),
-            attention_flops=sum(layer.attention.flops_per_cached_token for layer in spec.layers),
+            cache_nbytes=sum(map(mul, shares, (a.kv_bytes_per_token(self.cache_type) for a in attentions))),
+            attention_flops=sum(map(mul, shares, (a.flops_per_cached_token for a in attentions))),
             quantized_cache=self.cache_type not in UNQUANTIZED,
             latent=spec.layers[0].attention.kind == "MLA",
         )

@@ -6,6 +6,7 @@ from collections import Counter
 from math import prod
 from pathlib import Path
 
+from edgekv.backends.llama_cpp.footprint import graph_window
 from edgekv.devices.reporting.report import CacheInfo, ModelInfo
 from edgekv.files import file_sha256
 from edgekv.models.gguf.spec import JOINT_KV_B
@@ -62,7 +63,17 @@ def describe_onnx(manifest: Manifest, folder: Path, n_ctx: int) -> tuple[ModelIn
 
 def describe_cache(spec: ModelSpec, cache_type: str, n_ctx: int | None) -> CacheInfo:
     """The cache's arithmetic; raises ValueError if the type does not fit the model's dims."""
-    return CacheInfo(cache_type, spec.cache_values, spec.kv_bytes_per_token(cache_type), n_ctx)
+    attentions = [layer.attention for layer in spec.layers]
+    windows = [graph_window(spec, attention) for attention in attentions]
+    held = sum(a.kv_bytes_per_token(cache_type) for a, w in zip(attentions, windows, strict=True) if w)
+    return CacheInfo(
+        type=cache_type,
+        values_per_token=spec.cache_values,
+        nbytes_per_token=spec.kv_bytes_per_token(cache_type),
+        n_ctx=n_ctx,
+        window=max(windows) or None,
+        window_nbytes_per_token=held or None,
+    )
 
 
 def describe_llama_cache(spec: ModelSpec, cache_type: str, n_ctx: int | None) -> CacheInfo:

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edgekv.backends.llama_cpp.footprint import CELLS, RUNTIME_NBYTES, Footprint, default_ubatch, footprint
+from edgekv.backends.llama_cpp.footprint import (
+    CELLS,
+    MASK_NBYTES,
+    RUNTIME_NBYTES,
+    Footprint,
+    default_ubatch,
+    footprint,
+)
 from edgekv.devices.bench.bandwidth import working_set_nbytes
 from edgekv.devices.bench.worker import WorkerProcess
 from edgekv.devices.boards.profile import Board, match_board
@@ -97,9 +104,9 @@ def _footprint(board: Board, option: Option, context: int, ubatch: int) -> Footp
 
 
 def _speeds(board: Board, option: Option, context: int, threads: int, c: Coefficients) -> tuple[SpeedAt, ...]:
-    work = option.workload()
     found = []
     for depth in sorted({0, context // 2, max(0, context - PROMPT)}):
+        work = option.workload(depth)
         decode = decode_s(work, board, threads, depth, c)
         prefill = prefill_s(work, board, threads, PROMPT, depth, c)
         known = (PROMPT / prefill, prefill + decode) if prefill else (None, None)
@@ -109,14 +116,12 @@ def _speeds(board: Board, option: Option, context: int, threads: int, c: Coeffic
 
 def _max_context(plan: Plan, ubatch: int) -> int:
     """The longest context that fits, in whole blocks of cells; 0 if not even one does."""
-    option = plan.option
-    block_nbytes = option.spec.kv_bytes_per_token(option.cache_type) * CELLS
 
     def too_long(blocks: int) -> bool:
-        parts = _footprint(plan.board, option, blocks * CELLS, ubatch)
+        parts = _footprint(plan.board, plan.option, blocks * CELLS, ubatch)
         return not replace(plan, footprint=parts).fits
 
-    most = max(1, plan.available_nbytes // block_nbytes)
+    most = max(1, plan.available_nbytes // (MASK_NBYTES * CELLS))  # where every layer has a window
     return bisect_left(range(1, most + 1), True, key=too_long) * CELLS  # the need grows with the context
 
 

@@ -210,7 +210,9 @@ def _run(plan: Plan, model: ModelInfo) -> BenchRun:
                 prefill_tps=Stat.of([speed.prefill_tps]) if speed.prefill_tps else None,
                 decode_tps=Stat.of([speed.decode_tps]),
                 decode_j_per_token=plan.board.decode_w / speed.decode_tps if plan.board.decode_w else None,
-                decode_nbytes=round(work.read_nbytes + work.cache_nbytes * speed.depth),
+                decode_nbytes=round(
+                    work.read_nbytes + option.workload(speed.depth).cache_nbytes * speed.depth
+                ),
             )
             for speed in plan.speeds
         ),

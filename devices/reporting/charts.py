@@ -129,12 +129,26 @@ def time_parts(run: BenchRun, point: Point, base_s: float | None) -> tuple[float
     return weights_ms, attention_ms, total_ms - attention_ms - weights_ms
 
 
+def _held_nbytes(run: BenchRun, context: int) -> int:
+    """The cache's bytes at another context: those of layers with a window stop growing where they did."""
+    per_token, windowed = run.cache.nbytes_per_token, run.cache.window_nbytes_per_token or 0
+    assert per_token is not None
+    cells = _cells(context)
+    nbytes = per_token * cells
+    if windowed and run.cache.n_ctx and run.memory and run.memory.cache_nbytes:
+        most = run.memory.cache_nbytes - (per_token - windowed) * _cells(run.cache.n_ctx)
+        nbytes -= max(0, windowed * cells - most)
+    return nbytes
+
+
+def _cells(context: int) -> int:
+    return -(-context // CELLS) * CELLS
+
+
 def _memory_dot(entry: Entry, context: int, how: str) -> Dot:
     run = entry.run
     assert run.memory is not None
-    assert run.cache.nbytes_per_token is not None
-    cells = -(-context // CELLS) * CELLS
     held = run.memory.cache_nbytes or 0
-    mib = (run.memory.peak_rss_nbytes - held + run.cache.nbytes_per_token * cells) / MIB
+    mib = (run.memory.peak_rss_nbytes - held + _held_nbytes(run, context)) / MIB
     tip = f"{entry.name}: {mib:,.0f} MiB at a context of {context:,}, {how}; {provenance(entry)}"
     return Dot(context, mib, mib, mib, tip)

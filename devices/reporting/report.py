@@ -127,6 +127,17 @@ class CacheInfo(Document, frozen=True):
     values_per_token: Annotated[int | None, doc("values cached per token, all layers")] = None
     nbytes_per_token: Annotated[int | None, doc("bytes cached per token, all layers")] = None
     n_ctx: Annotated[int | None, doc("tokens it was made for")] = None
+    window: Annotated[int | None, doc("tokens that layers with a sliding window see")] = None
+    window_nbytes_per_token: Annotated[
+        int | None, doc("of `nbytes_per_token`, those of layers with a window")
+    ] = None
+
+    def read_nbytes(self, depth: float) -> float | None:
+        """Bytes that one token reads with `depth` tokens in the cache; None where they are not known."""
+        if self.nbytes_per_token is None:
+            return None
+        unseen = max(0.0, depth - self.window) if self.window else 0.0
+        return self.nbytes_per_token * depth - (self.window_nbytes_per_token or 0) * unseen
 
 
 class Memory(Document, frozen=True):

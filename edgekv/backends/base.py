@@ -53,7 +53,11 @@ class Backend(Protocol):
         return self.prefill([token])
 
     def trim(self, n_past: int) -> None:
-        """Drop every cached token from position `n_past` on. Never shifts those before it."""
+        """Drop every cached token from position `n_past` on. Never shifts those before it.
+
+        A cache that has let go of tokens which the next one would see (llama.cpp keeps little more than the
+        window of layers that have one) is emptied instead: read the attribute `n_past` to see what is left.
+        """
 
     def cache_nbytes(self) -> int:
         """Bytes that the engine allocated for its cache (all of n_ctx)."""

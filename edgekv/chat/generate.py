@@ -22,6 +22,7 @@ class Timings:
 
     n_reused: int = 0  # prompt tokens found in the cache
     n_prefilled: int = 0  # prompt tokens run through the model
+    n_forgotten: int = 0  # of these, tokens that the cache had held and could not go back to
     n_generated: int = 0  # tokens sampled, the stop token included
     ttft_s: float = 0.0  # from the call to the first sampled token
     prefill_s: float = 0.0
@@ -46,6 +47,14 @@ class Step:
     text: str  # the text that this token completes; "" within a character or a possible stop string
     timings: Timings
     finish: Finish | None = None
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """The prompt begins as the last one did, but the cache cannot go back that far: all of it is run anew."""
+
+    n_tokens: int  # of the prompt
+    n_shared: int  # that could have been reused
 
 
 class AnswerText:
@@ -111,8 +120,8 @@ class Generator:
         max_tokens: int | None = None,
         text: AnswerText | None = None,
         stop_ids: Collection[int] | None = None,
-    ) -> Iterator[Step]:
-        """Continue a prompt; the last step has a `finish`.
+    ) -> Iterator[Step | Forgotten]:
+        """Continue a prompt; the last step has a `finish`. Forgotten comes first, if at all.
 
         Args:
             prompt: at least one token.
@@ -128,8 +137,11 @@ class Generator:
         text = AnswerText(self.tokenizer) if text is None else text
         stop_ids = self.tokenizer.stop_ids if stop_ids is None else stop_ids
         started = time.perf_counter()
-        n_reused = self._reuse(prompt)
-        timings = Timings(n_reused=n_reused, n_prefilled=len(prompt) - n_reused)
+        n_shared = self._reuse(prompt)
+        n_reused = self.backend.n_past
+        timings = Timings(n_reused, len(prompt) - n_reused, n_shared - n_reused)
+        if n_reused < n_shared:
+            yield Forgotten(len(prompt), n_shared)
         try:
             self._cached = list(prompt)
             logits = self.backend.prefill(prompt[n_reused:])
@@ -151,7 +163,7 @@ class Generator:
             yield Step(None, text.finish(), timings, "interrupted")
 
     def _reuse(self, prompt: Sequence[int]) -> int:
-        """Trim the cache to the tokens that the prompt (but its last) starts with; returns how many stay."""
+        """Trim the cache to the tokens that the prompt (but its last) starts with; returns how many these are."""
         pairs = zip(self._cached[: self.backend.n_past], prompt[:-1], strict=False)
         n_shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         self.backend.trim(n_shared)

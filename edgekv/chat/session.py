@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from edgekv.backends.base import Backend
-from edgekv.chat.generate import AnswerText, Finish, Generator, Step, Timings
+from edgekv.chat.generate import AnswerText, Finish, Forgotten, Generator, Step, Timings
 from edgekv.chat.pieces import PieceEncoder, token_name
 from edgekv.chat.sampling import Sampler
 from edgekv.chat.template import ChatTemplate
@@ -34,6 +34,9 @@ class Dropped:
     """The oldest turns were dropped because the context was full."""
 
     n_turns: int
+
+
+Event = Step | Dropped | Forgotten
 
 
 class PromptFormat:
@@ -156,7 +159,7 @@ class ChatSession:
         self.turns.clear()
         self.unanswered = None
 
-    def regenerate(self) -> Iterator[Step | Dropped]:
+    def regenerate(self) -> Iterator[Event]:
         """Answer the last question again.
 
         Raises:
@@ -167,7 +170,7 @@ class ChatSession:
         question = self.unanswered if self.unanswered is not None else self.turns.pop().question
         return self.ask(question)
 
-    def ask(self, question: str) -> Iterator[Step | Dropped]:
+    def ask(self, question: str) -> Iterator[Event]:
         """Answer a question; the turn is remembered once the last step is out.
 
         Raises:
@@ -190,6 +193,9 @@ class ChatSession:
             left = None if self._max_tokens is None else self._max_tokens - len(answer)
             before = done
             for step in self.generator.generate(prompt + answer, self._sampler, max_tokens=left, text=text):
+                if isinstance(step, Forgotten):
+                    yield step
+                    continue
                 finish, done = step.finish, _sum(before, step.timings)
                 if step.token is not None:
                     answer.append(step.token)
@@ -245,6 +251,7 @@ def _sum(first: Timings, then: Timings) -> Timings:
     return Timings(
         n_reused=first.n_reused + then.n_reused,
         n_prefilled=first.n_prefilled + then.n_prefilled,
+        n_forgotten=first.n_forgotten + then.n_forgotten,
         n_generated=first.n_generated + then.n_generated,
         ttft_s=first.ttft_s or then.ttft_s,
         prefill_s=first.prefill_s + then.prefill_s,

@@ -50,6 +50,11 @@ def _show(found: dict[str, Any]) -> None:
             for kind, size in cache["bytes_per_token"].items()
         ),
     )
+    if cache["window"]:
+        click.echo(
+            f"{cache['layers_with_window']} of {found['n_layers']} layers keep little more than their window of "
+            f"{cache['window']:,} tokens, however long the context"
+        )
     if found["could_become"]:
         print_table(
             ("convert --target", "latent + rope key", "values per token per layer", "kept"),

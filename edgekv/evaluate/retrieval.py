@@ -151,9 +151,9 @@ def ask(backend: Backend, prompt: Prompt) -> Answers:
     backend.trim(0)
     for depth in reversed(DEPTHS):
         cut = round(depth * len(prompt.prose))
+        backend.trim(min(cut, backend.n_past))
         if cut > backend.n_past:
-            backend.prefill(prompt.prose[:cut])
-        backend.trim(cut)
+            backend.prefill(prompt.prose[backend.n_past : cut])
         backend.prefill(prompt.line + prompt.prose[cut:])
         answers.append(score_continuation(backend, prompt.question, 0))
     return answers[::-1]

@@ -129,7 +129,7 @@ def score_choices(backend: Backend, choices: Sequence[ChoiceTokens]) -> Scores:
     scores: Scores = []
     for choice in choices:
         backend.trim(shared)
-        scores.append(score_continuation(backend, choice, shared, after_shared))
+        scores.append(score_continuation(backend, choice, backend.n_past, after_shared))
     return scores
 
 

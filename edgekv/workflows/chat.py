@@ -11,7 +11,7 @@ from edgekv.backends.isolated.backend import IsolatedBackend
 from edgekv.backends.open import Kind
 from edgekv.chat.generate import Generator, Step
 from edgekv.chat.sampling import Sampler, SamplingParams
-from edgekv.chat.session import ChatSession, Dropped, PromptFormat
+from edgekv.chat.session import ChatSession, Event, PromptFormat
 from edgekv.workflows.request import Request
 
 __all__ = ["Chat", "ChatRequest", "SamplingParams", "open_chat"]
@@ -53,7 +53,7 @@ class Chat:
     session: ChatSession
     has_template: bool
 
-    def ask(self, question: str) -> Iterator[Step | Dropped]:
+    def ask(self, question: str) -> Iterator[Event]:
         """Answer a question; each Step has the `text` that is new, the last one the `timings` of the answer.
 
         Raises:

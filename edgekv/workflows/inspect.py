@@ -7,8 +7,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from edgekv.backends.llama_cpp.footprint import cache_nbytes, default_ubatch, graph_window
 from edgekv.convert.target import choose_rank, obstacle
 from edgekv.errors import InputError
+from edgekv.host.memory import machine_nbytes
 from edgekv.models.open import open_model
 from edgekv.quant.formats import COMMON_CACHES
 from edgekv.spec import GQA, MLA, ModelSpec
@@ -18,7 +20,7 @@ TARGETS = (0.75, 0.667, 0.5, 0.334, 0.25)
 
 
 def describe_model(path: Path) -> dict[str, Any]:
-    """Everything that `edgekv inspect` prints, as plain values. Cache sizes are in bytes, exact.
+    """Everything that `edgekv inspect` prints, as plain values. Cache sizes are in bytes, as llama.cpp allocates them.
 
     Raises:
         InputError: as `edgekv.models.open.open_model` does.
@@ -67,6 +69,8 @@ def _attention_shape(spec: ModelSpec) -> dict[str, float]:
 
 
 def _cache(spec: ModelSpec) -> dict[str, Any]:
+    n_ubatch = default_ubatch(machine_nbytes())
+    windows = [graph_window(spec, layer.attention) for layer in spec.layers]
     per_token: dict[str, int] = {}
     for kind in COMMON_CACHES:
         try:
@@ -76,7 +80,11 @@ def _cache(spec: ModelSpec) -> dict[str, Any]:
     return {
         "values_per_token_per_layer": spec.cache_values / spec.n_layers,
         "bytes_per_token": per_token,
-        "bytes": {kind: {str(n): n * size for n in CONTEXTS} for kind, size in per_token.items()},
+        "bytes": {
+            kind: {str(n): cache_nbytes(spec, kind, n, n_ubatch) for n in CONTEXTS} for kind in per_token
+        },
+        "window": max(windows),
+        "layers_with_window": sum(window > 0 for window in windows),
     }
 
 

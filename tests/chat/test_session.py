@@ -8,7 +8,7 @@ import pytest
 from edgekv.backends.base import Backend
 from edgekv.chat.generate import Generator, Step
 from edgekv.chat.sampling import Sampler, SamplingParams
-from edgekv.chat.session import ChatSession, Dropped, PromptFormat, Turn
+from edgekv.chat.session import ChatSession, Dropped, Event, PromptFormat, Turn
 from edgekv.chat.template import ChatTemplate
 from edgekv.errors import InputError, ModelFileError
 from edgekv.models.gguf.header import read_header
@@ -25,7 +25,7 @@ def new_session(backend: Backend, tokenizer: Tokenizer, **options: object) -> Ch
     )
 
 
-def collect(events: Iterator[Step | Dropped]) -> tuple[str, list[Dropped], Step]:
+def collect(events: Iterator[Event]) -> tuple[str, list[Dropped], Step]:
     text, dropped, last = "", [], None
     for event in events:
         if isinstance(event, Dropped):

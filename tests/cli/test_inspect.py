@@ -59,3 +59,20 @@ def test_the_table_says_the_same(
     assert f"{found['architecture']}, {found['attention']}" in shown
     for size in found["cache"]["bytes_per_token"].values():
         assert f"{size:,}" in shown
+
+
+def test_layers_with_a_window_stop_growing(edgekv: Callable[..., Result], tiny_gemma: Path) -> None:
+    found = json.loads(edgekv("inspect", tiny_gemma, "--json").stdout)["cache"]
+    layer = 2 * 2 * 32 * 2  # bytes of one token: K and V of two heads in f16
+    assert found["bytes_per_token"]["f16"] == 3 * layer
+    assert (found["window"], found["layers_with_window"]) == (64, 2)
+    small = found["bytes"]["f16"]["2048"] - 2048 * layer
+    assert small in (
+        2 * 768 * layer,
+        2 * 256 * layer,
+    )  # beside a micro-batch of 512 or, on a small machine, 128
+    assert found["bytes"]["f16"]["32768"] == 32768 * layer + small
+    assert (
+        "2 of 3 layers keep little more than their window of 64 tokens"
+        in edgekv("inspect", tiny_gemma).stdout
+    )

@@ -231,3 +231,12 @@ def test_questions_as_other_tools_write_them(ends: str, letter: str, tmp_path: P
     path.write_bytes(path.read_bytes() + b"{}")
     with pytest.raises(InputError, match="line 7: not a question"):
         read_task("arc_easy", path, None)
+
+
+def test_choices_behind_a_window_are_scored_as_by_a_fresh_cache(tiny_gemma: Path, tmp_path: Path) -> None:
+    """A long choice pushes what the choices share out of the cells of a window of 64 tokens."""
+    choices = ["a bad cab " * 80, "a bed", "abc" * 300]
+    rows = [{"query": "Which is wet? " + "xyz " * 10, "choices": choices, "gold": 0}]
+    task = read_task("arc_easy", write_rows(tmp_path / "rows.jsonl", rows), None)
+    fast, slow = (measured(task, tiny_gemma, tmp_path / kind, kind)[0] for kind in ("llama.cpp", "reference"))
+    np.testing.assert_allclose([score for score, _ in fast], [score for score, _ in slow], rtol=1e-3)

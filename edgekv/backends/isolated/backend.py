@@ -71,7 +71,7 @@ class IsolatedBackend(Backend):
         assert 0 <= n_past <= self.n_past, (n_past, self.n_past)
         if n_past < self.n_past:
             self.ask("trim", n_past=n_past)
-            self.n_past = n_past
+            self.n_past = self._shared.header.n_past
 
     def interrupt(self) -> None:
         """End the call in progress, if there is one, with Interrupted. For signal handlers and threads."""

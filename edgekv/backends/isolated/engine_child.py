@@ -51,9 +51,9 @@ class Engine:
         return self._run(lambda: self._backend.prefill_all(tokens))
 
     def trim(self, n_past: int) -> None:
-        """Drop every cached token from position `n_past` on."""
+        """Drop every cached token from position `n_past` on, or all of them."""
         self._backend.trim(n_past)
-        self._shared.header.n_past = n_past
+        self._shared.header.n_past = self._backend.n_past
 
     def language(self) -> dict[str, Any]:
         """The attributes of the model's edgekv.tokenizer.language.Language."""

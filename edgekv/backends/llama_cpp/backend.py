@@ -95,6 +95,7 @@ class LlamaCppBackend(Backend):
         self.kernel = use_kernel()
         self._context = self._open_context(path, n_ctx, kind, n_threads, n_ubatch)
         self._memory = self._api.llama_get_memory(self._context)
+        self._window = int(self._api.llama_model_n_swa(self._model))
         self._cache_nbytes = exact_cache_nbytes(self._memory) or LOG.cache_nbytes()
         self.n_ctx = int(self._api.llama_n_ctx(self._context))
         self.n_ubatch = int(self._api.llama_n_ubatch(self._context))
@@ -128,9 +129,22 @@ class LlamaCppBackend(Backend):
 
     def trim(self, n_past: int) -> None:
         assert 0 <= n_past <= self.n_past, (n_past, self.n_past)
-        if n_past < self.n_past and not self._api.llama_memory_seq_rm(self._memory, 0, n_past, -1):
-            raise BackendError(f"llama.cpp cannot trim this model's cache to {n_past} tokens; open it again")
+        if n_past == self.n_past:
+            return
+        api, memory = self._api, self._memory
+        if not (self._remembers(n_past) and api.llama_memory_seq_rm(memory, 0, n_past, -1)):
+            api.llama_memory_clear(memory, False)
+            n_past = 0
         self.n_past = n_past
+
+    def _remembers(self, n_past: int) -> bool:
+        """Whether the cache holds all that a token at position `n_past` sees.
+
+        llama.cpp does not look: it would trim to fewer cells than the window, without a word, and number new
+        tokens from the last cell that is left. Of layers with a window it keeps the cells from pos_min on.
+        """
+        seen = max(n_past - max(self._window - 1, 1), 0)  # the oldest position, and no less than one of them
+        return n_past > 0 and int(self._api.llama_memory_seq_pos_min(self._memory, 0)) <= seen
 
     def cache_nbytes(self) -> int:
         return self._cache_nbytes
@@ -156,6 +170,7 @@ class LlamaCppBackend(Backend):
         params.n_outputs_max = min(LOGITS_ROWS, n_ubatch)  # 0 would reserve n_batch x vocab floats
         params.n_threads = params.n_threads_batch = n_threads or default_threads()
         params.type_k = params.type_v = cache_type
+        params.swa_full = False  # layers with a window keep little more than it
         choices = (self._api.LLAMA_FLASH_ATTN_TYPE_ENABLED, self._api.LLAMA_FLASH_ATTN_TYPE_AUTO)
         params.flash_attn_type = choices[self._api.llama_supports_gpu_offload()]
         params.abort_callback = abort_callback()

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from pathlib import Path
 
-from edgekv.backends.llama_cpp.footprint import CELLS, footprint
+from edgekv.backends.llama_cpp.footprint import CELLS, cache_nbytes, footprint
 from edgekv.errors import InputError, ModelFileError, UnsupportedError
 from edgekv.host.memory import available_nbytes
 from edgekv.models.gguf.layout import GGUFHeader
@@ -35,7 +35,7 @@ def require_memory(
     weights = sum(tensor.nbytes for tensor in header.tensors)
     try:
         spec = spec_from_gguf(header.metadata, shapes, path)
-        cache = spec.kv_bytes_per_token(cache_type) * n_ctx
+        cache = cache_nbytes(spec, cache_type, n_ctx, n_ubatch)
     except (ModelFileError, UnsupportedError, ValueError):
         return None  # an architecture that only llama.cpp knows, or a cache type that llama.cpp will refuse
 

@@ -1,8 +1,9 @@
 """The memory that a model will take once it is loaded: weights and cache exactly, buffers by their shapes.
 
-Weights are the bytes of the tensors; the cache is computed from the spec, in whole blocks of 256 cells. The
-rest is a fit to llama-cpp-python 0.3.36 with GQA, MHA and MLA models of eight shapes (docs/reports.md): the
-largest stage of the graph for one micro-batch, and a runtime that grows with the vocabulary.
+Weights are the bytes of the tensors; the cache is computed from the spec, in whole blocks of 256 cells, of which
+layers with a window have few. The rest is a fit to llama-cpp-python 0.3.36 with GQA, MHA and MLA models of eight
+shapes (docs/reports.md): the largest stage of the graph for one micro-batch, and a runtime that grows with the
+vocabulary.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from edgekv.host.memory import SMALL_RAM_NBYTES
+from edgekv.models.gguf.architectures import LOCAL_EVERY
 from edgekv.quant.formats import FORMATS
 from edgekv.source import SizedSource
-from edgekv.spec import GQA, LayerSpec, ModelSpec
+from edgekv.spec import GQA, AttentionSpec, LayerSpec, ModelSpec
 from edgekv.tensors import looked_up
 
 CELLS = 256  # llama.cpp rounds a context up to whole blocks of cells
@@ -64,15 +66,49 @@ def footprint(
     Raises:
         ValueError: the cache type does not fit the model's dims.
     """
-    cells = -(-n_ctx // CELLS) * CELLS
     filled = n_ctx if depth is None else depth
     return Footprint(
         weights_nbytes=weights_nbytes,
         repacked_nbytes=repacked_nbytes,
-        cache_nbytes=spec.kv_bytes_per_token(cache_type) * cells,
+        cache_nbytes=cache_nbytes(spec, cache_type, n_ctx, n_ubatch),
         compute_nbytes=compute_nbytes(spec, min(n_ubatch, filled), filled),
         runtime_nbytes=runtime_nbytes + ENGINE_NBYTES + VOCAB_NBYTES * spec.vocab,
     )
+
+
+def cache_nbytes(spec: ModelSpec, cache_type: str, n_ctx: int, n_ubatch: int) -> int:
+    """Bytes that llama.cpp allocates for keys and values.
+
+    Raises:
+        ValueError: the cache type does not fit the model's dims.
+    """
+    attentions = [layer.attention for layer in spec.layers]
+    return sum(
+        attention.kv_bytes_per_token(cache_type) * cells(graph_window(spec, attention), n_ctx, n_ubatch)
+        for attention in attentions
+    )
+
+
+def cells(window: int, n_ctx: int, n_ubatch: int) -> int:
+    """Cells of a layer: those of the context, or of its window and one micro-batch (llama-kv-cache-iswa.cpp)."""
+    return _padded(min(n_ctx, window + n_ubatch) if window else n_ctx)
+
+
+def graph_window(spec: ModelSpec, attention: AttentionSpec) -> int:
+    """The window that llama.cpp's graph gives a layer, 0 for none.
+
+    It attends to all tokens in other architectures than Gemma's, whatever window the model was trained with.
+    """
+    return attention.window if isinstance(attention, GQA) and spec.arch in LOCAL_EVERY else 0
+
+
+def seen_tokens(spec: ModelSpec, attention: AttentionSpec, depth: int) -> int:
+    """Of `depth` tokens in the cache, those that a layer attends to."""
+    return min(depth, graph_window(spec, attention) or depth)
+
+
+def _padded(count: int) -> int:
+    return -(-count // CELLS) * CELLS
 
 
 def compute_nbytes(spec: ModelSpec, n_ubatch: int, depth: int) -> int:

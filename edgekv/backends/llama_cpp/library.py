@@ -161,19 +161,34 @@ def abort_callback() -> Any:
 
 
 def exact_cache_nbytes(memory: int) -> int | None:
-    """Bytes that a plain llama_kv_cache allocated; None for other kinds of memory or hidden symbols.
+    """Bytes that llama.cpp allocated for keys and values; None for other kinds of memory or hidden symbols.
 
-    The public API has no sizes, so this calls the exported C++ method llama_kv_cache::total_size() const
-    (src/llama-kv-cache.h), after checking the object's class by its vtable.
+    The public API has no sizes, so this calls exported const C++ methods: llama_kv_cache::total_size()
+    (src/llama-kv-cache.h), of a model with windows for both caches of its llama_kv_cache_iswa, whose class its
+    vtable tells.
     """
-    library = llama()._lib
     try:
-        vtable = ctypes.addressof(ctypes.c_char.in_dll(library, "_ZTV14llama_kv_cache"))
-        total_size = library["_ZNK14llama_kv_cache10total_sizeEv"]
+        if _is_a("llama_kv_cache", memory):
+            caches = [memory]
+        elif _is_a("llama_kv_cache_iswa", memory):
+            getters = ("_ZNK19llama_kv_cache_iswa8get_baseEv", "_ZNK19llama_kv_cache_iswa7get_swaEv")
+            caches = [_call(getter, ctypes.c_void_p, memory) for getter in getters]
+        else:
+            return None
+        return sum(_call("_ZNK14llama_kv_cache10total_sizeEv", ctypes.c_size_t, cache) for cache in caches)
     except (AttributeError, ValueError):
         return None
+
+
+def _is_a(name: str, pointer: int) -> bool:
+    """Whether a C++ object of llama.cpp is of this very class."""
+    vtable = ctypes.addressof(ctypes.c_char.in_dll(llama()._lib, f"_ZTV{len(name)}{name}"))
     # Itanium C++ ABI: an object points 16 bytes into its class's vtable.
-    if ctypes.c_void_p.from_address(memory).value != vtable + 2 * ctypes.sizeof(ctypes.c_void_p):
-        return None
-    total_size.argtypes, total_size.restype = [ctypes.c_void_p], ctypes.c_size_t
-    return int(total_size(memory))
+    return ctypes.c_void_p.from_address(pointer).value == vtable + 2 * ctypes.sizeof(ctypes.c_void_p)
+
+
+def _call(symbol: str, result: Any, pointer: int) -> int:
+    """What an exported C++ method without arguments returns."""
+    method = llama()._lib[symbol]
+    method.argtypes, method.restype = [ctypes.c_void_p], result
+    return int(method(pointer))

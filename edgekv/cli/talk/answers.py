@@ -13,15 +13,15 @@ from dataclasses import replace
 import click
 
 from edgekv.backends.isolated.backend import IsolatedBackend
-from edgekv.chat.generate import Generator, Step, Timings
-from edgekv.chat.session import ChatSession, Dropped, more_context
+from edgekv.chat.generate import Forgotten, Generator, Step, Timings
+from edgekv.chat.session import ChatSession, Dropped, Event, more_context
 from edgekv.host.proc import peak_rss_nbytes
 
 # Escape sequences in a model's text could move the cursor, set the title or write the clipboard.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-def show_answer(session: ChatSession, events: Iterator[Step | Dropped], *, visible: bool = True) -> Step:
+def show_answer(session: ChatSession, events: Iterator[Event], *, visible: bool = True) -> Step:
     """Print an answer as it comes, until its end or Ctrl-C; returns its last step, with all the text.
 
     Raises:
@@ -33,9 +33,8 @@ def show_answer(session: ChatSession, events: Iterator[Step | Dropped], *, visib
     with interrupting(session.generator):
         try:
             for event in events:
-                if isinstance(event, Dropped):
-                    turns = "turn" if event.n_turns == 1 else f"{event.n_turns} turns"
-                    notice(f"the context is full: forgot the oldest {turns}")
+                if not isinstance(event, Step):
+                    notice(_what_was_lost(event))
                     continue
                 last = event
                 texts.append(event.text)
@@ -51,6 +50,13 @@ def show_answer(session: ChatSession, events: Iterator[Step | Dropped], *, visib
         advice = more_context(session.generator.backend)
         notice(f"the context is full and no older turn is left to drop; {advice}")
     return replace(last, text="".join(texts))
+
+
+def _what_was_lost(event: Dropped | Forgotten) -> str:
+    if isinstance(event, Dropped):
+        turns = "turn" if event.n_turns == 1 else f"{event.n_turns} turns"
+        return f"the context is full: forgot the oldest {turns}"
+    return f"a cache with sliding windows cannot go back that far: all {event.n_tokens} tokens are read again"
 
 
 @contextlib.contextmanager
@@ -73,6 +79,7 @@ def figures(timings: Timings, engine: IsolatedBackend) -> dict[str, float | int 
     return {
         "n_reused": timings.n_reused,
         "n_prefilled": timings.n_prefilled,
+        "n_forgotten": timings.n_forgotten,
         "n_generated": timings.n_generated,
         "ttft_s": round(timings.ttft_s, 6),
         "prefill_tps": round(timings.prefill_tps, 3),
@@ -90,9 +97,10 @@ def stats_line(timings: Timings, engine: IsolatedBackend) -> str:
     peaks = {"engine": engine.peak_rss_nbytes(), "chat": peak_rss_nbytes(os.getpid())}
     rss = [f"{name} {nbytes / 1e6:.0f} MB" for name, nbytes in peaks.items() if nbytes is not None]
     reused = f" (+{timings.n_reused} in cache)" if timings.n_reused else ""
+    again = f" ({timings.n_forgotten} again)" if timings.n_forgotten else ""
     kernel = " | EdgeKV kernel" if engine.kernel == "edgekv" else ""
     return click.style(
-        f"[first token {timings.ttft_s:.2f} s | prefill {timings.n_prefilled} tokens{reused} "
+        f"[first token {timings.ttft_s:.2f} s | prefill {timings.n_prefilled} tokens{reused}{again} "
         f"{timings.prefill_tps:.1f} tokens/s | decode {timings.n_generated} tokens {timings.decode_tps:.1f} "
         f"tokens/s | cache {engine.cache_nbytes() / 1e6:.1f} MB for {engine.n_ctx} tokens"
         + kernel

@@ -10,8 +10,8 @@ import click
 
 from edgekv.backends.base import KERNEL_VARIABLE
 from edgekv.backends.isolated.backend import IsolatedBackend
-from edgekv.chat.generate import Step, Timings
-from edgekv.chat.session import ChatSession, Dropped
+from edgekv.chat.generate import Timings
+from edgekv.chat.session import ChatSession, Event
 from edgekv.cli.talk.answers import notice, show_answer, stats_line
 from edgekv.cli.talk.line_input import MessageReader, history_path
 from edgekv.errors import BackendError, InputError
@@ -77,7 +77,7 @@ class Repl:
                 text = message.strip()
                 self._answer(lambda text=text: self._session.ask(text))  # type: ignore[misc]
 
-    def _answer(self, events: Callable[[], Iterator[Step | Dropped]]) -> None:
+    def _answer(self, events: Callable[[], Iterator[Event]]) -> None:
         """Print an answer; an error ends the answer and not the conversation."""
         try:
             answer = show_answer(self._session, events())

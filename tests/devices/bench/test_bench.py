@@ -194,3 +194,38 @@ def test_an_onnx_folder_takes_turns_with_a_gguf(tiny_mla: Path, tmp_path: Path) 
     wrong = bench.Candidate(folder, "f16", "onnx")
     with pytest.raises(InputError, match="exported with a cache in int8"):
         bench.run([wrong], QUICK)
+
+
+def test_a_sample_of_a_model_with_a_window_leaves_its_depth(tiny_gemma: Path) -> None:
+    """900 tokens push the first ones out of the window's cells: they are run anew, or the next sample starts at 0."""
+    from edgekv.devices.bench.worker_child import Worker
+
+    worker = Worker()
+    worker.open(str(tiny_gemma), "llama.cpp", 2048, "f16", 1, [])
+    worker.fill(100)
+    for measure in (worker.prefill, worker.decode):
+        assert measure(900) > 0
+        assert worker._backend.n_past == 100
+    worker.fill(1000)
+    worker.fill(20)
+    assert worker._backend.n_past == 20
+    worker._backend.close()
+
+
+def test_bytes_of_a_model_with_a_window_are_those_it_reads_and_holds(tiny_gemma: Path) -> None:
+    settings = bench.BenchSettings(
+        depths=(1000,), n_prompt=16, n_gen=4, repeats=1, threads=1, context=2048, with_hash=False
+    )
+    (run,) = bench.run([bench.Candidate(tiny_gemma, "f16")], settings).runs
+    layer = 2 * 2 * 32 * 2  # bytes of one token: K and V of two heads in f16
+    assert (run.cache.nbytes_per_token, run.cache.window_nbytes_per_token, run.cache.window) == (
+        3 * layer,
+        2 * layer,
+        64,
+    )
+    assert run.memory is not None
+    assert run.memory.cache_nbytes == layer * (2048 + 2 * 768)
+    shown, read = run.points[0].decode_nbytes, run.model.read_nbytes
+    assert shown is not None
+    assert read is not None
+    assert shown == read + layer * (1002 + 2 * 64)

@@ -302,3 +302,18 @@ def test_no_model_is_explained() -> None:
     result = plan()
     assert result.exit_code == 2
     assert "name a model" in result.output
+
+
+def test_layers_with_a_window_are_planned_as_they_are_allocated(tiny_gemma: Path) -> None:
+    own = option(GGUFSource(tiny_gemma), None, "f16", KEEP)
+    board = find_board("pi-zero-2w")
+    layer = 2 * 2 * 32 * 2  # bytes of one token: K and V of two heads in f16
+    made = make_plan(board, own, 16384, 512 * MIB)
+    assert made.footprint.cache_nbytes == layer * (16384 + 2 * 256)  # 64 + 128 of a micro-batch there
+    assert make_plan(board, own, made.max_context, 512 * MIB).fits
+    assert not make_plan(board, own, made.max_context + 256, 512 * MIB).fits
+    assert own.workload(1000).cache_nbytes == pytest.approx(layer * (1 + 2 * 64 / 1000))
+    spec = replace(own.spec, layers=own.spec.layers[:1])  # nothing grows but the mask
+    longest = make_plan(board, replace(own, spec=spec), 16384, 512 * MIB).max_context
+    assert make_plan(board, replace(own, spec=spec), longest, 512 * MIB).fits
+    assert not make_plan(board, replace(own, spec=spec), longest + 256, 512 * MIB).fits
