@@ -13,19 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from edgekv.quant.formats import CACHE_TYPES, FORMATS
-
-
-def cache_row_nbytes(values: int, cache_type: str) -> int:
-    """Bytes of one cache row of `values` values stored as `cache_type`.
-
-    Raises:
-        ValueError: the type is unknown, or its block size does not divide `values`.
-    """
-    if cache_type not in CACHE_TYPES:
-        raise ValueError(f"unknown cache type {cache_type!r}; known: {', '.join(CACHE_TYPES)}")
-    return FORMATS[cache_type].nbytes(values)
-
+from edgekv.quant.cache_format import CacheFormat
 
 MetaValue = str | int | float | bool | list[str] | list[int] | list[float] | list[bool]
 Metadata = Mapping[str, MetaValue]  # GGUF key-value pairs
@@ -101,8 +89,8 @@ class GQA:
         return 2 * self.n_kv_heads * self.head_dim
 
     def kv_bytes_per_token(self, cache_type: str) -> int:
-        """Bytes one layer caches for one token; each head's row is stored on its own."""
-        return 2 * self.n_kv_heads * cache_row_nbytes(self.head_dim, cache_type)
+        """Bytes one layer caches for one token; ValueError where the type's blocks do not divide a head."""
+        return CacheFormat.parse(cache_type).kv_nbytes(self.n_kv_heads, self.head_dim, self.head_dim)
 
     @property
     def flops_per_cached_token(self) -> int:
@@ -146,8 +134,8 @@ class MLA:
         return self.kv_lora_rank + self.rope.dim
 
     def kv_bytes_per_token(self, cache_type: str) -> int:
-        """Bytes one layer caches for one token: one row of R + P values."""
-        return cache_row_nbytes(self.cache_values, cache_type)
+        """Bytes one layer caches for one token: one row of R + P values; ValueError where the type cannot hold it."""
+        return CacheFormat.parse(cache_type).latent_nbytes(self.cache_values, self.kv_lora_rank)
 
     @property
     def flops_per_cached_token(self) -> int:
@@ -224,7 +212,11 @@ class ModelSpec:
         return len(self.layers)
 
     def kv_bytes_per_token(self, cache_type: str) -> int:
-        """Bytes that all layers together cache for one token."""
+        """Bytes that all layers together cache for one token in a type such as "q8_0", or "q8_0/q4_0" for K and V.
+
+        Raises:
+            ValueError: the type is unknown, or cannot hold this model's cache.
+        """
         return sum(layer.attention.kv_bytes_per_token(cache_type) for layer in self.layers)
 
     @property

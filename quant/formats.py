@@ -25,6 +25,7 @@ class Format:
         block: values per block, which share their scales; 1 where each value stands alone.
         block_nbytes: bytes per block.
         cache: llama.cpp can keep a KV cache in it.
+        cpu_cache: the same, but only on a CPU: ggml-cuda has no SET_ROWS for it and aborts the process.
         weights: gguf-py can write weights in it, without llama.cpp.
         repacked: CPUs ("arm" with dot products, "x86" with AVX2) for which llama.cpp copies such weights into another
             layout when it loads them.
@@ -35,6 +36,7 @@ class Format:
     block: int
     block_nbytes: int
     cache: bool = False
+    cpu_cache: bool = False
     weights: bool = False
     repacked: tuple[str, ...] = ()
 
@@ -69,12 +71,12 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
             Format("iq4_nl", 20, 32, 18, cache=True, repacked=("arm", "x86")),
             Format("q8_1", 9, 32, 36),
             Format("q8_k", 15, SUPERBLOCK, 292),
-            Format("q6_k", 14, SUPERBLOCK, 210, repacked=("arm",)),
-            Format("q5_k", 13, SUPERBLOCK, 176, repacked=("arm",)),
-            Format("q4_k", 12, SUPERBLOCK, 144, repacked=("arm", "x86")),
+            Format("q6_k", 14, SUPERBLOCK, 210, cpu_cache=True, repacked=("arm",)),
+            Format("q5_k", 13, SUPERBLOCK, 176, cpu_cache=True, repacked=("arm",)),
+            Format("q4_k", 12, SUPERBLOCK, 144, cpu_cache=True, repacked=("arm", "x86")),
             Format("q3_k", 11, SUPERBLOCK, 110),
             Format("q2_k", 10, SUPERBLOCK, 84),
-            Format("iq4_xs", 23, SUPERBLOCK, 136),
+            Format("iq4_xs", 23, SUPERBLOCK, 136, cpu_cache=True),
             Format("iq3_s", 21, SUPERBLOCK, 110),
             Format("iq3_xxs", 18, SUPERBLOCK, 98),
             Format("iq2_s", 22, SUPERBLOCK, 82),
@@ -84,8 +86,8 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
             Format("iq1_s", 19, SUPERBLOCK, 50),
             Format("tq1_0", 34, SUPERBLOCK, 54),
             Format("tq2_0", 35, SUPERBLOCK, 66),
-            Format("mxfp4", 39, 32, 17),
-            Format("nvfp4", 40, 64, 36),
+            Format("mxfp4", 39, 32, 17, cpu_cache=True),
+            Format("nvfp4", 40, 64, 36, cpu_cache=True),
             Format("q1_0", 41, 128, 18),
             Format("q2_0", 42, 64, 18),
             Format("i8", 24, 1, 1),
@@ -97,10 +99,11 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
     }
 )
 BY_GGML_ID: Mapping[int, Format] = MappingProxyType({each.ggml_id: each for each in FORMATS.values()})
-CACHE_TYPES = tuple(each.name for each in FORMATS.values() if each.cache)
+CACHE_TYPES = tuple(each.name for each in FORMATS.values() if each.cache or each.cpu_cache)
 PLAIN_WEIGHTS = tuple(each.name for each in FORMATS.values() if each.weights)
 UNQUANTIZED = tuple(name for name in CACHE_TYPES if FORMATS[name].block == 1)
-COMMON_CACHES = ("f16", "q8_0", "q4_0")  # what `edgekv plan` tries and `edgekv inspect` shows
+# What `edgekv plan` tries and `edgekv inspect` shows, the widest first; two names are for K and V.
+COMMON_CACHES = ("f16", "q8_0", "q8_0/q4_0", "q5_0/q4_0", "q4_0")
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,20 @@ from edgekv.devices.predict.model_info import main_quantization
 from edgekv.devices.predict.speed import Workload
 from edgekv.errors import InputError
 from edgekv.export.gguf.write import stored_nbytes
-from edgekv.quant.formats import COMMON_CACHES, KEEP, UNQUANTIZED
+from edgekv.quant.cache_format import CacheFormat
+from edgekv.quant.formats import COMMON_CACHES, KEEP
 from edgekv.source import SizedSource
 from edgekv.spec import ModelSpec
 from edgekv.tensors import model_tensor_shapes, read_nbytes, weight_flops
 
 TARGETS = (0.5, 1 / 3, 0.25)  # shares of the cache that a conversion may keep
 WEIGHTS = (KEEP, "q8_0", "q4_0")
-# An order of expected loss and no measure of it: near-lossless steps first, then half the latent, then what
-# costs more. `edgekv eval` measures; these only say what to try first.
+# An order of expected loss and no measure of it, after BENCHMARKS.md: the model's own caches lose less than a
+# conversion without healing. `edgekv eval` measures; these only say what to try first.
 LOSS_ORDER = {
-    **{"convert 1/2": 4, "convert 1/3": 8, "convert 1/4": 12},
-    **{"cache q8_0": 1, "cache q4_0": 6, "weights q8_0": 1, "weights q4_0": 5},
+    **{"cache q8_0": 1, "cache q8_0/q4_0": 2, "cache q5_0/q4_0": 3, "cache q4_0": 4},
+    **{"convert 1/2": 6, "convert 1/3": 10, "convert 1/4": 14},
+    **{"weights q8_0": 1, "weights q4_0": 7},
 }
 
 
@@ -67,7 +69,7 @@ class Option:
             weights=self.quantization,
             cache_nbytes=sum(map(mul, shares, (a.kv_bytes_per_token(self.cache_type) for a in attentions))),
             attention_flops=sum(map(mul, shares, (a.flops_per_cached_token for a in attentions))),
-            quantized_cache=self.cache_type not in UNQUANTIZED,
+            quantized_cache=CacheFormat.parse(self.cache_type).quantized,
             latent=spec.layers[0].attention.kind == "MLA",
         )
 
@@ -80,6 +82,7 @@ def option(source: SizedSource, keep: float | None, cache_type: str, weights: st
         ValueError: the cache type does not fit the dims.
     """
     spec = source.spec if keep is None else converted_spec(source.spec, keep)
+    cache_type = str(CacheFormat.parse(cache_type))
     spec.kv_bytes_per_token(cache_type)
     sizes = {
         name: _tensor_nbytes(source, name, shape, keep, weights)

@@ -12,8 +12,9 @@ from edgekv.files import file_sha256
 from edgekv.models.gguf.spec import JOINT_KV_B
 from edgekv.models.onnx.folder import MANIFEST
 from edgekv.models.onnx.manifest import Manifest
+from edgekv.quant.cache_format import CacheFormat
 from edgekv.source import SizedSource
-from edgekv.spec import MLA, ModelSpec, cache_row_nbytes
+from edgekv.spec import MLA, ModelSpec
 from edgekv.tensors import read_nbytes, weight_flops
 
 
@@ -88,9 +89,9 @@ def describe_llama_cache(spec: ModelSpec, cache_type: str, n_ctx: int | None) ->
     for layer in spec.layers:
         attention = layer.attention
         assert isinstance(attention, MLA)
-        for dim in (attention.head_dim, attention.value_dim):
-            values += attention.n_heads * dim
-            nbytes += cache_row_nbytes(attention.n_heads * dim, cache_type)
+        heads, width_k, width_v = attention.n_heads, attention.head_dim, attention.value_dim
+        values += heads * (width_k + width_v)
+        nbytes += CacheFormat.parse(cache_type).kv_nbytes(heads, width_k, width_v)
     return CacheInfo(cache_type, values, nbytes, n_ctx)
 
 

@@ -68,6 +68,11 @@ class Test(Struct):
     build_commit: str = "unknown"
     test_time: str = "unknown"
 
+    @property
+    def cache_type(self) -> str:
+        """As `--cache-type` spells it: one name, or K's and V's where they differ; llama-bench's own are f16."""
+        return "/".join(dict.fromkeys((self.type_k or "f16", self.type_v or "f16")))
+
 
 class _Run:
     """Tests of one model on one machine with the same options."""
@@ -147,9 +152,8 @@ def _name(runs: Sequence[_Run]) -> None:
     files = _short_names({run.tests[0].model_filename for run in runs})
     for run in runs:
         test, run.file = run.tests[0], files[run.tests[0].model_filename]
-        types = test.type_k if test.type_k == test.type_v else f"{test.type_k}/{test.type_v}"
         threads = "" if test.n_threads is None else test.n_threads
-        run.label = f"{run.file.removesuffix('.gguf')} {types or 'f16'} t{threads}"
+        run.label = f"{run.file.removesuffix('.gguf')} {test.cache_type} t{threads}"
     _tell_options(runs)
     for alike in _same_label(runs):
         for number, run in enumerate(alike[1:], start=2):
@@ -193,7 +197,6 @@ def _short_names(files: set[str]) -> dict[str, str]:
 
 def _run(run: _Run, notes: list[str]) -> BenchRun:
     test = run.tests[0]
-    types = test.type_k if test.type_k == test.type_v else f"{test.type_k}/{test.type_v}"
     words = test.model_type.split()
     model = ModelInfo(
         file=run.file,
@@ -208,7 +211,7 @@ def _run(run: _Run, notes: list[str]) -> BenchRun:
         label=run.label,
         engine="llama-bench",
         model=model,
-        cache=CacheInfo(types or "f16"),
+        cache=CacheInfo(test.cache_type),
         points=tuple(_point(depth, run.tests, run.label, notes) for depth in depths),
     )
 

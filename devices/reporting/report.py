@@ -123,7 +123,7 @@ class ModelInfo(Document, frozen=True, kw_only=True):
 class CacheInfo(Document, frozen=True):
     """The KV cache."""
 
-    type: Annotated[str, doc("storage type of its values")]
+    type: Annotated[str, doc("storage type, or K's and V's as in q8_0/q4_0")]
     values_per_token: Annotated[int | None, doc("values cached per token, all layers")] = None
     nbytes_per_token: Annotated[int | None, doc("bytes cached per token, all layers")] = None
     n_ctx: Annotated[int | None, doc("tokens it was made for")] = None

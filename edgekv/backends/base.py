@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal, Protocol, get_args
 
 from edgekv.errors import BackendError, InputError
+from edgekv.quant.cache_format import CacheFormat
 from edgekv.source import Array
 
 DEFAULT_N_CTX = 4096  # the largest context that is opened unasked
@@ -71,6 +72,14 @@ def require_positive(**options: int | None) -> None:
     for name, value in options.items():
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}; it must be at least 1")
+
+
+def require_cache_format(cache_type: str) -> CacheFormat:
+    """What a cache type of llama.cpp stands for; InputError if it stands for nothing."""
+    try:
+        return CacheFormat.parse(cache_type)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def require_room(backend: Backend, count: int) -> None:

@@ -31,8 +31,8 @@ def open_backend(
         kind: "llama.cpp", "onnx", or "reference" for the NumPy reference; by default onnx for such a folder,
             else llama.cpp.
         n_ctx: tokens that the cache can hold; by default the trained length, but at most 4096.
-        cache_type: number format of the cache: by default f16 in llama.cpp; the reference has only f32, an
-            ONNX folder only the format that it was exported with.
+        cache_type: number format of the cache: by default f16 in llama.cpp, which takes one for K and V or
+            two, as in q8_0/q4_0; the reference has only f32, an ONNX folder only what it was exported with.
         n_threads: by default one per physical big core; the reference uses NumPy's own threads.
         abort_flag: two bytes; a call in progress ends with Interrupted when the first is set. The reference
             ignores it.
@@ -100,6 +100,20 @@ def default_kind(path: Path) -> Kind:
     from edgekv.models.onnx.folder import is_onnx_folder
 
     return "onnx" if is_onnx_folder(path) else "llama.cpp"
+
+
+def cache_type_name(path: Path, kind: Kind, wanted: str | None) -> str:
+    """The one name of the cache type that an engine is asked for, by default its own.
+
+    Raises:
+        InputError: llama.cpp has no such type.
+        ModelFileError: an ONNX folder's manifest is malformed.
+    """
+    from edgekv.backends.base import require_cache_format
+
+    if wanted is None:
+        return default_cache_type(path, kind)
+    return str(require_cache_format(wanted)) if kind == "llama.cpp" else wanted
 
 
 def default_cache_type(path: Path, kind: Kind) -> str:

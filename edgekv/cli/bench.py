@@ -26,7 +26,7 @@ def parse_depths(text: str) -> tuple[int, ...]:
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...", type=options.PATH)
 @click.option("--cache-type", "cache_types", default="", metavar="TYPES",
               callback=options.parsed(options.parse_words),
-              help="Cache types, with commas: f16,q8_0; an ONNX folder has its own.  [default: f16]")  # fmt: skip
+              help="Cache types, with commas: f16,q8_0/q4_0; an ONNX folder has its own.  [default: f16]")  # fmt: skip
 @click.option("-d", "--depth", "depths", default="0,512", show_default=True, metavar="DEPTHS",
               callback=options.parsed(parse_depths), help="Depths, with commas.")  # fmt: skip
 @click.option("-p", "--n-prompt", default=128, show_default=True, help="Tokens of each timed prefill.")

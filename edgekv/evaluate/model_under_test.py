@@ -14,7 +14,7 @@ from typing import Literal
 from edgekv import __version__
 from edgekv.backends.base import Backend
 from edgekv.backends.llama_cpp.kernel.load import chosen_kernel
-from edgekv.backends.open import Kind, default_cache_type, open_backend
+from edgekv.backends.open import Kind, cache_type_name, open_backend
 from edgekv.errors import InputError, ModelFileError
 from edgekv.files import file_sha256
 from edgekv.models.gguf.header import kept_header
@@ -44,8 +44,12 @@ class ModelUnderTest:
 
     @property
     def cache(self) -> str:
-        """The cache type, the engine's default spelt out."""
-        return default_cache_type(self.path, self.backend) if self.cache_type is None else self.cache_type
+        """The cache type by its one name, the engine's default spelt out.
+
+        Raises:
+            InputError: llama.cpp has no such type.
+        """
+        return cache_type_name(self.path, self.backend, self.cache_type)
 
     @property
     def recorded_weights(self) -> str:

@@ -6,6 +6,7 @@ needs no conversion: the model's own cache in smaller types.
 
 from __future__ import annotations
 
+import contextlib
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from typing import Literal
 
 from edgekv import __version__
 from edgekv.documents import Document, SchemaError, decode, dumps
-from edgekv.errors import InputError
+from edgekv.errors import InputError, UnsupportedError
 from edgekv.evaluate.model_under_test import (
     ModelUnderTest,
     Weights,
@@ -27,11 +28,13 @@ from edgekv.evaluate.reference import Reference, open_reference
 from edgekv.evaluate.report import Measured
 from edgekv.evaluate.windows import WindowsResult, measure_windows
 from edgekv.evaluate.workers import Run
+from edgekv.models.open import open_model
 from edgekv.progress import Stages
-from edgekv.quant.formats import CACHE_TYPES
+from edgekv.quant.cache_format import CacheFormat
 from edgekv.text.scored import Text, cut_windows
 
 ORIGINAL = "original"  # the name of the model's own caches among the points
+OWN_CACHES = ("f16", "q8_0", "q8_0/q4_0", "q5_0", "q5_0/q4_0", "q4_0")  # what a conversion has to beat
 
 
 class Conversion(Document, frozen=True):
@@ -46,14 +49,15 @@ class Conversion(Document, frozen=True):
 class SweepSpec(Document, frozen=True):
     """One sweep; the field names are the file's keys.
 
-    `cache_types` are the model's own caches, which a conversion has to beat. With `weights` other than
-    "keep" all models are dequantized, so that they differ in nothing but their cache.
+    `cache_types` are the model's own caches, which a conversion has to beat: by default those of OWN_CACHES that
+    it can have. With `weights` other than "keep" all models are dequantized, so that they differ in nothing but their
+    cache.
     """
 
     model: str
     text: str
     conversion: tuple[Conversion, ...] = ()
-    cache_types: tuple[str, ...] = ("f16", "q8_0", "q5_0", "q4_0")
+    cache_types: tuple[str, ...] | None = None
     window: int = 1024
     weights: Weights = "f32"
 
@@ -81,7 +85,7 @@ def read_sweep(path: Path) -> SweepSpec:
 def _check(spec: SweepSpec) -> None:
     if spec.window < 4:
         raise SchemaError("window", f"{spec.window} tokens have no half to score; take 4 or more")
-    _check_cache_types("cache_types", spec.cache_types)
+    _check_cache_types("cache_types", spec.cache_types or ())
     seen = {ORIGINAL}
     for i, entry in enumerate(spec.conversion):
         where = f"conversion[{i}]"
@@ -98,13 +102,15 @@ def _check(spec: SweepSpec) -> None:
 
 
 def _check_cache_types(where: str, kinds: tuple[str, ...]) -> None:
+    seen = set()
     for i, kind in enumerate(kinds):
-        if kind not in CACHE_TYPES:
-            raise SchemaError(
-                f"{where}[{i}]", f"unknown cache type {kind!r}; known: {', '.join(CACHE_TYPES)}"
-            )
-        if kind in kinds[:i]:
-            raise SchemaError(f"{where}[{i}]", f"{kind} is there twice")
+        try:
+            cache = CacheFormat.parse(kind)
+        except ValueError as error:
+            raise SchemaError(f"{where}[{i}]", str(error)) from error
+        if cache in seen:
+            raise SchemaError(f"{where}[{i}]", f"{cache} is there twice")
+        seen.add(cache)
 
 
 FORMAT: Literal["edgekv.sweep"] = "edgekv.sweep"
@@ -182,8 +188,9 @@ class Sweep:
         self._spec, self._run, self._progress, self._say = spec, run, progress, say
         self._model = folder / spec.model
         self._text = folder / spec.text
+        own = spec.cache_types if spec.cache_types is not None else possible_caches(self._model)
         self._subjects = [
-            (ORIGINAL, ModelUnderTest(self._model, "llama.cpp", t, spec.weights)) for t in spec.cache_types
+            (ORIGINAL, ModelUnderTest(self._model, "llama.cpp", kind, spec.weights)) for kind in own
         ]
         for name, kind in spec.points():
             require_same_tokens(files[name], self._model)
@@ -251,6 +258,24 @@ class Sweep:
 
     def _stage(self, name: str) -> Run:
         return replace(self._run, progress=self._progress(name))
+
+
+def possible_caches(model: Path) -> tuple[str, ...]:
+    """Those of OWN_CACHES that can hold the cache of a model; all where only llama.cpp knows its architecture.
+
+    Raises:
+        ModelFileError: the file is malformed.
+    """
+    try:
+        spec = open_model(model).spec
+    except UnsupportedError:
+        return OWN_CACHES
+    possible = []
+    for kind in OWN_CACHES:
+        with contextlib.suppress(ValueError):
+            spec.kv_bytes_per_token(kind)
+            possible.append(kind)
+    return tuple(possible)
 
 
 def mark_dominated(points: Sequence[SweepPoint]) -> tuple[SweepPoint, ...]:

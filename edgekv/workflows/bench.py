@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edgekv.backends.open import Kind, default_cache_type, default_kind
+from edgekv.backends.open import Kind, cache_type_name, default_kind
 from edgekv.devices.bench.run import run
 from edgekv.devices.bench.settings import BenchSettings, Candidate
 from edgekv.devices.reporting import compare
@@ -25,7 +25,8 @@ class BenchRequest(Request):
 
     Attributes:
         models: GGUF files and ONNX folders.
-        cache_types: to measure each model with; by default the engine's. An ONNX folder fixes its own.
+        cache_types: to measure each model with, such as "q8_0", or "q8_0/q4_0" for K and V; by default the
+            engine's. An ONNX folder fixes its own.
         backend: by default the one that reads the model's format.
         output: a file for the JSON report; it is opened before the bench runs.
         command: recorded in the report as the command that made it.
@@ -74,4 +75,5 @@ def as_terminal(report: Report) -> str:
 
 def _cache_types(model: Path, kind: Kind, wanted: tuple[str, ...]) -> tuple[str, ...]:
     """Cache types to measure a model with: `wanted`, where its engine has a choice."""
-    return wanted if wanted and kind != "onnx" else (default_cache_type(model, kind),)
+    chosen = wanted if wanted and kind != "onnx" else (None,)
+    return tuple(cache_type_name(model, kind, cache_type) for cache_type in chosen)

@@ -25,7 +25,8 @@ class ChatRequest(Request):
         model: a GGUF file, or a folder that `edgekv export onnx` wrote.
         backend: by default the one that reads the model's format.
         ctx_size: tokens of context; by default the trained length, but at most 4096.
-        cache_type: how their keys and values are stored; by default f16 in llama.cpp.
+        cache_type: how their keys and values are stored, such as "q8_0", or "q8_0/q4_0" for keys and values; by
+            default f16 in llama.cpp.
         threads: by default the big physical cores.
         system: the system prompt.
         template: whether to use the model's chat template.

@@ -46,7 +46,7 @@ class EvaluateRequest(Request):
     Attributes:
         measurements: texts and tasks.
         against: the reference model: adds KL, argmax agreement and changes.
-        cache_type: by default the engine's.
+        cache_type: such as "q8_0", or "q8_0/q4_0" for K and V; by default the engine's.
         backend: by default the one that reads the model's format.
         against_backend: by default the NumPy reference, for ONNX folders onnx; llama.cpp runs it with an f32 cache.
         weights: "keep", or a format to dequantize the weights to first, so that only the cache's loss is left.

@@ -25,7 +25,7 @@ class VerifyRequest(Request):
     Attributes:
         b: by default `a` itself.
         backend_b: by default the one that reads B's format.
-        cache_type: llama.cpp's; the other engines have their own.
+        cache_type: llama.cpp's, such as "q8_0", or "q8_0/q4_0" for K and V; the other engines have their own.
         text: a text file to compare on; by default A samples the tokens.
         text_tokens: tokens to compare on.
     """

@@ -139,14 +139,25 @@ def test_the_model_says_what_it_said(
 
     wanted = logits("f16", "stock")
     assert kl(logits("f16", "edgekv")) < 5e-5
-    assert kl(logits("q8_0", "edgekv")) < 1.5 * kl(logits("q8_0", "stock")) + 1e-5
+    pairs = ("q8_0/q4_0", "q4_0/f16") if model == "tiny_llama" else ()
+    for cache_type in ("q8_0", *pairs):
+        assert kl(logits(cache_type, "edgekv")) < 1.5 * kl(logits(cache_type, "stock")) + 1e-5
+
+
+def test_a_format_without_rows_in_the_kernel_runs_in_llama_cpp(
+    built: Path, tiny_llama: Path, edgekv_logits: Callable[..., Any]
+) -> None:
+    """The engine says so, too."""
+    stock = edgekv_logits(tiny_llama, "q8_0/mxfp4", "stock", built)
+    mixed = edgekv_logits(tiny_llama, "q8_0/mxfp4", "edgekv", built, runs="stock")
+    np.testing.assert_array_equal(mixed, stock)
 
 
 @pytest.fixture
 def edgekv_logits(tmp_path: Path) -> Callable[..., Any]:
     """Logits of a model in a process of its own: a kernel that is loaded stays."""
 
-    def run(path: Path, cache_type: str, kernel: str, built: Path) -> Any:
+    def run(path: Path, cache_type: str, kernel: str, built: Path, runs: str = "") -> Any:
         out = tmp_path / f"{kernel}.npy"
         code = (
             "import sys, numpy as np\nfrom pathlib import Path\nfrom edgekv.backends.open import open_backend\n"
@@ -166,7 +177,7 @@ def edgekv_logits(tmp_path: Path) -> Callable[..., Any]:
             str(path),
             cache_type,
             str(out),
-            kernel,
+            runs or kernel,
         ]
         subprocess.run(command, check=True, env=environment, timeout=120)
         return np.load(out)

@@ -15,12 +15,22 @@ from edgekv.backends.llama_cpp.backend import LOGITS_ROWS, LlamaCppBackend
 from edgekv.backends.llama_cpp.library import LOG, llama, repacking_is_safe
 from edgekv.errors import BackendError, InputError, ModelFileError
 from edgekv.export.gguf.write import write_gguf
+from edgekv.models.gguf.source import GGUFSource
 from edgekv.progress import ignore
-from edgekv.quant.formats import CACHE_TYPES
+from edgekv.quant.formats import CACHE_TYPES, FORMATS
+from edgekv.reference.ops import kl_rows, log_softmax
 from edgekv.source import Array, LazySource
-from edgekv.spec import cache_row_nbytes
+from edgekv.spec import GQA
 
 TEXT = [1, 4093, 198, 504, 2120, 282, 253, 1165, 2391, 3542, 314, 1343, 28, 284, 357, 314, 6104, 30]
+
+
+@pytest.fixture(scope="module")
+def wide_heads(make_llama: Callable[..., LazySource], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose heads of 256 hold the blocks of every format."""
+    path = tmp_path_factory.mktemp("wide") / "wide.gguf"
+    write_gguf(make_llama(head_dim=256), path, "f32", {}, False, ignore)
+    return path
 
 
 @pytest.fixture
@@ -86,13 +96,56 @@ def test_trim_goes_back_in_time(backend: LlamaCppBackend) -> None:
     np.testing.assert_array_equal(backend.decode(28), first)
 
 
-@pytest.mark.parametrize("cache_type", CACHE_TYPES)
-def test_cache_nbytes_is_the_arithmetic_and_the_log(smollm2: Path, cache_type: str) -> None:
-    backend = LlamaCppBackend(smollm2, n_ctx=300, cache_type=cache_type, n_threads=1)
+PAIRS = ("q8_0/q4_0", "q5_0/q4_0", "q4_0/q8_0", "f16/q4_0", "q4_0/f32", "mxfp4/iq4_nl")
+
+
+@pytest.mark.parametrize("cache_type", [*CACHE_TYPES, *PAIRS])
+def test_cache_nbytes_is_the_arithmetic_and_the_log(smollm2: Path, wide_heads: Path, cache_type: str) -> None:
+    """What llama.cpp allocated, what it says of each side, and what spec.py computes."""
+    names = cache_type.split("/")
+    path = smollm2 if all(FORMATS[name].block <= 64 for name in names) else wide_heads
+    source = GGUFSource(path)
+    backend = LlamaCppBackend(path, n_ctx=300, cache_type=cache_type, n_threads=1)
     assert backend.n_ctx == 512  # rounded up to a multiple of 256
-    assert backend.cache_nbytes() == 30 * 2 * 3 * cache_row_nbytes(64, cache_type) * 512
+    attention = source.spec.layers[0].attention
+    assert isinstance(attention, GQA)
+    values = attention.n_kv_heads * attention.head_dim * source.spec.n_layers * 512
+    sides = (("K", names[0]), ("V", names[-1]))
+    assert backend.cache_nbytes() == sum(FORMATS[name].nbytes(values) for _, name in sides)
+    assert backend.cache_nbytes() == source.spec.kv_bytes_per_token(cache_type) * 512
     assert abs(LOG.cache_nbytes() - backend.cache_nbytes()) <= 0.005 * 2**20
-    assert np.isfinite(backend.prefill(TEXT[:3])).all()
+    for side, name in sides:
+        said = f"{side} ({name}): {FORMATS[name].nbytes(values) / 2**20:7.2f} MiB"
+        assert said.lower() in LOG.text().lower()
+    assert np.isfinite(backend.prefill([1, 2, 3])).all()
+    backend.close()
+
+
+def test_every_cache_type_predicts_what_f16_does(wide_heads: Path) -> None:
+    """On each side, at most twice what q4_0 loses: a format without a kernel gives noise or kills the process."""
+    tokens = np.random.default_rng(0).integers(0, 250, 128).tolist()
+
+    def log_probs(cache_type: str) -> Array:
+        backend = LlamaCppBackend(wide_heads, n_ctx=256, cache_type=cache_type, n_threads=1)
+        logits = backend.prefill_all(tokens)
+        backend.close()
+        return log_softmax(logits)
+
+    exact = log_probs("f16")
+    for side in ("{}/f16", "f16/{}"):
+        lost = {name: kl_rows(exact, log_probs(side.format(name))).mean() for name in CACHE_TYPES}
+        assert max(lost.values()) < 2.2 * lost["q4_0"], lost
+        assert lost["q8_0"] < lost["q5_1"] < lost["q4_1"]
+
+
+@pytest.mark.parametrize("cache_type", ["q8_0/q4_0", "f16/q8_0"])
+def test_a_latent_has_no_k_and_v(tiny_mla: Path, cache_type: str) -> None:
+    k, v = cache_type.split("/")
+    said = f"{cache_type}: a latent .* one row per token .* cannot differ; take {k} or {v}"
+    with pytest.raises(InputError, match=said):
+        LlamaCppBackend(tiny_mla, cache_type=cache_type)
+    backend = LlamaCppBackend(tiny_mla, n_ctx=256, cache_type="q8_0/q8_0", n_threads=1)
+    assert backend.cache_nbytes() == 256 * GGUFSource(tiny_mla).spec.kv_bytes_per_token("q8_0")
     backend.close()
 
 
@@ -156,14 +209,17 @@ def test_a_cache_type_that_the_head_size_forbids_is_an_input_error(
     backend = LlamaCppBackend(path, cache_type="f16", n_threads=1)
     assert backend.prefill([1, 2, 3]).shape == (backend.n_vocab,)
     backend.close()
-    with pytest.raises(InputError, match=r"does not divide n_embd_head_k=16; f16 always works"):
-        LlamaCppBackend(path, cache_type="q8_0")
+    for cache_type, said in (("q8_0", "K cache type q8_0"), ("f16/q4_0", "V cache type q4_0")):
+        with pytest.raises(InputError, match=rf"{said} .*does not divide n_embd_head_.=16; f16 always works"):
+            LlamaCppBackend(path, cache_type=cache_type)
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"cache_type": "q3_0"}, "unknown cache type 'q3_0'"),
+        ({"cache_type": "q8_0/q3_0"}, "unknown cache type 'q3_0'"),
+        ({"cache_type": "q6_k"}, "K cache type q6_K with block size 256 does not divide n_embd_head_k=64"),
         ({"n_ctx": 0}, "n_ctx is 0"),
         ({"n_threads": -1}, "n_threads is -1"),
     ],

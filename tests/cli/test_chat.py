@@ -54,11 +54,12 @@ class TestOneShot:
         base = [str(smollm2), "-t", "1", "-n", "10", "-p", "My favourite", "--no-template", "--json"]
         wild = ["--temp", "2", "--top-k", "0", "--top-p", "1", "--min-p", "0"]
         first, same, other = (
-            json.loads(run(*base, *wild, "--seed", seed, "-c", "300", "--cache-type", "q8_0").stdout)
-            for seed in ("1", "1", "2")
+            json.loads(run(*base, *wild, "--seed", seed, "-c", "300", "--cache-type", kind).stdout)
+            for seed, kind in (("1", "q8_0"), ("1", "q8_0/q8_0"), ("2", "q8_0/q4_0"))
         )
         assert first["text"] == same["text"] != other["text"]
-        assert first["cache_nbytes"] == 512 * 30 * 2 * 3 * 68
+        assert first["cache_nbytes"] == same["cache_nbytes"] == 512 * 30 * 2 * 3 * 68
+        assert other["cache_nbytes"] == 512 * 30 * 3 * (68 + 36)
 
     def test_the_reference_backend_answers_too(self, smollm2: Path) -> None:
         result = run(

@@ -65,13 +65,21 @@ def test_everything_at_once(
 
 
 def test_what_is_refused(
-    refused: Callable, tiny_llama: Path, smollm2: Path, text: Path, piqa: Path, tmp_path: Path
+    refused: Callable,
+    tiny_llama: Path,
+    tiny_mla: Path,
+    smollm2: Path,
+    text: Path,
+    piqa: Path,
+    tmp_path: Path,
 ) -> None:
     where = ("--cache-dir", tmp_path, "-j", 1)
     assert "no such file" in refused("eval", tmp_path / "none.gguf", "--text", text, *where)
     assert "unknown cache type" in refused(
         "eval", tiny_llama, "--text", text, "--window", 64, "--cache-type", "q9", *where
     )
+    pair = ("--text", text, "--window", 64, "--cache-type", "q8_0/q4_0")
+    assert "one row per token" in refused("eval", tiny_mla, *pair, *where)
     assert "unknown task" in refused("eval", tiny_llama, "--task", f"mmlu={piqa}", *where)
     assert "line 1" in refused("eval", tiny_llama, "--task", f"winogrande={piqa}", *where)
     assert "different vocabularies" in refused("eval", tiny_llama, "--against", smollm2, "--text", text)

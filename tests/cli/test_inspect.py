@@ -25,7 +25,9 @@ def test_a_real_model_by_hand(edgekv: Callable[..., Result], smollm2: Path) -> N
     assert found["shape"] == {"n_kv_heads": 3, "head_dim": 64, "rope_theta": 100000.0}
     cache = found["cache"]
     assert cache["values_per_token_per_layer"] == 384
-    assert cache["bytes_per_token"] == {"f16": 23040, "q8_0": 12240, "q4_0": 6480}
+    assert cache["bytes_per_token"] == {
+        **{"f16": 23040, "q8_0": 12240, "q8_0/q4_0": 9360, "q5_0/q4_0": 7200, "q4_0": 6480}
+    }
     assert cache["bytes"]["f16"] == {"2048": 47185920, "8192": 188743680, "32768": 754974720}
 
 
@@ -45,6 +47,7 @@ def test_a_converted_model(edgekv: Callable[..., Result], tiny_mla: Path) -> Non
         "kv_lora_rank": 32, "rope_dim": 32, "nope_dim": 16, "value_dim": 32, "rope_theta": 10000.0,
     }  # fmt: skip
     assert found["cache"]["bytes_per_token"]["f16"] == 3 * 64 * 2
+    assert list(found["cache"]["bytes_per_token"]) == ["f16", "q8_0", "q4_0"], "K and V are one row"
     assert found["could_become"] == []
     assert found["made_by"]["edgekv.version"]
 

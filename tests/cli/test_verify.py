@@ -57,13 +57,17 @@ def test_text_and_cache_type(edgekv: Callable[..., Result], tiny_llama: Path, tm
                 "--json",
             ).stdout
         )["kl"]
-        for kind in ("f32", "q4_0")
+        for kind in ("f32", "q8_0/q4_0", "q4_0")
     ]
-    assert kl[0] < 1e-5 < kl[1]
+    assert kl[0] < 1e-5 < kl[1] < kl[2]
 
 
 def test_bad_input(
-    refused: Callable[..., str], tiny_llama: Path, make_llama: Callable[..., LazySource], tmp_path: Path
+    refused: Callable[..., str],
+    tiny_llama: Path,
+    tiny_mla: Path,
+    make_llama: Callable[..., LazySource],
+    tmp_path: Path,
 ) -> None:
     other = tmp_path / "other.gguf"
     write_gguf(make_llama(filler=32), other, "f32", {}, False, lambda *_: None)
@@ -75,3 +79,5 @@ def test_bad_input(
     assert "none.txt" in refused("verify", tiny_llama, "--text", tmp_path / "none.txt")
     assert "holds 1 tokens" in refused("verify", tiny_llama, "--text", short)
     assert "cache type" in refused("verify", tiny_llama, "--cache-type", "q3")
+    pair = ("--backend-a", "llama.cpp", "--cache-type", "q8_0/q4_0")
+    assert "one row per token" in refused("verify", tiny_llama, tiny_mla, *pair)

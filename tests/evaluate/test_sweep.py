@@ -1,6 +1,7 @@
 """Sweeps: the spec, which points are dominated, the three files, and what a user gets wrong."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,20 @@ from edgekv.evaluate.model_under_test import ModelUnderTest, read_tokenizer
 from edgekv.evaluate.plot import KL_FLOOR, sweep_figure
 from edgekv.evaluate.reference import open_reference
 from edgekv.evaluate.report import Measured
-from edgekv.evaluate.sweep import SweepPoint, SweepReport, mark_dominated, markdown_table, read_sweep
+from edgekv.evaluate.sweep import (
+    OWN_CACHES,
+    SweepPoint,
+    SweepReport,
+    mark_dominated,
+    markdown_table,
+    possible_caches,
+    read_sweep,
+)
 from edgekv.evaluate.windows import measure_windows
 from edgekv.evaluate.workers import Run
+from edgekv.export.gguf.write import write_gguf
+from edgekv.progress import ignore
+from edgekv.source import LazySource
 from edgekv.text.scored import cut_windows
 from edgekv.workflows.sweep import write_sweep
 
@@ -25,7 +37,7 @@ SPEC = """
 model = "{model}"
 text = "letters.txt"
 window = 64
-cache_types = ["f16", "q8_0", "q4_0"]
+cache_types = ["f16", "q8_0", "q8_0/q4_0", "q4_0"]
 
 [[conversion]]
 name = "given"
@@ -65,9 +77,11 @@ def test_every_point_is_what_measuring_it_alone_gives(
     folder, _ = swept
     points = {point.label: point for point in report_in(folder).points}
     assert set(points) == {
-        "original f16", "original q8_0", "original q4_0", "given f16", "given q8_0", "made q4_0",
+        "original f16", "original q8_0", "original q8_0/q4_0", "original q4_0",
+        "given f16", "given q8_0", "made q4_0",
     }  # fmt: skip
     assert points["original q4_0"].cache_nbytes_per_token == 3 * 2 * 2 * 18
+    assert points["original q8_0/q4_0"].cache_nbytes_per_token == 3 * 2 * (34 + 18)
     assert points["given q8_0"].cache_nbytes_per_token == 3 * 2 * 34
     assert points["made q4_0"].cache_nbytes_per_token == 3 * 2 * 18
     tokenizer = read_tokenizer(tiny_llama)
@@ -79,7 +93,8 @@ def test_every_point_is_what_measuring_it_alone_gives(
         alone = measure_windows(ModelUnderTest(tiny_mla, cache_type="q8_0", weights="f32"), text, held, run)
     assert points["given q8_0"].kl == pytest.approx(alone.kl, rel=1e-6)
     assert points["given q8_0"].ppl == pytest.approx(alone.ppl, rel=1e-6)
-    assert 0 <= points["original f16"].kl < points["original q8_0"].kl < points["original q4_0"].kl
+    lost = [points[f"original {kind}"].kl for kind in ("f16", "q8_0", "q8_0/q4_0", "q4_0")]
+    assert 0 <= lost[0] < lost[1] < lost[2] < lost[3]
 
 
 def test_what_is_printed_and_written(swept: tuple[Path, Result]) -> None:
@@ -92,9 +107,10 @@ def test_what_is_printed_and_written(swept: tuple[Path, Result]) -> None:
     rows = [line.split("|") for line in table.splitlines() if line.startswith("|")][2:]
     sizes = [int(row[3].replace(",", "")) for row in rows]
     assert sizes == sorted(sizes, reverse=True)
-    assert len(rows) == 6
+    assert len(rows) == 7
+    assert any("| original | q8_0/q4_0 |" in line for line in table.splitlines())
     picture = (folder / "sweep.svg").read_text()
-    for words in ("given", "made", "original", "q4_0", "cache bytes per token"):
+    for words in ("given", "made", "original", "q8_0/q4_0", "cache bytes per token"):
         assert words in picture
 
 
@@ -211,6 +227,8 @@ ENTRY = '[[conversion]]\nname = "a"\n'
         (GOOD + 'weights = "q8_0"', "weights: 'q8_0' is not one of"),
         (GOOD + 'cache_types = ["q9"]', r"cache_types\[0\]: unknown cache type 'q9'; known: f32"),
         (GOOD + 'cache_types = ["f16", "f16"]', r"cache_types\[1\]: f16 is there twice"),
+        (GOOD + 'cache_types = ["q8_0/q9"]', r"cache_types\[0\]: unknown cache type 'q9'"),
+        (GOOD + 'cache_types = ["f16/f16", "f16"]', r"cache_types\[1\]: f16 is there twice"),
         (GOOD + ENTRY, r"conversion\[0\].cache_types: missing"),
         (GOOD + ENTRY + "cache_types = []\nfile = 'x'", r"conversion\[0\].cache_types: at least one"),
         (GOOD + ENTRY + 'cache_types = ["f16"]', r"conversion\[0\]: give either file"),
@@ -227,6 +245,15 @@ def test_what_is_wrong_in_a_spec_is_named(text: str, problem: str, tmp_path: Pat
     with pytest.raises(InputError, match=problem) as caught:
         read_sweep(tmp_path / "s.toml")
     assert "\n" not in str(caught.value)
+
+
+def test_the_originals_own_caches_are_those_it_can_have(
+    tiny_llama: Path, tiny_mla: Path, make_llama: Callable[..., LazySource], tmp_path: Path
+) -> None:
+    assert possible_caches(tiny_llama) == OWN_CACHES
+    assert possible_caches(tiny_mla) == ("f16", "q8_0", "q5_0", "q4_0")
+    write_gguf(make_llama(head_dim=48), tmp_path / "odd.gguf", "f32", {}, False, ignore)
+    assert possible_caches(tmp_path / "odd.gguf") == ("f16",)
 
 
 def test_what_a_sweep_refuses_before_it_measures(

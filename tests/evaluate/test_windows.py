@@ -118,9 +118,10 @@ def test_a_coarser_cache_loses_more(tiny_llama: Path, letters: Path, tmp_path: P
             letters,
             tmp_path,
         ).kl
-        for kind in ("f32", "q8_0", "q4_0")
+        for kind in ("f32", "q8_0", "q4_0", "q8_0/q4_0")
     ]
     assert losses[0] < losses[1] / 10 < losses[2] / 100  # type: ignore[operator]
+    assert losses[1] < losses[3] < losses[2]  # type: ignore[operator]
 
 
 def test_dequantized_weights_leave_only_the_caches_loss(smollm2: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from edgekv.devices.predict.choices import WEIGHTS
 from edgekv.devices.predict.speed import weight_family
 from edgekv.evaluate.model_under_test import Weights
 from edgekv.heal.recipe import CacheType
+from edgekv.quant.cache_format import CacheFormat
 from edgekv.quant.formats import (
     BY_GGML_ID,
     CACHE_TYPES,
@@ -83,8 +84,9 @@ def test_file_types_are_llama_cpps(name: str) -> None:
 
 
 def test_lists_made_of_the_table() -> None:
-    assert CACHE_TYPES == ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
-    assert PLAIN_WEIGHTS == CACHE_TYPES[:-1] == tuple(FILE_TYPES)
+    everywhere = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+    assert (*everywhere, "q6_k", "q5_k", "q4_k", "iq4_xs", "mxfp4", "nvfp4") == CACHE_TYPES
+    assert PLAIN_WEIGHTS == everywhere[:-1] == tuple(FILE_TYPES)
     assert UNQUANTIZED == ("f32", "f16", "bf16")
     assert (
         *("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s"),
@@ -95,7 +97,8 @@ def test_lists_made_of_the_table() -> None:
 
 def test_choices_spelt_out_elsewhere_are_in_the_table() -> None:
     """Literals for type checkers, and what plans try."""
-    assert {*get_args(CacheType), *COMMON_CACHES} <= set(CACHE_TYPES)
+    assert set(get_args(CacheType)) <= set(CACHE_TYPES)
+    assert [str(CacheFormat.parse(name)) for name in COMMON_CACHES] == list(COMMON_CACHES)
     assert {*get_args(Weights), *WEIGHTS} <= {KEEP, *PLAIN_WEIGHTS}
 
 

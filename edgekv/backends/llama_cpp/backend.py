@@ -13,7 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from edgekv.backends.base import DEFAULT_N_CTX, Backend, Interrupted, require_positive, require_room
+from edgekv.backends.base import (
+    DEFAULT_N_CTX,
+    Backend,
+    Interrupted,
+    require_cache_format,
+    require_positive,
+    require_room,
+)
 from edgekv.backends.llama_cpp.fits import require_memory
 from edgekv.backends.llama_cpp.footprint import default_ubatch
 from edgekv.backends.llama_cpp.kernel.load import use_kernel
@@ -22,17 +29,18 @@ from edgekv.backends.llama_cpp.library import (
     LOG,
     abort_callback,
     exact_cache_nbytes,
-    ggml_type,
     llama,
     load_model,
     logits_rows,
     possible_ubatch,
     repacking_is_safe,
+    require_one_row,
 )
 from edgekv.errors import BackendError, InputError
 from edgekv.host.memory import machine_nbytes
 from edgekv.host.threads import default_threads
 from edgekv.models.gguf.parts import read_parts
+from edgekv.quant.cache_format import CacheFormat
 from edgekv.source import Array
 
 # Rows of logits computed at once when every token's are wanted: 64 rows are 10 % slower than 256, more rows
@@ -54,7 +62,7 @@ class LlamaCppBackend(Backend):
         path: a GGUF file; it is validated before native code reads it.
         n_ctx: cells of the cache, rounded up by llama.cpp to a multiple of 256; by default the trained
             length, but at most 4096; llama.cpp itself would take the whole trained length.
-        cache_type: number format of K and V: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl.
+        cache_type: number format of K and V, or of each as in q8_0/q4_0; edgekv.quant.formats.CACHE_TYPES.
         n_threads: by default one per physical big core.
         abort_flag: two bytes, which may lie in shared memory; a call in progress ends with Interrupted when
             the first is set.
@@ -77,8 +85,9 @@ class LlamaCppBackend(Backend):
         abort_flag: ctypes.Array[ctypes.c_char] | None = None,
     ) -> None:
         require_positive(n_ctx=n_ctx, n_threads=n_threads)
-        kind = ggml_type(cache_type)
+        cache = require_cache_format(cache_type)
         header = read_parts(path)
+        require_one_row(header, cache, path)
         self.n_ctx_train = header.trained_context
         n_ctx = n_ctx or min(self.n_ctx_train or DEFAULT_N_CTX, DEFAULT_N_CTX)
         n_ubatch = possible_ubatch(header, min(default_ubatch(machine_nbytes()), n_ctx))
@@ -87,13 +96,19 @@ class LlamaCppBackend(Backend):
         if not self._api.llama_supports_gpu_offload():
             spare = require_memory(path, header, n_ctx, cache_type, n_ubatch)
             repack &= spare is None or spare >= sum(tensor.nbytes for tensor in header.tensors)
+        elif cache.cpu_only:
+            raise InputError(
+                f"{path}: llama.cpp keeps a cache in {cache.cpu_only} on a CPU only, and this build of it runs on a "
+                "GPU; take q8_0 or q4_0"
+            )
         mapped = header.mappable
         del header
         self._abort = abort_flag if abort_flag is not None else ctypes.create_string_buffer(2)
         self._context: Any = None
         self._model = load_model(path, repack, mapped)
-        self.kernel = use_kernel()
-        self._context = self._open_context(path, n_ctx, kind, n_threads, n_ubatch)
+        # What is in a CPU's formats alone the kernel leaves to llama.cpp.
+        self.kernel = "stock" if cache.cpu_only else use_kernel()
+        self._context = self._open_context(path, n_ctx, cache, n_threads, n_ubatch)
         self._memory = self._api.llama_get_memory(self._context)
         self._window = int(self._api.llama_model_n_swa(self._model))
         self._cache_nbytes = exact_cache_nbytes(self._memory) or LOG.cache_nbytes()
@@ -162,14 +177,14 @@ class LlamaCppBackend(Backend):
             self._model = None
 
     def _open_context(
-        self, path: Path, n_ctx: int, cache_type: int, n_threads: int | None, n_ubatch: int
+        self, path: Path, n_ctx: int, cache: CacheFormat, n_threads: int | None, n_ubatch: int
     ) -> Any:
         params = self._api.llama_context_default_params()
         params.n_ctx = n_ctx
         params.n_ubatch = params.n_batch = n_ubatch
         params.n_outputs_max = min(LOGITS_ROWS, n_ubatch)  # 0 would reserve n_batch x vocab floats
         params.n_threads = params.n_threads_batch = n_threads or default_threads()
-        params.type_k = params.type_v = cache_type
+        params.type_k, params.type_v = cache.k.ggml_id, cache.v.ggml_id
         params.swa_full = False  # layers with a window keep little more than it
         choices = (self._api.LLAMA_FLASH_ATTN_TYPE_ENABLED, self._api.LLAMA_FLASH_ATTN_TYPE_AUTO)
         params.flash_attn_type = choices[self._api.llama_supports_gpu_offload()]

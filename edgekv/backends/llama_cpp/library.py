@@ -18,7 +18,7 @@ import numpy as np
 from edgekv.errors import BackendError, InputError
 from edgekv.host.isa import cpu_flags, require_runnable
 from edgekv.models.gguf.layout import GGUFHeader
-from edgekv.quant.formats import CACHE_TYPES, FORMATS
+from edgekv.quant.cache_format import CacheFormat
 from edgekv.source import Array
 
 _LOG_DEBUG, _LOG_ERROR, _LOG_CONTINUED = 1, 4, 5  # enum ggml_log_level
@@ -99,13 +99,6 @@ def _low_level() -> Any:
         del sys.modules[name]
 
 
-def ggml_type(cache_type: str) -> int:
-    """The number of a cache type in enum ggml_type; InputError for an unknown one."""
-    if cache_type not in CACHE_TYPES:
-        raise InputError(f"unknown cache type {cache_type!r}; llama.cpp has {', '.join(CACHE_TYPES)}")
-    return FORMATS[cache_type].ggml_id
-
-
 @functools.cache
 def repacking_is_safe(root: Path = Path("/")) -> bool:
     """Whether llama.cpp may repack weights for this CPU: yes, except on x86 with AMX.
@@ -139,6 +132,15 @@ def possible_ubatch(header: GGUFHeader, wanted: int) -> int:
     src/models/plm.cpp passes V with two dims: more than one token abort the process.
     """
     return 1 if header.metadata.get("general.architecture") == "plm" else wanted
+
+
+def require_one_row(header: GGUFHeader, cache: CacheFormat, path: Path) -> None:
+    """Raise InputError if K and V differ in a cache that llama.cpp keeps as a latent (llama_hparams::is_mla)."""
+    if f"{header.metadata.get('general.architecture')}.attention.key_length_mla" in header.metadata:
+        try:
+            cache.require_one_row()
+        except ValueError as error:
+            raise InputError(f"{path}: cache type {cache}: {error}") from error
 
 
 def logits_rows(context: Any, row: int, count: int, n_vocab: int) -> Array:

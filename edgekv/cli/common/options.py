@@ -139,13 +139,15 @@ def ctx_size(help_text: str, default: int | None = None, least: int = 1) -> Opti
 
 def cache_type(help_text: str, choices: Sequence[str] = (), default: str | None = None) -> Option[Any]:
     """--cache-type, how cached keys and values (or latents) are stored; without choices the engine decides."""
+    known = choices or CACHE_TYPES
+    pairs = "" if choices else ", or two for K and V, as in q8_0/q4_0"
     return click.option(
         "--cache-type",
         type=click.Choice(choices) if choices else str,
         default=default,
         show_default=default is not None,
         metavar="TYPE",
-        help=f"{help_text} One of {', '.join(choices or CACHE_TYPES)}.",
+        help=f"{help_text} One of {', '.join(known)}{pairs}.",
     )
 
 

@@ -24,11 +24,12 @@ QUICK = bench.BenchSettings(depths=(0, 64), n_prompt=16, n_gen=4, repeats=2, thr
 
 @pytest.fixture(scope="module")
 def report(smollm2: Path) -> Report:
-    candidates = [bench.Candidate(smollm2, "f16"), bench.Candidate(smollm2, "q8_0")]
+    candidates = [bench.Candidate(smollm2, "f16"), bench.Candidate(smollm2, "q8_0/q4_0")]
     steps: list[str] = []
     report = bench.run(candidates, QUICK, lambda done, total, text: steps.append(text))
     samples = [text for text in steps if "depth 64, sample" in text]
-    assert [text.split(":")[0][-4:].strip() for text in samples] == ["f16", "q8_0"] * 2  # they took turns
+    kinds = [text.split(":")[0].rpartition(" ")[2] for text in samples]
+    assert kinds == ["f16", "q8_0/q4_0"] * 2  # they took turns
     return report
 
 
@@ -50,11 +51,14 @@ def test_every_figure_is_there_and_plausible(report: Report) -> None:
 
 
 def test_cache_bytes_are_exact(report: Report) -> None:
-    # 30 layers x (3 KV heads x 64 dims) x K and V: f16 2 bytes per value, q8_0 34 bytes per 32 values.
+    # 30 layers x (3 KV heads x 64 dims) x K and V: f16 2 bytes per value, q8_0 34 and q4_0 18 bytes per 32 values.
     plain, quantized = report.runs
     assert plain.cache.nbytes_per_token == 30 * 3 * 64 * 2 * 2
-    assert quantized.cache.nbytes_per_token == 30 * 3 * 64 * 2 * 34 // 32
+    assert quantized.cache.type == "q8_0/q4_0"
+    assert quantized.cache.nbytes_per_token == 30 * 3 * 64 * (34 + 18) // 32
     assert plain.memory is not None
+    assert quantized.memory is not None
+    assert quantized.memory.cache_nbytes == quantized.cache.nbytes_per_token * 256
     assert plain.memory.cache_nbytes == 23040 * 256  # 80 cells, rounded up by the engine to 256
     shown = plain.points[1].decode_nbytes
     assert shown is not None
@@ -148,6 +152,8 @@ def test_bad_models_are_refused_before_anything_runs(smollm2: Path, tmp_path: Pa
         bench.run([bench.Candidate(smollm2), bench.Candidate(cut)], QUICK)
     with pytest.raises(InputError, match="unknown cache type"):
         bench.run([bench.Candidate(smollm2, "q9_9")], QUICK)
+    with pytest.raises(InputError, match="q8_0/q6_k: V: 64 values per head do not divide into q6_k blocks"):
+        bench.run([bench.Candidate(smollm2, "q8_0/q6_k")], QUICK)
 
 
 def test_labels_are_unique() -> None:

@@ -155,6 +155,7 @@ def test_weight_families(weights: str, family: str) -> None:
         ("smollm2", "f16", 512, 200),
         ("smollm2", "q8_0", 2048, 200),
         ("smollm2", "q4_0", 4096, 200),
+        ("smollm2", "q8_0/q4_0", 4096, 200),
         ("smollm2", "f16", 2048, 600),
         ("mla", "f16", 2048, 200),
         ("mla", "q8_0", 4096, 600),
@@ -223,7 +224,11 @@ def test_sessions_share_the_weights(smollm2: Path) -> None:
 def test_deeper_is_slower_and_options_shrink(smollm2: Path) -> None:
     options = all_options(GGUFSource(smollm2))
     assert options[0].label == "as it is"
-    assert {"convert 1/2", "convert 1/2, cache q8_0", "cache q8_0"} <= {made.label for made in options}
+    labels = [made.label for made in options]
+    assert {"convert 1/2", "convert 1/2, cache q8_0"} <= set(labels)
+    assert not {"convert 1/2, cache q8_0/q4_0"} & set(labels), "a latent has one row per token"
+    rivals = ["cache q8_0", "cache q8_0/q4_0", "cache q5_0/q4_0", "cache q4_0", "convert 1/2"]
+    assert [label for label in labels if label in rivals] == rivals, "as BENCHMARKS.md has their losses"
     for made in options:
         speeds = [speed.decode_tps for speed in make_plan(find_board("pi-4b"), made, 4096, 1024 * MIB).speeds]
         assert speeds == sorted(speeds, reverse=True)
@@ -240,10 +245,21 @@ def test_command_says_what_serves_when_it_does_not_fit(smollm2: Path) -> None:
     result = plan(smollm2, "--board", "pi-zero-2w", "--ctx-size", "8192")
     assert result.exit_code == 1
     assert "does not fit" in result.stdout
-    assert "recommended: cache q8_0" in result.stdout
+    assert "recommended: cache q8_0;" in result.stdout
+    assert "cache q8_0/q4_0 " in result.stdout
     nothing = plan(smollm2, "--board", "pi-zero-2w", "--ram", "256M", "--ctx-size", "100000")
     assert nothing.exit_code == 1
     assert "no conversion" in nothing.stdout
+
+
+def test_a_plan_with_k_and_v_of_different_types(smollm2: Path, mla: Path) -> None:
+    words = (smollm2, "--board", "pi-zero-2w", "--ctx-size", "4096", "--cache-type")
+    data = json.loads(plan(*words, "q8_0/q4_0", "--json").stdout)["plan"]
+    assert (data["cache_type"], data["cache_nbytes"]) == ("q8_0/q4_0", 4096 * 30 * 3 * (68 + 36))
+    assert "cache q8_0/q4_0, context 4,096" in plan(*words, "q8_0/q4_0", "--boards").stdout
+    assert "one row per token" in str(plan(mla, *words[1:], "q8_0/q4_0").exception)
+    refused = str(plan(*words, "q6_k/q4_0").exception)
+    assert "cache type q6_k/q4_0: K: 64 values per head do not divide into q6_k blocks of 256" in refused
 
 
 def test_a_budget_of_ram_takes_no_system_off(smollm2: Path) -> None:

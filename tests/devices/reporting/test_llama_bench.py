@@ -69,6 +69,14 @@ def test_a_sweep_gives_a_run_for_each_value(
     assert speeds(path) == {f"a f16 t4 {said[0]}": 10.0, f"a f16 t4 {said[1]}": 12.0}
 
 
+def test_keys_and_values_have_types_of_their_own(save: Save) -> None:
+    kinds = [("q8_0", "q8_0"), ("q8_0", "q4_0"), ("q4_0", "q8_0"), ("", "")]
+    path = save([timed(float(10 + i), type_k=k, type_v=v) for i, (k, v) in enumerate(kinds)])
+    assert list(speeds(path)) == ["a q8_0 t4", "a q8_0/q4_0 t4", "a q4_0/q8_0 t4", "a f16 t4"]
+    (source,) = load_sources([path])
+    assert [run.cache.type for run in source.report.runs] == ["q8_0", "q8_0/q4_0", "q4_0/q8_0", "f16"]
+
+
 def test_two_options_at_once_are_both_told(save: Save) -> None:
     sweep = [timed(t + f, n_threads=t, flash_attn=bool(f)) for t in (2, 4) for f in (0, 1)]
     assert speeds(save(sweep)) == {f"a f16 t{t} fa{f}": t + f for t in (2, 4) for f in (0, 1)}
