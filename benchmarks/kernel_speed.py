@@ -1,6 +1,6 @@
 """Decode and prefill speed with EdgeKV's attention kernel beside stock llama.cpp's: tokens/s at several depths.
 
-    python benchmarks/kernel_speed.py --case original=MODEL.gguf:f16,q8_0,q4_0 --case "192+64=SMALL.gguf:f16,q4_0" -o RESULT.json
+    python benchmarks/kernel_speed.py --case original=MODEL.gguf:f16,q4_0 --case 192+64=SMALL.gguf:f16,q4_0 -o RESULT.json
 
 Both sides run in turns, each in a process of its own (a kernel that is loaded stays), on one and the same cache: the
 kernel fills it once per depth, and each process loads those rows. Medians, lowest and highest of --rounds runs.
@@ -120,7 +120,7 @@ def main() -> None:
     if options.job:
         print(json.dumps(measured(options.job)))
         return
-    rows = []
+    rows: list[dict[str, Any]] = []
     for case in options.case:
         name, _, rest = case.partition("=")
         model, _, caches = rest.rpartition(":")
