@@ -1,6 +1,6 @@
 """Decode and prefill speed with EdgeKV's attention kernel beside stock llama.cpp's: tokens/s at several depths.
 
-    python benchmarks/kernel_speed.py --case original=MODEL.gguf:f16,q4_0 --case 192+64=SMALL.gguf:f16,q4_0 -o RESULT.json
+    python benchmarks/kernel_speed.py --case original=MODEL.gguf:f16,q4_0 --case 192+64=SMALL.gguf:q4_0 -o RESULT.json
 
 Both sides run in turns, each in a process of its own (a kernel that is loaded stays), on one and the same cache: the
 kernel fills it once per depth, and each process loads those rows. Medians, lowest and highest of --rounds runs.
