@@ -120,7 +120,7 @@ class ModelInfo(Document, frozen=True, kw_only=True):
     context_length: Annotated[int | None, doc("the context the model was trained for")] = None
 
 
-class CacheInfo(Document, frozen=True):
+class CacheInfo(Document, frozen=True, omit_defaults=True):
     """The KV cache."""
 
     type: Annotated[str, doc("storage type, or K's and V's as in q8_0/q4_0")]
