@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, Protocol, get_args
 
+from edgekv.cache.rows import CacheRows, Layout, row_nbytes
 from edgekv.errors import BackendError, InputError
 from edgekv.quant.cache_format import CacheFormat
 from edgekv.source import Array
@@ -60,6 +61,27 @@ class Backend(Protocol):
         window of layers that have one) is emptied instead: read the attribute `n_past` to see what is left.
         """
 
+    def layout(self) -> Layout:
+        """What the cache holds of every token: the layout of what `save` returns and `load` takes.
+
+        Raises:
+            UnsupportedError: the engine keeps more of this model than rows of tokens.
+        """
+
+    def save(self, start: int = 0) -> CacheRows:
+        """A copy of the cached rows of tokens `start` to `n_past`. Raises as `layout` does."""
+
+    def load(self, rows: CacheRows) -> None:
+        """Put rows in the place of all that is cached, from position 0 on; `n_past` is their number then.
+
+        Their values decide what the model says, and nothing else: no bytes in them can crash an engine.
+
+        Raises:
+            InputError: the rows are of another layout, or more than `n_ctx`.
+            UnsupportedError: as `layout` does.
+            BackendError: the engine refused them; the cache is empty then.
+        """
+
     def cache_nbytes(self) -> int:
         """Bytes that the engine allocated for its cache (all of n_ctx)."""
 
@@ -90,3 +112,29 @@ def require_room(backend: Backend, count: int) -> None:
             f"the cache holds {backend.n_past} of {backend.n_ctx} tokens and {count} more do not fit; "
             "open the model with a larger context"
         )
+
+
+def require_loadable(backend: Backend, rows: CacheRows) -> None:
+    """Raise InputError unless the backend's cache can take these rows; engines check this before they copy them."""
+    layout = backend.layout()
+    if rows.layout != layout:
+        raise InputError(
+            f"the cached rows are {describe_layout(rows.layout)}, and this engine keeps {describe_layout(layout)}; "
+            "open the model with the cache type and engine that they were saved with"
+        )
+    if len(rows.data) != rows.n_tokens * row_nbytes(layout):
+        raise InputError(
+            f"{rows.n_tokens} cached rows cannot take {len(rows.data)} bytes; make the file again"
+        )
+    if rows.n_tokens > backend.n_ctx:
+        raise InputError(
+            f"{rows.n_tokens} cached tokens do not fit a context of {backend.n_ctx}; open the model with a larger one"
+        )
+
+
+def describe_layout(layout: Layout) -> str:
+    """A layout in a few words, for errors."""
+    kinds = dict.fromkeys(
+        f"{p.cache_type}{' ' + p.encoding if p.encoding else ''} x {p.values}" for p in layout
+    )
+    return f"{len(layout)} planes of {' and '.join(kinds)}" if layout else "no rows"

@@ -18,7 +18,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekv.backends.base import DEFAULT_N_CTX, Backend, Interrupted, require_positive, require_room
+from edgekv.backends.base import (
+    DEFAULT_N_CTX,
+    Backend,
+    Interrupted,
+    require_loadable,
+    require_positive,
+    require_room,
+)
+from edgekv.cache.rows import CacheRows, Layout, Plane
 from edgekv.errors import BackendError, InputError
 from edgekv.host.memory import is_small_machine, release_file
 from edgekv.host.threads import default_threads
@@ -33,6 +41,7 @@ SLOT_STEP = 128
 MAX_PIECE = 64  # tokens prefilled at once: 128 are 10 % faster in an empty cache and take 8 MiB more
 MAX_SCORES = 3 * 2**18  # attention scores per layer at once: they bound the memory of a prefill at depth
 _ELEMENT_TYPES = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}
+_PLANES = {np.dtype(np.float32): ("f32", ""), np.dtype(np.uint8): ("i8", "offset")}  # cache type, encoding
 _PAST, _PRESENT = "past_key_values.", "present."
 
 
@@ -117,12 +126,37 @@ class OnnxBackend(Backend):
         assert 0 <= n_past <= self.n_past, (n_past, self.n_past)
         self.n_past = n_past
 
+    def layout(self) -> Layout:
+        planes = []
+        for name, array in self._stored():
+            cache_type, encoding = _PLANES[array.dtype]
+            planes.append(Plane(name, cache_type, array.shape[1] * array.shape[3], encoding))
+        return tuple(planes)
+
+    def save(self, start: int = 0) -> CacheRows:
+        rows = CacheRows.empty(self.layout(), self.n_past - start)
+        for target, (_, array) in zip(rows.planes(), self._stored(), strict=True):
+            by_token = array[0, :, start : self.n_past].swapaxes(0, 1)
+            target[:] = np.ascontiguousarray(by_token).view(np.uint8).reshape(target.shape)
+        return rows
+
+    def load(self, rows: CacheRows) -> None:
+        require_loadable(self, rows)
+        for stored, (_, array) in zip(rows.planes(), self._stored(), strict=True):
+            by_token = stored.view(array.dtype).reshape(rows.n_tokens, array.shape[1], array.shape[3])
+            array[0, :, : rows.n_tokens] = by_token.swapaxes(0, 1)
+        self.n_past = rows.n_tokens
+
     def cache_nbytes(self) -> int:
         return sum(array.nbytes for array in self._cache.values())
 
     def close(self) -> None:
         self._binding = self._session = None
         self._cache = {}
+
+    def _stored(self) -> list[tuple[str, NDArray[Any]]]:
+        """The arrays of the cache by name, keys of all layers first."""
+        return sorted(self._cache.items(), key=lambda item: (item[0].endswith(".value"), _layer(item[0])))
 
     def _pieces(self, tokens: Sequence[int]) -> Iterator[Sequence[int]]:
         """The pieces to run one after the other: the deeper the cache, the fewer tokens."""
@@ -170,6 +204,10 @@ class OnnxBackend(Backend):
 
     def _bind(self, name: str, array: NDArray[Any], shape: Sequence[int]) -> None:
         self._binding.bind_input(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
+
+
+def _layer(name: str) -> int:
+    return int(name.partition(".")[0])
 
 
 def _open_session(graph: Path, n_threads: int) -> Any:

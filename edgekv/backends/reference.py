@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edgekv.backends.base import Backend, require_room
+from edgekv.backends.base import Backend, require_loadable, require_room
+from edgekv.cache.rows import CacheRows, Layout
 from edgekv.reference.attention import MLAForm
 from edgekv.reference.model import ReferenceModel
 from edgekv.source import Array, TensorSource
@@ -31,6 +32,17 @@ class ReferenceBackend(Backend):
     def trim(self, n_past: int) -> None:
         self._cache.trim(n_past)
         self.n_past = n_past
+
+    def layout(self) -> Layout:
+        return self._cache.layout
+
+    def save(self, start: int = 0) -> CacheRows:
+        return self._cache.save(start)
+
+    def load(self, rows: CacheRows) -> None:
+        require_loadable(self, rows)
+        self._cache.load(rows)
+        self.n_past = rows.n_tokens
 
     def cache_nbytes(self) -> int:
         return self._cache.nbytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekv.cache.rows import CacheRows, Layout, Plane
 from edgekv.source import Array
 from edgekv.spec import MLA, ModelSpec
 
@@ -66,6 +67,35 @@ class KVCache:
         """Forget every token from position `n_past` on."""
         assert 0 <= n_past <= self.n_past, (n_past, self.n_past)
         self.n_past = n_past
+
+    @property
+    def layout(self) -> Layout:
+        """What it holds of every token."""
+        return tuple(Plane(name, "f32", array.shape[-3] * array.shape[-1]) for name, array in self._stored())
+
+    def save(self, start: int) -> CacheRows:
+        """A copy of the rows of tokens `start` to `n_past` of the one sequence."""
+        rows = CacheRows.empty(self.layout, self.n_past - start)
+        for target, (_, array) in zip(rows.planes(), self._stored(), strict=True):
+            by_token = array[:, start : self.n_past].swapaxes(0, 1)
+            target[:] = np.ascontiguousarray(by_token).view(np.uint8).reshape(target.shape)
+        return rows
+
+    def load(self, rows: CacheRows) -> None:
+        """Put rows of this layout in the place of all that is cached."""
+        assert not self.batch
+        assert rows.layout == self.layout
+        assert rows.n_tokens <= self.n_ctx
+        for stored, (_, array) in zip(rows.planes(), self._stored(), strict=True):
+            by_token = stored.view(np.float32).reshape(rows.n_tokens, array.shape[0], array.shape[2])
+            array[:, : rows.n_tokens] = by_token.swapaxes(0, 1)
+        self.n_past = rows.n_tokens
+
+    def _stored(self) -> list[tuple[str, Array]]:
+        """The arrays by name, keys first, without values that are views of keys."""
+        pairs = list(zip(self._k, self._v, strict=True))
+        keys = [(f"{i}.key", k) for i, (k, _) in enumerate(pairs)]
+        return keys + [(f"{i}.value", v) for i, (k, v) in enumerate(pairs) if not np.shares_memory(k, v)]
 
     @property
     def nbytes(self) -> int:

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from edgekv.backends.base import Backend, Interrupted, Kernel, require_room
+from edgekv.backends.base import Backend, Interrupted, Kernel, require_loadable, require_room
 from edgekv.backends.isolated.child import Child
 from edgekv.backends.isolated.shared_logits import MAX_ROWS, SharedLogits
 from edgekv.backends.open import Kind
+from edgekv.cache.rows import CacheRows, Layout, Plane
+from edgekv.documents import decode
 from edgekv.host.proc import peak_rss_nbytes
 from edgekv.source import Array
 from edgekv.tokenizer.language import without_surrogates
@@ -73,6 +75,31 @@ class IsolatedBackend(Backend):
             self.ask("trim", n_past=n_past)
             self.n_past = self._shared.header.n_past
 
+    def layout(self) -> Layout:
+        if self._layout is None:
+            self._layout = tuple(decode(Plane, plane) for plane in self.ask("layout"))
+        return self._layout
+
+    def save(self, start: int = 0) -> CacheRows:
+        assert 0 <= start <= self.n_past, (start, self.n_past)
+        rows = CacheRows.empty(self.layout(), self.n_past - start)
+        if rows.n_tokens:
+            try:
+                self.ask("save", start=start)
+                rows.data[:] = self._shared.map_bytes(len(rows.data))
+            finally:
+                self._shared.drop_bytes()
+        return rows
+
+    def load(self, rows: CacheRows) -> None:
+        require_loadable(self, rows)
+        try:
+            self._shared.map_bytes(len(rows.data))[:] = rows.data
+            self.ask("load", n_tokens=rows.n_tokens)
+        finally:
+            self._shared.drop_bytes()
+            self.n_past = self._shared.header.n_past
+
     def interrupt(self) -> None:
         """End the call in progress, if there is one, with Interrupted. For signal handlers and threads."""
         if self._calling:
@@ -110,6 +137,7 @@ class IsolatedBackend(Backend):
     def close(self) -> None:
         """End the child."""
         self._child.close()
+        self._shared.close()
 
     def _start(self) -> None:
         shared = self._shared = SharedLogits.create()
@@ -127,8 +155,6 @@ class IsolatedBackend(Backend):
         except BaseException:
             self.close()
             raise
-        finally:
-            shared.close()
         self.name: str = about["name"]
         self.kernel: Kernel = about["kernel"]
         self.n_ctx: int = about["n_ctx"]
@@ -136,6 +162,7 @@ class IsolatedBackend(Backend):
         self.n_vocab: int = about["n_vocab"]
         self.n_past = 0
         self._cache_nbytes: int = about["cache_nbytes"]
+        self._layout: Layout | None = None
 
     def _run(self, action: str, tokens: Sequence[int]) -> None:
         self._calling = True

@@ -15,6 +15,8 @@ from edgekv.backends.base import Backend, Interrupted
 from edgekv.backends.isolated.child import Parent
 from edgekv.backends.isolated.shared_logits import SharedLogits
 from edgekv.backends.open import open_backend, open_language
+from edgekv.cache.rows import CacheRows, row_nbytes
+from edgekv.documents import encode
 from edgekv.host.memory import release_code, release_heap
 from edgekv.source import Array
 from edgekv.tokenizer.language import Language
@@ -54,6 +56,28 @@ class Engine:
         """Drop every cached token from position `n_past` on, or all of them."""
         self._backend.trim(n_past)
         self._shared.header.n_past = self._backend.n_past
+
+    def layout(self) -> list[dict[str, Any]]:
+        """What the cache holds of every token, as plain values."""
+        planes: list[dict[str, Any]] = encode(self._backend.layout())
+        self._shared.header.n_past = self._backend.n_past
+        return planes
+
+    def save(self, start: int) -> None:
+        """Write the cached rows from token `start` on to the shared memory."""
+        rows = self._backend.save(start)
+        self._shared.map_bytes(len(rows.data))[:] = rows.data
+        _release_memory()
+
+    def load(self, n_tokens: int) -> None:
+        """Put rows of the shared memory in the place of all that is cached."""
+        layout = self._backend.layout()
+        data = self._shared.map_bytes(n_tokens * row_nbytes(layout))
+        try:
+            self._backend.load(CacheRows(layout, n_tokens, data))
+        finally:
+            self._shared.header.n_past = self._backend.n_past
+            _release_memory()
 
     def language(self) -> dict[str, Any]:
         """The attributes of the model's edgekv.tokenizer.language.Language."""

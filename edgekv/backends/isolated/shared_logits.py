@@ -1,4 +1,4 @@
-"""Logits, abort flag and n_past in memory that the isolated backend shares with its child."""
+"""Logits, abort flag, n_past and cached rows in memory that the isolated backend shares with its child."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 
 import numpy as np
 
+from edgekv.cache.rows import Bytes
 from edgekv.files import unnamed_file
 from edgekv.source import Array
 
@@ -50,6 +51,23 @@ class SharedLogits:
         rows = mmap.mmap(self.fd, nbytes, offset=_HEADER_NBYTES)
         self._rows: Array = np.frombuffer(rows, np.float32).reshape(MAX_ROWS, n_vocab)
 
+    def map_bytes(self, nbytes: int) -> Bytes:
+        """Map bytes behind the logits, for cached rows on their way; `drop_bytes` gives their memory back.
+
+        No process may touch an earlier mapping after that.
+        """
+        if not nbytes:
+            return np.empty(0, np.uint8)
+        start = self._end_of_rows()
+        if os.fstat(self.fd).st_size < start + nbytes:
+            os.ftruncate(self.fd, start + nbytes)
+        return np.frombuffer(mmap.mmap(self.fd, nbytes, offset=start), np.uint8)
+
+    def drop_bytes(self) -> None:
+        """Give the memory of mapped bytes back."""
+        if self.fd >= 0:
+            os.ftruncate(self.fd, self._end_of_rows())
+
     def write(self, logits: Array) -> None:
         """Write logits (vocab,) or (t, vocab) to the first rows."""
         rows = logits.reshape(-1, self._n_vocab)
@@ -68,4 +86,11 @@ class SharedLogits:
 
     def close(self) -> None:
         """Close the descriptor; the mappings go with the last reference to them."""
-        os.close(self.fd)
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _end_of_rows(self) -> int:
+        """The offset behind the logits, at which a mapping may begin."""
+        nbytes = _HEADER_NBYTES + MAX_ROWS * self._n_vocab * 4
+        return -(-nbytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY

@@ -18,6 +18,7 @@ from edgekv.backends.base import (
     Backend,
     Interrupted,
     require_cache_format,
+    require_loadable,
     require_positive,
     require_room,
 )
@@ -36,6 +37,8 @@ from edgekv.backends.llama_cpp.library import (
     repacking_is_safe,
     require_one_row,
 )
+from edgekv.backends.llama_cpp.state import StateFormat, read_state, write_state
+from edgekv.cache.rows import Bytes, CacheRows, Layout
 from edgekv.errors import BackendError, InputError
 from edgekv.host.memory import machine_nbytes
 from edgekv.host.threads import default_threads
@@ -112,6 +115,8 @@ class LlamaCppBackend(Backend):
         self._memory = self._api.llama_get_memory(self._context)
         self._window = int(self._api.llama_model_n_swa(self._model))
         self._cache_nbytes = exact_cache_nbytes(self._memory) or LOG.cache_nbytes()
+        self._encodings = LOG.cache_encodings()
+        self._format: StateFormat | None = None
         self.n_ctx = int(self._api.llama_n_ctx(self._context))
         self.n_ubatch = int(self._api.llama_n_ubatch(self._context))
         self.n_threads = int(self._api.llama_n_threads(self._context))
@@ -152,14 +157,24 @@ class LlamaCppBackend(Backend):
             n_past = 0
         self.n_past = n_past
 
-    def _remembers(self, n_past: int) -> bool:
-        """Whether the cache holds all that a token at position `n_past` sees.
+    def layout(self) -> Layout:
+        return self._state_format().layout
 
-        llama.cpp does not look: it would trim to fewer cells than the window, without a word, and number new
-        tokens from the last cell that is left. Of layers with a window it keeps the cells from pos_min on.
-        """
-        seen = max(n_past - max(self._window - 1, 1), 0)  # the oldest position, and no less than one of them
-        return n_past > 0 and int(self._api.llama_memory_seq_pos_min(self._memory, 0)) <= seen
+    def save(self, start: int = 0) -> CacheRows:
+        assert 0 <= start <= self.n_past, (start, self.n_past)
+        if start == self.n_past:
+            return CacheRows.empty(self.layout(), 0)
+        return read_state(self._state(), self._encodings, start)[1]
+
+    def load(self, rows: CacheRows) -> None:
+        require_loadable(self, rows)
+        self.trim(0)
+        if not rows.n_tokens:
+            return
+        state = write_state(self._state_format(), rows)
+        if self._api.llama_state_seq_set_data(self._context, _pointer(state), len(state), 0) != len(state):
+            raise BackendError(f"llama.cpp refused {rows.n_tokens} cached rows: {LOG.cause()}")
+        self.n_past = rows.n_tokens
 
     def cache_nbytes(self) -> int:
         return self._cache_nbytes
@@ -201,6 +216,34 @@ class LlamaCppBackend(Backend):
             )
         return context
 
+    def _remembers(self, n_past: int) -> bool:
+        """Whether the cache holds all that a token at position `n_past` sees.
+
+        llama.cpp does not look: it would trim to fewer cells than the window, without a word, and number new
+        tokens from the last cell that is left. Of layers with a window it keeps the cells from pos_min on.
+        """
+        seen = max(n_past - max(self._window - 1, 1), 0)  # the oldest position, and no less than one of them
+        return n_past > 0 and int(self._api.llama_memory_seq_pos_min(self._memory, 0)) <= seen
+
+    def _state_format(self) -> StateFormat:
+        """How this context writes its states: read off the first one, of one token if the cache is empty."""
+        if self._format is None:
+            if self.n_past:
+                state = self._state()
+            else:
+                self.decode(0)
+                state = self._state()
+                self.trim(0)
+            self._format = read_state(state, self._encodings)[0]
+        return self._format
+
+    def _state(self) -> Bytes:
+        """The state of the sequence as llama.cpp writes it."""
+        state = np.empty(self._api.llama_state_seq_get_size(self._context, 0), np.uint8)
+        if self._api.llama_state_seq_get_data(self._context, _pointer(state), len(state), 0) != len(state):
+            raise BackendError(f"llama.cpp could not save its cache: {LOG.cause()}")
+        return state
+
     def _batch(self, tokens: Sequence[int], every: bool) -> Any:
         """A llama_batch that continues sequence 0, with logits of every token or of the last."""
         count = len(tokens)
@@ -225,3 +268,7 @@ class LlamaCppBackend(Backend):
 
     def _last_logits(self) -> Array:
         return logits_rows(self._context, -1, 1, self.n_vocab).reshape(-1).copy()
+
+
+def _pointer(array: Bytes) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))

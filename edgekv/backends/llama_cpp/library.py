@@ -57,6 +57,10 @@ class EngineLog:
         sizes = re.findall(r"KV buffer size =\s*([\d.]+) MiB", self.text())
         return round(sum(map(float, sizes)) * 2**20)
 
+    def cache_encodings(self) -> tuple[str, str]:
+        """edgekv.cache.rows.Plane.encoding of keys and of values, as the "attn_rot" lines have it."""
+        return tuple("hadamard" if f"attn_rot_{kind} = 1," in self.text() else "" for kind in "kv")  # type: ignore[return-value]
+
 
 LOG = EngineLog()
 _keep_alive: list[object] = []  # callbacks that only native code refers to, where ctypes does not see it

@@ -68,6 +68,19 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(name: str, zoo: Zoo, 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_windowed_cache_cannot_be_saved(zoo: Zoo, tmp_path: Path) -> None:
+    engine = LlamaCppBackend(export(zoo, "gemma2", tmp_path), n_ctx=256, n_threads=1)
+    with pytest.raises(
+        UnsupportedError, match=r"more of this model than one plain cache .*; it cannot be saved"
+    ):
+        engine.layout()
+    assert engine.n_past == 0
+    engine.prefill(TOKENS[:5].tolist())
+    with pytest.raises(UnsupportedError):
+        engine.save()
+    engine.close()
+
+
 def test_gemma2_has_the_embedding_for_its_head(zoo: Zoo, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(zoo.folder("gemma2"), tmp_path / "model"))
     tensors = load_file(folder / "model.safetensors")
