@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         export_model,
     )
     from edgekv.workflows.heal import HealRequest, heal_model
+    from edgekv.workflows.pack import CheckPacksRequest, PackRequest, check_packs, pack_documents
     from edgekv.workflows.plan import PlanRequest, plan_board
     from edgekv.workflows.quantize import QuantizeRequest, quantize_model
     from edgekv.workflows.sweep import SweepRequest, sweep_models
@@ -42,6 +43,7 @@ __all__ = [
     "BackendError",
     "BenchRequest",
     "ChatRequest",
+    "CheckPacksRequest",
     "ConvertRequest",
     "EdgeKVError",
     "EvaluateRequest",
@@ -51,18 +53,21 @@ __all__ = [
     "HealRequest",
     "InputError",
     "Measurements",
+    "PackRequest",
     "PlanRequest",
     "QuantizeRequest",
     "SweepRequest",
     "VerifyRequest",
     "__version__",
     "bench_models",
+    "check_packs",
     "convert_model",
     "evaluate_model",
     "export_model",
     "heal_model",
     "open_chat",
     "open_model",
+    "pack_documents",
     "plan_board",
     "quantize_model",
     "sweep_models",
@@ -84,6 +89,7 @@ _HOMES = MappingProxyType(
             "export_model",
         ),
         "edgekv.workflows.heal": ("HealRequest", "heal_model"),
+        "edgekv.workflows.pack": ("CheckPacksRequest", "PackRequest", "check_packs", "pack_documents"),
         "edgekv.workflows.plan": ("PlanRequest", "plan_board"),
         "edgekv.workflows.quantize": ("QuantizeRequest", "quantize_model"),
         "edgekv.workflows.sweep": ("SweepRequest", "sweep_models"),

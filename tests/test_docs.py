@@ -34,11 +34,12 @@ SOURCES = {
     for path in sorted((ROOT / room).rglob("*.py"))
 }
 FOLDERS = ("edgekv", "quant", "export", "devices", "models", "benchmarks", "docs", "examples", "tests")
-TO_COME = ("edgekv/cache/policies/", "tests/cache/")  # rooms that CONTRIBUTING announces
+TO_COME = ("edgekv/cache/policies/",)  # rooms that CONTRIBUTING announces
 PUBLIC = [
     "BackendError",
     "BenchRequest",
     "ChatRequest",
+    "CheckPacksRequest",
     "ConvertRequest",
     "EdgeKVError",
     "EvaluateRequest",
@@ -48,18 +49,21 @@ PUBLIC = [
     "HealRequest",
     "InputError",
     "Measurements",
+    "PackRequest",
     "PlanRequest",
     "QuantizeRequest",
     "SweepRequest",
     "VerifyRequest",
     "__version__",
     "bench_models",
+    "check_packs",
     "convert_model",
     "evaluate_model",
     "export_model",
     "heal_model",
     "open_chat",
     "open_model",
+    "pack_documents",
     "plan_board",
     "quantize_model",
     "sweep_models",

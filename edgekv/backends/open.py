@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgekv.backends.base import Backend
+    from edgekv.models.identity import ModelIdentity
     from edgekv.tokenizer.language import Language
 
 Kind = Literal["llama.cpp", "onnx", "reference"]
@@ -127,3 +128,20 @@ def default_cache_type(path: Path, kind: Kind) -> str:
 
         return read_manifest(path).model.cache_type
     return "f16" if kind == "llama.cpp" else "f32"
+
+
+def model_identity(path: Path) -> ModelIdentity:
+    """Which model this is: the same for a GGUF and for the ONNX folder that was exported from it.
+
+    Raises:
+        ModelFileError: a file is malformed.
+    """
+    from edgekv.models.identity import ModelIdentity, gguf_identity
+
+    if default_kind(path) != "onnx":
+        return gguf_identity(path)
+    from edgekv.models.onnx.folder import DATA
+    from edgekv.models.onnx.manifest import check_folder
+
+    manifest = check_folder(path)
+    return manifest.source or ModelIdentity(manifest.model.name, manifest.files[DATA].sha256)

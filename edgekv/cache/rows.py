@@ -45,6 +45,13 @@ def row_nbytes(layout: Layout) -> int:
     return sum(plane.nbytes for plane in layout)
 
 
+def cache_type_of(layout: Layout) -> str:
+    """The cache type of a layout as options spell it, such as "q8_0", or "q8_0/q4_0" for keys and values."""
+    kinds = dict.fromkeys(plane.cache_type for kind in ("key", "value") for plane in layout
+                          if plane.name.endswith(f".{kind}"))  # fmt: skip
+    return "/".join(kinds)
+
+
 @dataclass(frozen=True)
 class CacheRows:
     """The cached rows of consecutive tokens.

@@ -106,6 +106,16 @@ class Generator:
         self._interrupted = False
         self._cached: list[int] = []  # its first backend.n_past tokens are in the cache
 
+    @property
+    def cached(self) -> list[int]:
+        """The tokens in the cache."""
+        return self._cached[: self.backend.n_past]
+
+    def adopt(self, tokens: Sequence[int]) -> None:
+        """Go on from tokens that somebody put into the backend's cache."""
+        assert len(tokens) == self.backend.n_past
+        self._cached = list(tokens)
+
     def interrupt(self) -> None:
         """End the generation in progress; safe in a signal handler and from another thread."""
         self._interrupted = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -19,6 +19,7 @@ from edgekv.tokenizer.language import Language, opening_tokens
 PRIVATE_USE = (
     0xF0000  # supplementary private use area A: its characters stand for the names of control tokens
 )
+DOCUMENTS = "\U00100000"  # of area B: stands for the tokens of documents
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,11 @@ Event = Step | Dropped | Forgotten
 
 
 class PromptFormat:
-    """Turns a conversation into tokens, by the model's chat template or else by joining its texts."""
+    """Turns a conversation into tokens, by the model's chat template or else by joining its texts.
+
+    Attributes:
+        documents: tokens that the system message begins with, whatever its text; without a template the prompt does.
+    """
 
     def __init__(
         self, tokenizer: Language, template: ChatTemplate | None, where: str = "", remedy: str = ""
@@ -50,6 +55,7 @@ class PromptFormat:
         self._where, self._remedy = where, remedy
         self._pieces = PieceEncoder(tokenizer)
         self._bos = opening_tokens(tokenizer)
+        self.documents: Sequence[int] = ()
 
     @classmethod
     def of_model(cls, tokenizer: Language, where: str = "", remedy: str = "") -> PromptFormat:
@@ -82,17 +88,54 @@ class PromptFormat:
         """
         if self._template is None:
             text = system + "".join(turn.question + turn.answer for turn in turns) + question
-            return self._bos + self._tokenizer.encode(text)
+            return [*self._bos, *self.documents, *self._tokenizer.encode(text)]
+        if self.documents:
+            system = DOCUMENTS + system
         messages = [{"role": "system", "content": system}] if system else []
         for turn in turns:
             messages.append({"role": "user", "content": turn.question})
             messages.append({"role": "assistant", "content": turn.answer})
         messages.append({"role": "user", "content": question})
         stand_ins = self._hide_control_names(messages)
+        if not self.documents:
+            return self._encode(self._render(messages), stand_ins)
+        before, after = self._around_documents(messages)
+        return [
+            *self._encode(before, stand_ins),
+            *self.documents,
+            *self._encode(after, stand_ins, goes_on=True),
+        ]
+
+    def before_documents(self) -> list[int]:
+        """The tokens of every prompt in front of its documents.
+
+        Raises:
+            ModelFileError: the template refused or failed, or leaves the system message out.
+        """
+        if self._template is None:
+            return list(self._bos)
+        messages = [{"role": "system", "content": DOCUMENTS}, {"role": "user", "content": "?"}]
+        return self._encode(self._around_documents(messages)[0], {})
+
+    def _around_documents(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, str]:
+        """The text in front of the documents, and that behind them."""
+        before, found, after = self._render(messages).partition(DOCUMENTS)
+        if not found:
+            with _template_errors(self._where, "leave the template out with --no-template"):
+                raise ModelFileError(
+                    "the chat template has no place for documents: it drops the system message"
+                )
+        return before, after
+
+    def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        assert self._template is not None
         with _template_errors(self._where, self._remedy):
-            text = self._template.render(messages)
-        starts_with_bos = bool(self._bos) and text.startswith(token_name(self._tokenizer, self._bos[0]))
-        tokens = [] if starts_with_bos else list(self._bos)
+            return self._template.render(messages)
+
+    def _encode(self, text: str, stand_ins: Mapping[str, str], goes_on: bool = False) -> list[int]:
+        """Tokens of a rendered text; one that does not go on from another begins with the opening tokens."""
+        spelled = bool(self._bos) and text.startswith(token_name(self._tokenizer, self._bos[0]))
+        tokens = [] if goes_on or spelled else list(self._bos)
         for part in re.split(f"([{''.join(stand_ins)}])", text) if stand_ins else [text]:
             if part in stand_ins:
                 tokens += self._tokenizer.encode(stand_ins[part])
@@ -133,6 +176,7 @@ class ChatSession:
         system: the system prompt, "" for none (templates may have their own default).
         turns: the turns that are remembered.
         unanswered: the last question, if its answer failed or was stopped before its first token.
+        on_answer: called after each answer, once its turn is remembered.
     """
 
     def __init__(
@@ -149,6 +193,7 @@ class ChatSession:
         self.system = system
         self.turns: list[Turn] = []
         self.unanswered: str | None = None
+        self.on_answer: Callable[[], None] = lambda: None
         self._format = prompt_format
         self._sampler = sampler
         self._max_tokens = max_tokens
@@ -211,6 +256,7 @@ class ChatSession:
         if finish != "interrupted" or "".join(said):
             self.turns.append(Turn(question, "".join(said)))
             self.unanswered = None
+        self.on_answer()
 
     def _can_make_room(self, question: str, n_answer: int) -> bool:
         bare = self._format.tokens(self.system, [], question)

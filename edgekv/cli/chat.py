@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     help="Ask with this file's text (- is standard input), after --prompt if both are given.",
 )
 @click.option("--system", default="", help="System prompt.")
+@click.option("--session", type=options.PATH, metavar="FILE",
+              help="Keep the conversation and its cache in FILE, and go on with what is in it.")  # fmt: skip
+@click.option("--pack", "packs", type=options.PATH, multiple=True, metavar="FILE",
+              help="Begin with the documents of a pack (`edgekv pack`). May be repeated.")  # fmt: skip
 @click.option("--no-template", "template", flag_value=False, default=True, type=bool,
               help="Continue the text as it is, without the chat template.")  # fmt: skip
 @click.option("-n", "--max-tokens", type=click.IntRange(1), help="Longest answer.  [default: the context]")
@@ -38,8 +42,8 @@ if TYPE_CHECKING:
 @click.option("--repeat-penalty", type=float, default=1.0, show_default=True, help="1 turns it off.")
 @click.option("--repeat-last-n", type=int, default=64, show_default=True, help="Tokens the penalty sees.")
 @options.seed("Seed of the sampling: the same question then gives the same answer.", default=None)
-@options.ctx_size("Tokens of context.  [default: up to 4096]")
-@options.cache_type("How keys and values are stored.  [default: f16]")
+@options.ctx_size("Tokens of context.  [default: the session's, else up to 4096]")
+@options.cache_type("How keys and values are stored.  [default: the session's or pack's, else f16]")
 @options.threads()
 @options.backend()
 @options.kernel()
@@ -57,6 +61,7 @@ def command(
     git diff | edgekv chat model.gguf -p "Review:" -f -     or about what a pipe brings
     edgekv chat model.gguf -p "Hi" --temp 0 --json          figures for a script
     edgekv chat model.gguf -c 32768 --cache-type q8_0 --stats
+    edgekv chat model.gguf --session talk.session           goes on where it ended, without a prefill
 
     Answers go to standard output, everything else to standard error. Ctrl-C stops an answer. The engine
     runs in a process of its own: if it crashes, the conversation stays.
@@ -75,6 +80,8 @@ def command(
         size, trained = request.ctx_size, chat.engine.n_ctx_train
         if size is not None and trained is not None and size > trained:
             click.echo(f"a context of {size} tokens, trained for {trained}: worse beyond that", err=True)
+        for words in chat.found:
+            click.echo(f"[{words}]", err=True)
         if question is not None:
             answer_once(chat, model, question, stats=stats, as_json=as_json)
             return

@@ -20,6 +20,7 @@ COMMANDS = {  # name: one line for `edgekv --help`; the command lives in edgekv/
     "export": "Write a model in another format.",
     "verify": "Run the same tokens through two models or two engines and compare.",
     "chat": "Talk to a model.",
+    "pack": "Prefill documents once, for chats that begin with them.",
     "eval": "Perplexity, KL and task accuracy of a model and its cache.",
     "sweep": "Compare many conversions and cache types by loss and bytes.",
     "bench": "Measure prefill and decode speed, memory, and what explains them.",

@@ -17,6 +17,7 @@ from edgekv.files import check_output
 from edgekv.heal.weights import load_healed
 from edgekv.models.gguf.spec import JOINT_KV_B
 from edgekv.models.hf.vision import reads_pictures
+from edgekv.models.identity import gguf_identity
 from edgekv.models.onnx.manifest import Manifest
 from edgekv.models.open import open_model, open_with_tokenizer
 from edgekv.progress import Stages, silent
@@ -120,8 +121,9 @@ def export_onnx(request: ExportOnnxRequest, progress: Stages = silent) -> Manife
         OutputError: the folder exists without `force`, or cannot be written.
     """
     options = OnnxOptions(request.weights, request.cache_type)
+    identity = None if request.model.is_dir() else gguf_identity(request.model)
     return write_onnx(
-        open_model(request.model), request.output, options, request.force, progress("exporting")
+        open_model(request.model), request.output, options, request.force, progress("exporting"), identity
     )
 
 

@@ -12,6 +12,7 @@ from edgekv.export.gguf.write import write_vocabulary
 from edgekv.export.onnx.companions import write_companions
 from edgekv.export.onnx.weights import BLOCK, LatentCache, Weights
 from edgekv.files import atomic_folder, file_sha256, forget_cached
+from edgekv.models.identity import ModelIdentity
 from edgekv.models.onnx.folder import DATA, GRAPH, MANIFEST, VOCABULARY
 from edgekv.models.onnx.manifest import VERSION, FileRecord, Manifest, ModelRecord
 from edgekv.progress import Progress
@@ -44,11 +45,19 @@ class OnnxOptions:
 
 
 def write_onnx(
-    source: TensorSource, folder: Path, options: OnnxOptions, force: bool, progress: Progress
+    source: TensorSource,
+    folder: Path,
+    options: OnnxOptions,
+    force: bool,
+    progress: Progress,
+    identity: ModelIdentity | None = None,
 ) -> Manifest:
     """Write a model as ONNX into a new folder, which appears when it is complete.
 
     Weights are taken, written and forgotten one by one, so that memory holds little more than the largest.
+
+    Args:
+        identity: of the GGUF that the source is.
 
     Raises:
         InputError: onnx or onnx-ir is not installed.
@@ -75,6 +84,7 @@ def write_onnx(
             opset=OPSET,
             onnxruntime_operators=graph.contrib_kinds(),
             files={p.name: FileRecord(p.stat().st_size, file_sha256(p)) for p in sorted(partial.iterdir())},
+            source=identity,
         )
         (partial / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         forget_cached(partial / DATA)

@@ -63,6 +63,7 @@ def opened(tiny_llama: Path, tiny_mla: Path, folder: Path) -> Iterator[Opener]:
 
 ENGINES = (
     *("llama.cpp gqa f16", "llama.cpp gqa q4_0", "llama.cpp mla q4_0", "llama.cpp mla f32"),
+    "llama.cpp gqa q8_0/q4_0",
     *("reference gqa f32", "reference mla f32", "onnx gqa f32", "onnx mla f32", "onnx int8 -"),
     *("isolated mla q8_0", "isolated gqa f16"),
 )
@@ -129,7 +130,7 @@ def test_other_rows_are_refused_and_the_cache_stays(opened: Opener) -> None:
 
 def test_random_bytes_crash_no_engine(opened: Opener) -> None:
     random = np.random.default_rng(0)
-    for name in ENGINES[:9]:
+    for name in ENGINES[:10]:
         engine = opened(name)
         rows = CacheRows.empty(engine.layout(), 100)
         rows.data[:] = random.integers(0, 256, len(rows.data))

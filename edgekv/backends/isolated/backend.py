@@ -15,6 +15,7 @@ from edgekv.backends.open import Kind
 from edgekv.cache.rows import CacheRows, Layout, Plane
 from edgekv.documents import decode
 from edgekv.host.proc import peak_rss_nbytes
+from edgekv.models.identity import ModelIdentity
 from edgekv.source import Array
 from edgekv.tokenizer.language import without_surrogates
 
@@ -43,6 +44,7 @@ class IsolatedBackend(Backend):
         options = {"kind": kind, "n_ctx": n_ctx, "cache_type": cache_type, "n_threads": n_threads}
         self._options = {"path": str(path), **options}
         self._calling, self.n_past = False, 0
+        self._layout: Layout | None = None
         self._start()
 
     @property
@@ -117,6 +119,14 @@ class IsolatedBackend(Backend):
         """
         return EngineLanguage(self)
 
+    def identity(self) -> ModelIdentity:
+        """Which model this is.
+
+        Raises:
+            ModelFileError: a file is malformed by now.
+        """
+        return decode(ModelIdentity, self.ask("identity"))
+
     def ask(self, action: str, **arguments: Any) -> Any:
         """The answer to a request, a method of edgekv.backends.isolated.engine_child.Engine.
 
@@ -162,7 +172,7 @@ class IsolatedBackend(Backend):
         self.n_vocab: int = about["n_vocab"]
         self.n_past = 0
         self._cache_nbytes: int = about["cache_nbytes"]
-        self._layout: Layout | None = None
+        self._layout = None
 
     def _run(self, action: str, tokens: Sequence[int]) -> None:
         self._calling = True

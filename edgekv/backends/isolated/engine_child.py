@@ -14,7 +14,7 @@ from typing import Any
 from edgekv.backends.base import Backend, Interrupted
 from edgekv.backends.isolated.child import Parent
 from edgekv.backends.isolated.shared_logits import SharedLogits
-from edgekv.backends.open import open_backend, open_language
+from edgekv.backends.open import model_identity, open_backend, open_language
 from edgekv.cache.rows import CacheRows, row_nbytes
 from edgekv.documents import encode
 from edgekv.host.memory import release_code, release_heap
@@ -62,6 +62,12 @@ class Engine:
         planes: list[dict[str, Any]] = encode(self._backend.layout())
         self._shared.header.n_past = self._backend.n_past
         return planes
+
+    def identity(self) -> dict[str, Any]:
+        """The edgekv.models.identity.ModelIdentity, as plain values."""
+        found: dict[str, Any] = encode(model_identity(self._path))
+        _release_memory()
+        return found
 
     def save(self, start: int) -> None:
         """Write the cached rows from token `start` on to the shared memory."""

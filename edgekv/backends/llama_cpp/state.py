@@ -42,7 +42,7 @@ class _Reader:
         self._state, self._at = state, 0
 
     def unpack(self, form: struct.Struct) -> tuple[int, ...]:
-        found: tuple[int, ...] = form.unpack(self.take(form.size))
+        found: tuple[int, ...] = form.unpack(self.take(form.size).tobytes())
         return found
 
     def take(self, nbytes: int) -> Bytes:

@@ -15,6 +15,7 @@ from typing import Literal
 
 from edgekv.documents import Document, decode, dumps, parse
 from edgekv.errors import ModelFileError
+from edgekv.models.identity import ModelIdentity
 from edgekv.models.onnx.external_data import check_external_data
 from edgekv.models.onnx.folder import DATA, GRAPH, MANIFEST, VOCABULARY
 
@@ -51,7 +52,12 @@ class ModelRecord(Document, frozen=True):
 
 
 class Manifest(Document, frozen=True):
-    """What is in the folder. `onnxruntime_operators` are those that the ONNX standard does not have."""
+    """What is in the folder.
+
+    Attributes:
+        onnxruntime_operators: those that the ONNX standard does not have.
+        source: the GGUF that it was exported from; None for another one.
+    """
 
     format: Literal["edgekv.onnx"]
     version: int
@@ -60,6 +66,7 @@ class Manifest(Document, frozen=True):
     opset: int
     onnxruntime_operators: tuple[str, ...]
     files: Mapping[str, FileRecord]
+    source: ModelIdentity | None = None
 
     def to_json(self) -> str:
         return dumps(self, indent=1, ensure_ascii=False) + "\n"
