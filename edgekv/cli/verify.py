@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @options.backend("Engine of B.  [default: the one for B's format]", "--backend-b")
 @options.cache_type("llama.cpp's cache type.", default="f32")
 @options.kernel()
-@options.text("Text to compare on.  [default: text that A samples itself]")
+@options.text("Text to compare on.  [default: text that the model samples itself]")
 @options.text_tokens(256, "Tokens to compare on.")
 @click.option("--tolerance", default=1e-5, show_default=True, help="Largest mean KL, in nats per token.")
 @options.as_json()

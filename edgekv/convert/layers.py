@@ -37,7 +37,8 @@ from edgekv.tensors import layer_tensor_shapes
 
 @dataclass(frozen=True)
 class LayerLoss:
-    """What one layer lost. output_error: E|y' - y|^2 / E|y|^2 of the attention output, on held-out calibration text.
+    """What one layer lost. output_error: E|y' - y|^2 / E|y|^2 of the attention output, on held-out calibration text;
+    elsewhere_error: the same on text of other kinds, None where there is none.
 
     rope_kept and latent_kept are shares of energy before any refit; latent_kept_at: what other ranks would keep.
     bias_error: the relative error of folded biases, which the others do not see; 0 where there are none.
@@ -49,6 +50,7 @@ class LayerLoss:
     output_error: float
     latent_kept_at: dict[int, float]
     bias_error: float = 0.0
+    elsewhere_error: float | None = None
 
 
 FITTED = (
@@ -74,8 +76,12 @@ def convert(
     spill: Path,
     recipe: FitRecipe,
     layer_done: Callable[[LayerLoss], None],
+    elsewhere: NDArray[np.int64] | None = None,
 ) -> LazySource:
     """Convert every layer of a GQA source to `target`, calibrated on token windows (n, T).
+
+    Windows of `elsewhere` (m, T) are text of other kinds: nothing is fitted to it, but refits that lose there are
+    held back, and each layer's loss there is told.
 
     The fitted tensors are written to the folder `spill`, which has to outlive the returned source.
 
@@ -86,9 +92,12 @@ def convert(
     """
     gqa = convertible_attention(source.spec, fold_biases=True)
     assert recipe.refit_output or target.value_dim == gqa.head_dim
+    n_windows = len(windows)
+    if elsewhere is not None:
+        windows = np.concatenate([windows, elsewhere])
     states = source.load("token_embd.weight")[windows]
     with workers() as crew:
-        job = Job(source.spec, gqa, target, recipe, len(states), crew)
+        job = Job(source.spec, gqa, target, recipe, n_windows, len(windows) - n_windows, crew)
         for i in range(source.spec.n_layers):
             weights = load_block(source, i)
             require_finite(weights, i)
@@ -171,23 +180,29 @@ def _convert_layer(
     maps = job.recipe.method(w, seen.stats, job.gqa, job.target)
     q = _fit_query_maps(w, job, states, maps, seen, views)
     del views  # only the query fit needs them; the mixed latents need their memory
-    latents, fitted, held_out = mix(w, job, states, maps, q, seen)
+    latents, fitted, held_out, elsewhere = mix(w, job, states, maps, q, seen)
     v_b, w_o = maps.value, w["attn_output.weight"]
     if job.recipe.refit_output:
         heads = w_o.reshape(len(w_o), job.gqa.n_heads, job.gqa.head_dim)
         start = per_head(heads, maps.value.swapaxes(1, 2)).astype(np.float64)
-        v_b, refitted = fit_outputs(fitted, held_out, start, job.target.value_dim)
+        v_b, refitted = fit_outputs(fitted, held_out, elsewhere, start, job.target.value_dim)
         w_o = refitted.reshape(len(w_o), -1)
     decode = _decoder(v_b, w_o)
     judged = held_out if held_out.n_tokens else fitted
     error = judged.error(decode.astype(np.float64), seen.energy) / seen.energy
+    elsewhere_error = None
+    if elsewhere.n_tokens:
+        elsewhere_error = (
+            elsewhere.error(decode.astype(np.float64), seen.energy_elsewhere) / seen.energy_elsewhere
+        )
     tensors = _tensors(w, q, maps, v_b, w_o, job, states)
     if layer < job.spec.n_layers - 1:
         if job.recipe.sequential:
             states = advance(w, job, states, latents, decode)
         else:
             states = advance(w, job, states, seen.mixed, np.ascontiguousarray(w["attn_output.weight"].T))
-    loss = LayerLoss(layer, maps.rope_kept, maps.latent_kept, error, maps.latent_kept_at, bias_error)
+    kept = maps.rope_kept, maps.latent_kept
+    loss = LayerLoss(layer, *kept, error, maps.latent_kept_at, bias_error, elsewhere_error)
     return tensors, loss, states
 
 

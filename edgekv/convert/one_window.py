@@ -70,6 +70,13 @@ def attention_view(x: Array, w: BlockWeights, gqa: GQA) -> View:
     return View(scores, attention)
 
 
+def attended_moment(x: Array, view: View) -> Array:
+    """The second moment (D, D) of inputs mixed by attention, sum_s p_hs x_s, over the queries and heads of a view."""
+    pairs = (view.attention.swapaxes(1, 2) @ view.attention).mean(axis=0)  # E_h[p_h^T p_h], (S, S)
+    seen = x[: len(pairs)]
+    return np.asarray(seen.T @ pairs @ seen / np.float32(len(pairs)))
+
+
 def probe(x: Array, queries: Array, maps: LayerMaps, view: View, target: MLA) -> Probe:
     """What the query fit needs of one window: x (T, D) the converted model's normed inputs, queries (T, H, K)."""
     seen = view.scores.shape[-1]

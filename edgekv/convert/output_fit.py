@@ -34,6 +34,10 @@ class Moments:
         gram = _per_block(_per_block(self.gram, v_b).T, v_b)
         return Moments(gram, _per_block(self.cross.T, v_b).T, self.n_tokens)
 
+    def residual(self, weight: Matrix) -> Matrix:
+        """Sums over tokens of features with what weight (F, D) leaves of the targets: (F, D)."""
+        return np.asarray(self.cross - self.gram @ weight)
+
     def error(self, weight: Matrix, energy: float) -> float:
         """|targets - features @ weight|^2, weight (F, D), energy the targets' |.|^2; at least 0."""
         explained = float(np.sum(weight * (2 * self.cross - self.gram @ weight)))
@@ -47,10 +51,12 @@ def _per_block(rows: Matrix, v_b: Matrix) -> Matrix:
     return np.ascontiguousarray(blocks.swapaxes(0, 1)).reshape(-1, h * v)
 
 
-def fit_outputs(seen: Moments, held_out: Moments, start: Matrix, value_dim: int) -> tuple[Array, Array]:
+def fit_outputs(
+    seen: Moments, held_out: Moments, elsewhere: Moments, start: Matrix, value_dim: int
+) -> tuple[Array, Array]:
     """v_b (H, V, R) and W_o (D, H, V) for features of H * R mixed latents and start (D, H, R)."""
     d, h, r = start.shape
-    fitted = fit_towards(start.reshape(d, -1), seen, held_out)
+    fitted = fit_towards(start.reshape(d, -1), seen, held_out, elsewhere)
     gram = (seen.gram + held_out.gram) / (seen.n_tokens + held_out.n_tokens)
     v_b, w_o = np.zeros((h, value_dim, r)), np.zeros((d, h, value_dim))
     for i in range(h):
@@ -61,24 +67,28 @@ def fit_outputs(seen: Moments, held_out: Moments, start: Matrix, value_dim: int)
         top = vectors[:, ::-1][:, :value_dim]
         w_o[:, i, : top.shape[1]] = weighted @ top
         v_b[i, : top.shape[1]] = top.T @ inverse_root
-    refitted = fit_towards(w_o.reshape(d, -1), seen.behind(v_b), held_out.behind(v_b))
+    refitted = fit_towards(w_o.reshape(d, -1), *(part.behind(v_b) for part in (seen, held_out, elsewhere)))
     return v_b.astype(np.float32), refitted.reshape(d, h, value_dim).astype(np.float32)
 
 
-def fit_towards(start: Matrix, seen: Moments, held_out: Moments) -> Matrix:
-    """Ridge regression (D, F) drawn to `start`, which is kept where no ridge helps on the held-out part."""
-    residual = seen.cross - seen.gram @ start.T
-    held_residual = held_out.cross - held_out.gram @ start.T
+def fit_towards(start: Matrix, seen: Moments, held_out: Moments, elsewhere: Moments | None = None) -> Matrix:
+    """Ridge regression (D, F) drawn to `start`, which is kept where no ridge helps on text that is not fitted.
+
+    The held-out part chooses the strength together with text of other kinds, and is fitted in the end; that text never.
+    """
+    judge = held_out if elsewhere is None else held_out + elsewhere
+    residual, judge_residual = seen.residual(start.T), judge.residual(start.T)
     best, least = None, 0.0
     # float32 is enough to choose a strength.
-    gram, aim, held_gram = (m.astype(np.float32) for m in (seen.gram, residual, held_out.gram))
+    gram, aim, judge_gram = (m.astype(np.float32) for m in (seen.gram, residual, judge.gram))
     for strength in RIDGES:  # from the strongest: the error falls, then rises
         change = ridge(gram, aim, strength)
-        # |target - features @ fit|^2 on the held-out tokens, less the same of `start`
-        error = float(np.sum(change * (held_gram @ change - 2 * held_residual)))
+        # |target - features @ fit|^2 on the judge's tokens, less the same of `start`
+        error = float(np.sum(change * (judge_gram @ change - 2 * judge_residual)))
         if error >= least:
             break
         best, least = strength, error
     if best is None:
         return start
-    return start + ridge(seen.gram + held_out.gram, residual + held_residual, best).T
+    residual = residual + held_out.residual(start.T)
+    return start + ridge(seen.gram + held_out.gram, residual, best).T

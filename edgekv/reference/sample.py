@@ -11,14 +11,23 @@ from edgekv.progress import Progress
 from edgekv.source import Array
 
 Step = Callable[[NDArray[np.int64], int], Array]
+BLOCK = 256  # tokens whose probabilities are summed first: cumulative sums are slow
 
 
 def draw(logits: Array, rng: np.random.Generator) -> NDArray[np.int64]:
-    """One token from the softmax of each row of logits (..., vocab), by the Gumbel-max trick.
-
-    The argmax of logits plus Gumbel noise is a draw from their softmax (arXiv 1411.0030).
-    """
-    return np.asarray((logits - np.log(rng.exponential(size=logits.shape))).argmax(axis=-1), np.int64)
+    """One token from the softmax of each row of logits (..., vocab), by its inverse distribution function."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    weights = np.exp(rows - rows.max(axis=-1, keepdims=True))
+    blocks = np.add.reduceat(weights, np.arange(0, weights.shape[-1], BLOCK), axis=-1, dtype=np.float64)
+    drawn = np.empty(len(rows), np.int64)
+    for i, (row, upper) in enumerate(zip(weights, blocks.cumsum(axis=-1), strict=True)):
+        place = rng.random() * upper[-1]
+        block = int(np.searchsorted(upper, place, "right"))
+        start = block * BLOCK
+        inside = row[start : start + BLOCK].cumsum(dtype=np.float64)
+        offset = np.searchsorted(inside, place - (upper[block - 1] if block else 0.0), "right")
+        drawn[i] = start + min(int(offset), len(inside) - 1)
+    return drawn.reshape(logits.shape[:-1])
 
 
 def write_on(

@@ -1,4 +1,4 @@
-"""Calibration tokens: windows from text files, or text that the model samples itself."""
+"""Calibration tokens: windows from text files; and those by which a fit to them is judged."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.errors import InputError
-from edgekv.progress import Progress
-from edgekv.source import TensorSource
 from edgekv.text.files import read_text
-from edgekv.text.self_written import sample_windows
 from edgekv.tokenizer.tokenizer import Tokenizer
 
+# Prose, verse, dialogue, code, tables, a recipe: written for this, or in the public domain.
+OTHER_KINDS = Path(__file__).with_name("other_kinds.txt")
+OTHER_TOKENS = 2048
 WINDOW = 512  # tokens: more windows of fewer tokens see more of the beginnings that attention sinks on
 
 
@@ -52,9 +52,8 @@ def _sample_text(path: Path, windows: int, rng: np.random.Generator) -> str:
     return "".join(text[start : start + piece] for start in sorted(starts))
 
 
-def windows_from_model(
-    source: TensorSource, n_tokens: int, seed: int, progress: Progress, length: int
-) -> NDArray[np.int64]:
-    """Windows (n, length) that the model samples itself; decoding takes one step per token of a window."""
-    length = min(length, source.spec.context_length)
-    return sample_windows(source, max(1, n_tokens // length), length, seed, progress)
+def windows_of_other_kinds(tokenizer: Tokenizer, length: int) -> NDArray[np.int64] | None:
+    """Windows (n, length) of a text that ships with EdgeKV, at most OTHER_TOKENS; None if it is shorter than one."""
+    ids = np.asarray(tokenizer.encode(read_text(OTHER_KINDS)), np.int64)
+    n = min(len(ids), max(OTHER_TOKENS, length)) // length
+    return ids[: n * length].reshape(n, length) if n else None

@@ -26,7 +26,7 @@ class VerifyRequest(Request):
         b: by default `a` itself.
         backend_b: by default the one that reads B's format.
         cache_type: llama.cpp's, such as "q8_0", or "q8_0/q4_0" for K and V; the other engines have their own.
-        text: a text file to compare on; by default A samples the tokens.
+        text: a text file to compare on; by default A samples the tokens, of one model in two engines the second.
         text_tokens: tokens to compare on.
     """
 
@@ -60,8 +60,9 @@ def verify_models(request: VerifyRequest, progress: Stages = silent) -> Comparis
                     f"the vocabularies differ: {a} has {engine_a.n_vocab} tokens, {b} has {engine_b.n_vocab}; "
                     "compare models of one family"
                 )
+            writer = engine_b if a == b else engine_a  # the first is the reference by default, which is slow
             given = (
-                _read(request.text, a, n_tokens) if request.text else sample_tokens(engine_a, n_tokens, SEED)
+                _read(request.text, a, n_tokens) if request.text else sample_tokens(writer, n_tokens, SEED)
             )
             return compare(engine_a, engine_b, given, progress("comparing"))
         finally:

@@ -26,13 +26,13 @@ from edgekv.quant.formats import PRESETS, Preset, fell_back
 from edgekv.quant.tensor_error import RelativeError, StoredTensor, relative_error
 from edgekv.rewrite.norm_trick import is_folded
 from edgekv.source import Array, TensorSource
+from edgekv.text.self_written import self_written
 from edgekv.text.windows import windows_from_files
 from edgekv.tokenizer.language import opening_tokens
 from edgekv.tokenizer.tokenizer import Tokenizer
-from edgekv.tokenizer.vocab import text_tokens
 
-SAMPLE_LENGTH = 256  # tokens: short sequences make large batches, which are quick
-MAX_SEQUENCES = 32  # sampled side by side: more need more memory for caches
+SAMPLE_LENGTH = 256  # tokens: short sequences need fewer steps
+SAMPLED_SIDE_BY_SIDE = 2  # batches: of any model, whose caches may be large
 
 
 @dataclass(frozen=True)
@@ -86,24 +86,14 @@ def _sampled_windows(
 ) -> NDArray[np.int64]:
     """Windows that the model writes, each from another first token, behind the tokens of `opening`."""
     header = kept_header(path)
-    metadata = header.metadata
     length = min(SAMPLE_LENGTH, header.trained_context or SAMPLE_LENGTH)
-    n = max(1, n_tokens // length)
-    tokens = metadata.get("tokenizer.ggml.tokens")
+    tokens = header.metadata.get("tokenizer.ggml.tokens")
     assert isinstance(tokens, list)  # the tokenizer was read
-    first = np.random.default_rng(seed).choice(text_tokens(metadata, len(tokens)), (n, 1))
-    prompts = np.concatenate([np.tile(np.asarray(opening, np.int64), (n, 1)), first], axis=1)
-    parts = []
-    for start in range(0, n, MAX_SEQUENCES):
-        batch = prompts[start : start + MAX_SEQUENCES]
-
-        def advance(
-            done: int, total: int, _: str = "", /, start: int = start, size: int = len(batch)
-        ) -> None:
-            progress(start * total + done * size, n * total)
-
-        parts.append(quantizer.sample(batch, length, seed + start, advance))
-    return np.concatenate(parts)
+    shape = max(1, n_tokens // length), length
+    workers = min(quantizer.n_threads, SAMPLED_SIDE_BY_SIDE)
+    return self_written(
+        quantizer.sample, header.metadata, len(tokens), opening, shape, seed, progress, n_workers=workers
+    )
 
 
 def quantize_gguf(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -56,9 +56,18 @@ def stored_weights(source: TensorSource) -> str:
 
 
 def write_gguf(
-    source: TensorSource, path: Path, weights: str, notes: Metadata, force: bool, progress: Progress
+    source: TensorSource,
+    path: Path,
+    weights: str,
+    notes: Metadata,
+    force: bool,
+    progress: Progress,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a source as GGUF; `notes` are extra key-value pairs on how it was made.
+
+    Args:
+        check: called with the whole file under a temporary name; what it raises leaves `path` as it was.
 
     Raises:
         OutputError: the folder is missing, the file exists and `force` is not set, or the disk is full.
@@ -70,6 +79,8 @@ def write_gguf(
             progress(i + 1, len(plan), name)
             writer.write_tensor_data(stored_as(source, name, quant))
         writer.close()
+        if check is not None:
+            check(partial)
 
 
 def begin_gguf(

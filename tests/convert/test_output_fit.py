@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgekv.convert.output_fit import Moments, fit_outputs
+from edgekv.convert.output_fit import Moments, fit_outputs, fit_towards
 
 T, H, R, D = 600, 3, 6, 10
 RNG = np.random.default_rng(0)
@@ -17,14 +17,16 @@ def moments(features: np.ndarray, target: np.ndarray) -> Moments:
     return Moments(features.T @ features, features.T @ target, len(features))
 
 
+NOTHING = moments(np.zeros((0, H * R)), np.zeros((0, D)))
+
+
 def fitted(
     mixed: np.ndarray, target: np.ndarray, start: np.ndarray, width: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The last fifth of the tokens held out."""
     features, seen = mixed.reshape(len(mixed), -1), len(mixed) * 4 // 5
-    return fit_outputs(
-        moments(features[:seen], target[:seen]), moments(features[seen:], target[seen:]), start, width
-    )
+    parts = moments(features[:seen], target[:seen]), moments(features[seen:], target[seen:])
+    return fit_outputs(*parts, NOTHING, start, width)
 
 
 def error(v_b: np.ndarray, w_o: np.ndarray, target: np.ndarray) -> float:
@@ -73,7 +75,26 @@ def test_noise_does_not_pull_it_off_its_start() -> None:
 
 
 def test_nothing_held_out_means_nothing_changed() -> None:
-    start, nothing = RNG.standard_normal((D, H, R)), moments(np.zeros((0, H * R)), np.zeros((0, D)))
+    start = RNG.standard_normal((D, H, R))
     target = RNG.standard_normal((T, D)).astype(np.float32)
-    v_b, w_o = fit_outputs(moments(MIXED.reshape(T, -1), target), nothing, start, R)
+    v_b, w_o = fit_outputs(moments(MIXED.reshape(T, -1), target), NOTHING, NOTHING, start, R)
     np.testing.assert_allclose(np.einsum("hvr,dhv->dhr", v_b, w_o), start, rtol=1e-3, atol=1e-3)
+
+
+def test_text_of_other_kinds_holds_a_fit_back_but_is_not_fitted() -> None:
+    """Features that the seen text never uses: only the other text says what a change of the others does to it."""
+    seen, other = MIXED.reshape(T, -1).copy(), MIXED.reshape(T, -1)
+    seen[:, 1::2] = 1.5 * seen[:, ::2]  # the seen text is narrow: half of its features follow from the others
+    start = RNG.standard_normal((D, H * R))
+    target = seen @ (start + 0.5 * RNG.standard_normal(start.shape)).T
+    parts = moments(seen[: T // 2], target[: T // 2]), moments(seen[T // 2 :], target[T // 2 :])
+    elsewhere = moments(other, other @ start.T)
+
+    def losses(judge: Moments) -> tuple[float, float]:
+        fit = fit_towards(start, *parts, judge)
+        here = np.square(seen @ fit.T - target).mean()
+        return float(here), float(np.square(other @ fit.T - other @ start.T).mean())
+
+    free, held_back = losses(NOTHING), losses(elsewhere)
+    assert held_back[1] < free[1]
+    assert held_back[0] > free[0]

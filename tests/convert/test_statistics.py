@@ -40,10 +40,11 @@ def crew() -> Iterator[Workers]:
         yield crew
 
 
-def job_of(source: LazySource, crew: Workers, n_windows: int = N) -> Job:
+def job_of(source: LazySource, crew: Workers, n_windows: int = N, n_elsewhere: int = 0) -> Job:
     gqa = source.spec.layers[0].attention
     assert isinstance(gqa, GQA)
-    return Job(source.spec, gqa, target_spec(gqa, 32, 16, 16, 32), FitRecipe(), n_windows, crew)
+    target = target_spec(gqa, 32, 16, 16, 32)
+    return Job(source.spec, gqa, target, FitRecipe(), n_windows, n_elsewhere, crew)
 
 
 def test_a_fifth_of_the_windows_is_held_out_and_judged(source: LazySource, crew: Workers) -> None:
@@ -93,6 +94,26 @@ def test_only_probed_windows_are_viewed(source: LazySource, states: np.ndarray, 
         np.testing.assert_array_equal(views[i].attention, expected.attention)
 
 
+def test_text_of_other_kinds_is_judged_and_viewed_but_in_no_statistic(
+    source: LazySource, states: np.ndarray, crew: Workers
+) -> None:
+    w, alone, job = load_block(source, 0), job_of(source, crew, 8), job_of(source, crew, 8, 3)
+    expected, _ = observe(w, alone, states[:8])
+    seen, views = observe(w, job, states)
+    for name in ("covariance", "mixed_covariance"):
+        np.testing.assert_allclose(getattr(seen.stats, name), getattr(expected.stats, name), rtol=1e-5)
+    assert seen.energy == pytest.approx(expected.energy, rel=1e-5)
+    outputs = (seen.mixed[8:] @ w["attn_output.weight"].T).astype(np.float64)
+    assert seen.energy_elsewhere == pytest.approx(np.square(outputs).sum(), rel=1e-4)
+    assert job.probed == alone.probed | {8, 9, 10} == set(views)
+    maps = complex_joint(w, seen.stats, job.gqa, job.target)
+    q = query_rows(maps.query_map, w["attn_q.weight"].reshape(4, 32, 64), seen.stats.covariance, job.target)
+    latents, fitted, held_out, elsewhere = mix(w, job, states, maps, q, seen)
+    assert [part.n_tokens for part in (fitted, held_out, elsewhere)] == [6 * T, 2 * T, 3 * T]
+    features = latents[8:].reshape(-1, 128).astype(np.float64)
+    np.testing.assert_allclose(elsewhere.gram, features.T @ features, rtol=1e-3, atol=1e-2)
+
+
 def test_moments_are_sums_over_the_fitted_and_the_held_out_windows(
     source: LazySource, states: np.ndarray, crew: Workers
 ) -> None:
@@ -100,7 +121,8 @@ def test_moments_are_sums_over_the_fitted_and_the_held_out_windows(
     seen, _ = observe(w, job, states)
     maps = complex_joint(w, seen.stats, job.gqa, job.target)
     q = query_rows(maps.query_map, w["attn_q.weight"].reshape(4, 32, 64), seen.stats.covariance, job.target)
-    latents, fitted, held_out = mix(w, job, states, maps, q, seen)
+    latents, fitted, held_out, elsewhere = mix(w, job, states, maps, q, seen)
+    assert elsewhere.n_tokens == 0
     assert latents.shape == (N, T, 4 * 32)
     for moments, part in ((fitted, slice(0, 9)), (held_out, slice(9, 11))):
         features = latents[part].reshape(-1, 128).astype(np.float64)

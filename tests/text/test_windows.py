@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from edgekv.errors import InputError
-from edgekv.progress import ignore
+from edgekv.models.open import open_model
 from edgekv.source import LazySource
-from edgekv.text.self_written import sample_windows
-from edgekv.text.windows import WINDOW, windows_from_files, windows_from_model
+from edgekv.text.windows import OTHER_KINDS, OTHER_TOKENS, WINDOW, windows_from_files, windows_of_other_kinds
 from edgekv.tokenizer.tokenizer import Tokenizer
 
 
@@ -79,11 +78,18 @@ def test_too_little_text_is_an_input_error(tmp_path: Path, tokenizer: Tokenizer)
         windows_from_files([tmp_path / "none.txt"], tokenizer, 4096, 0)
 
 
-def test_the_model_writes_windows_no_longer_than_it_was_trained_for(
-    make_llama: Callable[..., LazySource],
-) -> None:
-    source = make_llama()
-    found = windows_from_model(source, 3 * 24 + 5, 2, ignore, 24)
-    np.testing.assert_array_equal(found, sample_windows(source, 3, 24, 2, ignore))
-    trained = source.spec.context_length
-    assert windows_from_model(source, 10, 0, ignore, trained + 100).shape == (1, trained)
+def test_other_kinds_are_windows_of_the_text_that_ships(tokenizer: Tokenizer) -> None:
+    tokens = tokenizer.encode(OTHER_KINDS.read_text(encoding="utf-8"))
+    found = windows_of_other_kinds(tokenizer, 512)
+    assert found is not None
+    assert found.size == OTHER_TOKENS
+    assert found.reshape(-1).tolist() == tokens[:OTHER_TOKENS]
+    assert windows_of_other_kinds(tokenizer, len(tokens) + 1) is None
+
+
+def test_other_kinds_fill_the_windows_of_a_real_vocabulary(smollm2: Path) -> None:
+    """And most of it is text that a language model knows: words, not letters."""
+    ids = Tokenizer.from_metadata(open_model(smollm2).metadata).encode(
+        OTHER_KINDS.read_text(encoding="utf-8")
+    )
+    assert OTHER_TOKENS <= len(ids) < OTHER_TOKENS * 1.5

@@ -35,8 +35,12 @@ class Quantizer:
     def sample(
         self, prompts: NDArray[np.int64], length: int, seed: int, progress: Progress
     ) -> NDArray[np.int64]:
-        """Token windows (n, length) that the model writes after prompts (n, P)."""
-        found = self._run("sample", {"prompts": prompts}, progress, length=length, seed=seed)
+        """Token windows (n, length) that the model writes after prompts (n, P), on one thread.
+
+        Threads of one engine wait for each other at every step, for long where a core is busy: to use more cores, call
+        this from several threads.
+        """
+        found = self._run("sample", {"prompts": prompts}, progress, n_threads=1, length=length, seed=seed)
         return found["windows"]
 
     def measure(self, windows: NDArray[np.int64], progress: Progress) -> dict[str, Array]:
@@ -69,13 +73,14 @@ class Quantizer:
         arrays: Mapping[str, NDArray[Any]],
         progress: Progress,
         ready: Ready | None = None,
+        n_threads: int | None = None,
         **job: Any,
     ) -> dict[str, NDArray[Any]]:
         """Run a job of edgekv.backends.isolated.quantizer_child; the arrays that it found, by name."""
         module, remedy = "edgekv.backends.isolated.quantizer_child", "close other programs"
         with temporary_folder("edgekv-quantize-") as folder:
             np.savez(folder / "given.npz", **arrays)  # type: ignore[arg-type]
-            arguments = os.fspath(self._model), str(self.n_threads), str(folder)
+            arguments = os.fspath(self._model), str(n_threads or self.n_threads), str(folder)
             with Child(module, *arguments, who="llama.cpp's process", out_of_memory=remedy) as child:
 
                 def hear(message: dict[str, Any]) -> None:
