@@ -27,11 +27,11 @@ from edgekv.backends.base import (
     require_room,
 )
 from edgekv.cache.rows import CacheRows, Layout, Plane
-from edgekv.errors import BackendError, InputError
+from edgekv.errors import BackendError, InputError, UnsupportedError
 from edgekv.host.memory import is_small_machine, release_file
 from edgekv.host.threads import default_threads
 from edgekv.models.onnx.folder import DATA, GRAPH
-from edgekv.models.onnx.manifest import check_folder
+from edgekv.models.onnx.manifest import WINDOW_SLACK, check_folder
 from edgekv.source import Array
 
 OLDEST = (1, 29)  # 1.26 has no Cos of float64 and gives other logits for quantized GQA
@@ -79,7 +79,9 @@ class OnnxBackend(Backend):
                 f"{folder} was exported with a cache in {model.cache_type}, not {cache_type}; leave out the cache "
                 "type, or export it again"
             )
-        if n_ctx is not None and model.attention != "MLA" and n_ctx > model.context_length:
+        self._caches = model.caches()
+        kinds = {layer.kind for layer in self._caches}
+        if n_ctx is not None and "GQA" in kinds and n_ctx > model.context_length:
             raise InputError(
                 f"{folder} was exported for a context of {model.context_length} tokens, not {n_ctx}; "
                 f"use --ctx-size {model.context_length} or less"
@@ -89,7 +91,7 @@ class OnnxBackend(Backend):
         self.n_vocab = model.vocab
         self.n_threads = n_threads or default_threads()
         self._n_heads = model.n_heads
-        self._whole = model.attention != "MLA"  # GroupQueryAttention is told how many slots are in use
+        self._has_latents = "MLA" in kinds
         self._abort = abort_flag if abort_flag is not None else ctypes.create_string_buffer(2)
         self._session = _open_session(folder / GRAPH, self.n_threads)
         self._data = folder / DATA
@@ -97,12 +99,7 @@ class OnnxBackend(Backend):
         # Linux reads 15 more pages around each of them: a long prompt would hold the table twice.
         release_file(self._data)
         self._binding = self._session.io_binding()
-        small = is_small_machine()
-        self._cache: dict[str, NDArray[Any]] = {}
-        for entry in self._session.get_inputs():
-            if entry.name.startswith(_PAST):
-                shape = [size if isinstance(size, int) else self.n_ctx for size in entry.shape]
-                self._cache[entry.name.removeprefix(_PAST)] = _slots(shape, _ELEMENT_TYPES[entry.type], small)
+        self._cache = self._allocate()
         self._ones = np.ones((1, self.n_ctx), np.int64)
         self._n_bound = 0
         self.n_past = 0
@@ -124,9 +121,16 @@ class OnnxBackend(Backend):
 
     def trim(self, n_past: int) -> None:
         assert 0 <= n_past <= self.n_past, (n_past, self.n_past)
+        windows = {layer.window for layer in self._caches if layer.window}
+        if any(_n_evicted(window, n_past) != _n_evicted(window, self.n_past) for window in windows):
+            n_past = 0
         self.n_past = n_past
 
     def layout(self) -> Layout:
+        if any(layer.window for layer in self._caches):
+            raise UnsupportedError(
+                "layers with a sliding window keep a ring of rows, which sessions and packs do not hold; chat without them"
+            )
         planes = []
         for name, array in self._stored():
             cache_type, encoding = _PLANES[array.dtype]
@@ -148,7 +152,7 @@ class OnnxBackend(Backend):
         self.n_past = rows.n_tokens
 
     def cache_nbytes(self) -> int:
-        return sum(array.nbytes for array in self._cache.values())
+        return sum(layer.nbytes * layer.slots(self.n_ctx) for layer in self._caches)
 
     def close(self) -> None:
         self._binding = self._session = None
@@ -157,6 +161,19 @@ class OnnxBackend(Backend):
     def _stored(self) -> list[tuple[str, NDArray[Any]]]:
         """The arrays of the cache by name, keys of all layers first."""
         return sorted(self._cache.items(), key=lambda item: (item[0].endswith(".value"), _layer(item[0])))
+
+    def _allocate(self) -> dict[str, NDArray[Any]]:
+        """The cache's arrays by their names behind "past_key_values.", "<layer>.<what>"."""
+        small, arrays = is_small_machine(), {}
+        for entry in self._session.get_inputs():
+            if entry.name.startswith(_PAST):
+                name = entry.name.removeprefix(_PAST)
+                layer = self._caches[_layer(name)]
+                # The node wants a whole window; slots behind n_ctx are never written and take no memory.
+                n_slots = max(layer.slots(self.n_ctx), layer.window)
+                shape = [size if isinstance(size, int) else n_slots for size in entry.shape]
+                arrays[name] = _slots(shape, _ELEMENT_TYPES[entry.type], small)
+        return arrays
 
     def _pieces(self, tokens: Sequence[int]) -> Iterator[Sequence[int]]:
         """The pieces to run one after the other: the deeper the cache, the fewer tokens."""
@@ -190,17 +207,19 @@ class OnnxBackend(Backend):
         return logits.reshape(n_logits, -1)
 
     def _bind_cache(self, total: int) -> None:
-        """Bind the mask and the cache for `total` tokens."""
-        slots = self.n_ctx if self._whole else min(-(-total // SLOT_STEP) * SLOT_STEP, self.n_ctx)
+        """Bind the mask and the cache for `total` tokens; layers in heads have all their slots bound."""
+        slots = min(-(-total // SLOT_STEP) * SLOT_STEP, self.n_ctx) if self._has_latents else self.n_ctx
         if slots != self._n_bound:
             for name, array in self._cache.items():
-                shape = (1, array.shape[1], slots, array.shape[3])
+                is_latent = self._caches[_layer(name)].kind == "MLA"
+                shape = (1, array.shape[1], slots if is_latent else array.shape[2], array.shape[3])
                 self._bind(_PAST + name, array, shape)
                 self._binding.bind_output(
                     _PRESENT + name, "cpu", 0, array.dtype.type, shape, array.ctypes.data
                 )
             self._n_bound = slots
-        self._bind("attention_mask", self._ones, (1, total if self._whole else slots))
+        # Latents ask which slots are in use by their positions, exports of version 1 in heads by the mask's length.
+        self._bind("attention_mask", self._ones, (1, slots if self._has_latents else total))
 
     def _bind(self, name: str, array: NDArray[Any], shape: Sequence[int]) -> None:
         self._binding.bind_input(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
@@ -208,6 +227,15 @@ class OnnxBackend(Backend):
 
 def _layer(name: str) -> int:
     return int(name.partition(".")[0])
+
+
+def _n_evicted(window: int, n_past: int) -> int:
+    """Tokens that GroupQueryAttention has let go of in a cache of window + WINDOW_SLACK slots.
+
+    It moves rows when they are full, WINDOW_SLACK + 1 at once (its description: "Windowed KV Cache").
+    """
+    behind = max(n_past - window - WINDOW_SLACK, 0)
+    return -(-behind // (WINDOW_SLACK + 1)) * (WINDOW_SLACK + 1)
 
 
 def _open_session(graph: Path, n_threads: int) -> Any:

@@ -5,17 +5,21 @@ The batch is one sequence. Shapes in comments use the letters of edgekv/spec.py;
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
 from edgekv.export.onnx.graph import GraphWriter, Value
 from edgekv.export.onnx.weights import Bits, linear
+from edgekv.models.onnx.manifest import ring_window
 from edgekv.reference.model import BlockWeights
 from edgekv.reference.ops import inverse_frequencies, rope_tables
 from edgekv.spec import GQA, RopeSpec
 
-CACHE_LENGTH = "cache_length"  # the dimension of slots in every cache tensor
+TABLE_ROWS = 1024  # of a table of turns at once: they are computed in complex128
+LAST = 2**31  # behind every position
+CACHE_LENGTH = "cache_length"  # the dimension of slots in cache tensors that keep every token
 
 
 class AttentionNodes(Protocol):
@@ -25,23 +29,43 @@ class AttentionNodes(Protocol):
         """Nodes from normed hidden states (1, T, D) to what the attention adds to them, (1, T, D)."""
 
 
+class GroupedInputs:
+    """What layers of GQA share: how many tokens there are, and a table of RoPE's turns for each kind of RoPE."""
+
+    def __init__(self, g: GraphWriter, position_ids: Value, context_length: int) -> None:
+        self._g, self.position_ids, self.context_length = g, position_ids, context_length
+        last = g.op("Slice", g.op("Reshape", position_ids, g.ints(-1)), g.ints(-1), g.ints(LAST), g.ints(0))
+        self.last_slot = g.cast(last, np.int32)  # (1,)
+        length = g.op("Add", g.op("Squeeze", last, g.ints(0)), g.constant(np.array(1, np.int64)))
+        self.length = g.cast(length, np.int32)  # ()
+        self._tables: dict[RopeSpec, tuple[Value, Value]] = {}
+
+    def tables(self, rope: RopeSpec) -> tuple[Value, Value]:
+        """cos and sin of every position, (context_length, P/2)."""
+        if rope not in self._tables:
+            name = f"rope{len(self._tables) or ''}"
+            starts = range(0, self.context_length, TABLE_ROWS)
+            parts = [
+                rope_tables(np.arange(i, min(i + TABLE_ROWS, self.context_length)), rope) for i in starts
+            ]
+            cos, sin = (np.concatenate(halves) for halves in zip(*parts, strict=True))
+            self._tables[rope] = self._g.weight(f"{name}.cos", cos), self._g.weight(f"{name}.sin", sin)
+        return self._tables[rope]
+
+
 class GroupedAttention:
     """GQA by onnxruntime's GroupQueryAttention, which writes new keys and values into the cache it is given.
 
-    One node rotates, stores and attends. It takes cache_length slots of which attention_mask counts those
-    in use, the new tokens included, as onnxruntime-genai has it.
+    One node rotates, stores and attends. It takes cache_length slots, of which those of the positions so far are in
+    use, as onnxruntime-genai has it. A layer with a window lets go of what is behind it: its cache has a length of
+    its own, at least the window, in which the node keeps the last rows in order. `eps` is QK-norm's.
     """
 
-    def __init__(
-        self, g: GraphWriter, spec: GQA, mask: Value, position_ids: Value, context_length: int
-    ) -> None:
-        self._g, self._spec, self._position_ids = g, spec, position_ids
-        used = g.op("ReduceSum", mask, g.ints(1), keepdims=0)
-        self._last_slot = g.cast(g.op("Sub", used, g.ints(1)), np.int32)  # (1,)
-        length = g.op("Gather", g.op("Shape", mask), g.constant(np.array(1, np.int64)), axis=0)
-        self._length = g.cast(length, np.int32)  # ()
-        cos, sin = rope_tables(np.arange(context_length), spec.rope)
-        self._cos, self._sin = g.weight("rope.cos", cos), g.weight("rope.sin", sin)
+    def __init__(self, g: GraphWriter, spec: GQA, eps: float, inputs: GroupedInputs) -> None:
+        self._g, self._spec, self._eps, self._inputs = g, spec, eps, inputs
+        self._rotation: tuple[Value, ...] = ()
+        if spec.rope.dim:
+            self._rotation = (*inputs.tables(spec.rope), inputs.position_ids)
 
     def add(self, x: Value, w: BlockWeights, layer: int, bits: Bits) -> Value:
         g, spec = self._g, self._spec
@@ -50,24 +74,45 @@ class GroupedAttention:
         if spec.bias:
             bias = np.concatenate([w[f"attn_{kind}.bias"] for kind in "qkv"])
             qkv = g.op("Add", qkv, g.weight(f"layers.{layer}.attn.qkv_bias", bias))
-        shape = (1, spec.n_kv_heads, CACHE_LENGTH, spec.head_dim)
+        window = ring_window(spec, self._inputs.context_length)
+        slots = f"slots_of_window_{window}" if window else CACHE_LENGTH
+        shape = (1, spec.n_kv_heads, slots, spec.head_dim)
         past = [g.input(f"past_key_values.{layer}.{kind}", np.float32, shape) for kind in ("key", "value")]
+        heads = self._normed(qkv, w, layer) if spec.qk_norm else (qkv, None, None)
         mixed, *present = g.ops(
             "GroupQueryAttention",
-            *(qkv, None, None, *past, self._last_slot, self._length),
-            *(self._cos, self._sin, self._position_ids),
+            *(*heads, *past, self._inputs.last_slot, self._inputs.length),
+            *self._rotation,
             n_outputs=3,
             num_heads=spec.n_heads,
             kv_num_heads=spec.n_kv_heads,
             scale=spec.score_scale,
             softcap=spec.softcap,
-            local_window_size=spec.window or -1,
-            do_rotary=1,
+            local_window_size=window or -1,
+            do_rotary=int(bool(self._rotation)),
             rotary_interleaved=int(spec.rope.layout == "interleaved"),
+            **({"sliding_window_cache": 1} if window else {}),
         )
         for kind, cache in zip(("key", "value"), present, strict=True):
             g.output(cache, f"present.{layer}.{kind}", np.float32, shape)
         return linear(g, mixed, f"layers.{layer}.attn.output", w["attn_output.weight"], bits)
+
+    def _normed(self, qkv: Value, w: BlockWeights, layer: int) -> Sequence[Value]:
+        """Queries, keys and values of joint ones (1, T, (H + 2 * G) * K), the first two normed by head.
+
+        The node has inputs for the norms' weights, which onnxruntime 1.32 knows on GPUs only.
+        """
+        g, spec = self._g, self._spec
+        kv_width = spec.n_kv_heads * spec.head_dim
+        widths = g.ints(spec.n_heads * spec.head_dim, kv_width, kv_width)
+        *queries_and_keys, values = g.ops("Split", qkv, widths, n_outputs=3, axis=-1)
+        normed = []
+        for kind, n_heads, x in zip("qk", (spec.n_heads, spec.n_kv_heads), queries_and_keys, strict=True):
+            weight = g.weight(f"layers.{layer}.attn.{kind}_norm", w[f"attn_{kind}_norm.weight"])
+            by_head = g.op("Reshape", x, g.ints(1, -1, n_heads, spec.head_dim))
+            by_head = g.op("RMSNormalization", by_head, weight, epsilon=self._eps)
+            normed.append(g.op("Reshape", by_head, g.ints(1, -1, n_heads * spec.head_dim)))
+        return (*normed, values)
 
 
 def rotation(g: GraphWriter, position_ids: Value, rope: RopeSpec) -> tuple[Value, Value]:

@@ -8,16 +8,24 @@ from typing import Any
 from edgekv.export.tokenizer_json import write_json, write_tokenizer
 from edgekv.models.onnx.folder import GRAPH
 from edgekv.source import TensorSource
-from edgekv.spec import GQA
+from edgekv.spec import GQA, AttentionSpec
 from edgekv.tokenizer.tokenizer import Tokenizer
 
 
 def write_companions(source: TensorSource, folder: Path) -> None:
-    """Write them into `folder`; onnxruntime-genai runs GQA graphs only, so that only those get its file."""
+    """Write them into `folder`; genai_config.json where onnxruntime-genai runs the graph: GQA, its heads alike."""
     spec, tokenizer = source.spec, Tokenizer.from_metadata(source.metadata)
     write_tokenizer(tokenizer, source.metadata, spec.context_length, folder, indent=1)
-    if isinstance(spec.layers[0].attention, GQA):
+    heads = {_heads(layer.attention) for layer in spec.layers}
+    if len(heads) == 1 and None not in heads:
         write_json(folder / "genai_config.json", genai_config(source, tokenizer), indent=1)
+
+
+def _heads(attention: AttentionSpec) -> tuple[int, int, int] | None:
+    """What onnxruntime-genai has to know of a layer's cache, which it wants the same in all of them; None of MLA."""
+    if isinstance(attention, GQA):
+        return attention.n_heads, attention.n_kv_heads, attention.head_dim
+    return None
 
 
 def genai_config(source: TensorSource, tokenizer: Tokenizer) -> dict[str, Any]:

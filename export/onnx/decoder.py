@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from edgekv.export.onnx.attention import AttentionNodes, GroupedAttention, skip_norm
+from edgekv.export.onnx.attention import AttentionNodes, GroupedAttention, GroupedInputs, skip_norm
 from edgekv.export.onnx.graph import GraphWriter, Value
 from edgekv.export.onnx.latent import Int8LatentAttention, LatentAttention
 from edgekv.export.onnx.weights import Bits, Embedding, LatentCache, Weights, linear
@@ -12,9 +12,10 @@ from edgekv.progress import Progress
 from edgekv.reference.model import BlockWeights, load_block
 from edgekv.rewrite.int8_rows import RowBalance
 from edgekv.source import TensorSource
-from edgekv.spec import GQA, FFNKind, ModelSpec
+from edgekv.spec import GQA, AttentionSpec, FFNKind, ModelSpec
 
 ALL_LOGITS = 2**31  # more than any context holds
+POST_NORMS = ("post_attention_norm.weight", "post_ffw_norm.weight")
 BITS: dict[Weights, Bits] = {"f32": 32, "int8": 8, "int4": 4}
 
 
@@ -31,7 +32,7 @@ def add_decoder(
     mask = g.input("attention_mask", np.int64, (1, "total_length"))
     position_ids = g.input("position_ids", np.int64, (1, "sequence_length"))
     kept = g.optional_input("num_logits_to_keep", np.array([ALL_LOGITS], np.int64))
-    attention = _attention(g, spec, cache, mask, position_ids)
+    attentions = _attentions(g, spec, cache, mask, position_ids)
     # The token table and the head feel 4 bits most and are used by every token: 8, as llama.cpp's presets do.
     table_bits: Bits = 32 if bits == 32 else 8
     table = Embedding(g, "embedding", source.load("token_embd.weight"), table_bits)
@@ -44,28 +45,40 @@ def add_decoder(
         w = load_block(source, layer)
         if balance is not None:
             balance.apply(w, layer)
-        x, delta = _block(g, spec, w, layer, attention, x, delta, bits)
+        x, delta = _block(g, spec, w, layer, attentions[layer], x, delta, bits)
         progress(layer + 1, spec.n_layers)
     start = g.op("Neg", kept)
     x, delta = (g.op("Slice", part, start, g.ints(ALL_LOGITS), g.ints(1)) for part in (x, delta))
-    norm = g.weight("output_norm", source.load("output_norm.weight") * np.float32(spec.logit_scale))
+    # A cap's division goes with the scale into the norm's weight: the logits are far more values.
+    scale = spec.logit_scale / (spec.logit_softcap or 1.0)
+    norm = g.weight("output_norm", source.load("output_norm.weight") * np.float32(scale))
     hidden, _ = skip_norm(g, x, delta, norm, spec.norm_eps)
     if spec.tied_embeddings:
         logits = table.head(hidden)
     else:
         logits = linear(g, hidden, "head", source.load("output.weight"), table_bits)
+    if spec.logit_softcap:
+        logits = g.op("Mul", g.op("Tanh", logits), g.scalar(spec.logit_softcap))
     g.output(logits, "logits", np.float32, (1, "logits_length", spec.vocab), first=True)
 
 
-def _attention(
+def _attentions(
     g: GraphWriter, spec: ModelSpec, cache: LatentCache, mask: Value, position_ids: Value
-) -> AttentionNodes:
-    attention = spec.layers[0].attention
-    assert len(set(spec.layers)) == 1, "checked before"
-    if isinstance(attention, GQA):
-        return GroupedAttention(g, attention, mask, position_ids, spec.context_length)
-    kind = Int8LatentAttention if cache == "int8" else LatentAttention
-    return kind(g, attention, spec.norm_eps, mask, position_ids)
+) -> list[AttentionNodes]:
+    """The attention of each layer; layers that are alike share one."""
+    found: dict[AttentionSpec, AttentionNodes] = {}
+    grouped: GroupedInputs | None = None
+    for layer in spec.layers:
+        attention = layer.attention
+        if attention in found:
+            continue
+        if isinstance(attention, GQA):
+            grouped = grouped or GroupedInputs(g, position_ids, spec.context_length)
+            found[attention] = GroupedAttention(g, attention, spec.norm_eps, grouped)
+        else:
+            kind = Int8LatentAttention if cache == "int8" else LatentAttention
+            found[attention] = kind(g, attention, spec.norm_eps, mask, position_ids)
+    return [found[layer.attention] for layer in spec.layers]
 
 
 def _block(
@@ -80,23 +93,31 @@ def _block(
 ) -> tuple[Value, Value]:
     """A pre-norm block. The residual stream is x + delta, None at first: each norm does the addition.
 
-    The residual scale goes into the two matrices that write to the stream.
+    The residual scale goes into the two matrices that write to the stream, or the norms behind them.
     """
-    scale = np.float32(spec.residual_scale)
-    for name in ("attn_output.weight", "ffn_down.weight"):
-        w[name] = w[name] * scale
-    normed, x = _norm(
-        g, x, delta, g.weight(f"layers.{layer}.attn_norm", w["attn_norm.weight"]), spec.norm_eps
-    )
+    name, here, eps = f"layers.{layer}", spec.layers[layer], spec.norm_eps
+    writers = POST_NORMS if here.post_norms else ("attn_output.weight", "ffn_down.weight")
+    for writer in writers:
+        w[writer] = w[writer] * np.float32(spec.residual_scale)
+    normed, x = _norm(g, x, delta, g.weight(f"{name}.attn_norm", w["attn_norm.weight"]), eps)
     delta = attention.add(normed, w, layer, bits)
-    normed, x = _norm(g, x, delta, g.weight(f"layers.{layer}.ffn_norm", w["ffn_norm.weight"]), spec.norm_eps)
-    return x, _feed_forward(g, normed, w, spec.layers[layer].ffn, f"layers.{layer}.ffn", bits)
+    if here.post_norms:
+        delta = _rms_norm(g, delta, g.weight(f"{name}.post_attn_norm", w[POST_NORMS[0]]), eps)
+    normed, x = _norm(g, x, delta, g.weight(f"{name}.ffn_norm", w["ffn_norm.weight"]), eps)
+    fed = _feed_forward(g, normed, w, here.ffn, f"{name}.ffn", bits)
+    if here.post_norms:
+        fed = _rms_norm(g, fed, g.weight(f"{name}.post_ffn_norm", w[POST_NORMS[1]]), eps)
+    return x, fed
 
 
 def _norm(g: GraphWriter, x: Value, delta: Value | None, weight: Value, eps: float) -> tuple[Value, Value]:
     if delta is not None:
         return skip_norm(g, x, delta, weight, eps)
-    return g.op("RMSNormalization", x, weight, epsilon=eps), x
+    return _rms_norm(g, x, weight, eps), x
+
+
+def _rms_norm(g: GraphWriter, x: Value, weight: Value, eps: float) -> Value:
+    return g.op("RMSNormalization", x, weight, epsilon=eps)
 
 
 def _feed_forward(g: GraphWriter, x: Value, w: BlockWeights, kind: FFNKind, name: str, bits: Bits) -> Value:

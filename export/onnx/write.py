@@ -14,23 +14,28 @@ from edgekv.export.onnx.weights import BLOCK, LatentCache, Weights
 from edgekv.files import atomic_folder, file_sha256, forget_cached
 from edgekv.models.identity import ModelIdentity
 from edgekv.models.onnx.folder import DATA, GRAPH, MANIFEST, VOCABULARY
-from edgekv.models.onnx.manifest import VERSION, FileRecord, Manifest, ModelRecord
+from edgekv.models.onnx.manifest import VERSION, FileRecord, LayerRecord, Manifest, ModelRecord, ring_window
 from edgekv.progress import Progress
 from edgekv.source import TensorSource
-from edgekv.spec import GQA, MLA
+from edgekv.spec import GQA, AttentionSpec
 from edgekv.tensors import looked_up, weight_flops
 
 # The edgekv.spec.ModelSpec.peculiarities that the graph can express.
 EXPRESSED = frozenset(
     {
         "biases on queries, keys and values",
+        "QK-norm",
         "a sliding window",
         "attention softcapping",
         "a score scale of its own",
+        "layers without RoPE",
         "scaled RoPE frequencies",
+        "layers that differ",
         "low-rank queries",
         "another feed-forward than SwiGLU",
+        "norms after attention and feed-forward",
         "scaled embeddings, residuals or logits",
+        "logit softcapping",
     }
 )
 SCALE_NBYTES = 4  # of a row in an 8-bit cache
@@ -94,16 +99,12 @@ def write_onnx(
 def _check(source: TensorSource, options: OnnxOptions) -> None:
     """Refuse what the graph would get wrong, before anything is written."""
     spec = source.spec
-    attention = spec.layers[0].attention
     if others := [what for what in spec.peculiarities if what not in EXPRESSED]:
         raise UnsupportedError(f"{spec.name} has {others[0]}, which the ONNX graph cannot express; use GGUF")
-    if isinstance(attention, GQA):
-        if attention.rope.dim != attention.head_dim:
-            raise UnsupportedError(f"{spec.name} rotates a part of each head, which ONNX cannot; use GGUF")
-        if options.cache != "f32":
-            raise UnsupportedError(
-                f"{spec.name}: an {options.cache} cache is for MLA; run `edgekv convert` first"
-            )
+    if all(isinstance(layer.attention, GQA) for layer in spec.layers) and options.cache != "f32":
+        raise UnsupportedError(
+            f"{spec.name}: an {options.cache} cache is for MLA; run `edgekv convert` first"
+        )
     if options.weights != "f32" and spec.dim % BLOCK:
         raise UnsupportedError(
             f"{spec.name}: a width of {spec.dim} does not divide into blocks of {BLOCK}; use --weights f32"
@@ -112,21 +113,17 @@ def _check(source: TensorSource, options: OnnxOptions) -> None:
 
 def _record(source: TensorSource, options: OnnxOptions, weights_nbytes: int) -> ModelRecord:
     spec = source.spec
-    attention = spec.layers[0].attention
+    attentions = [layer.attention for layer in spec.layers]
     shapes = {name: source.shape(name) for name in source.names()}
     table = sum(prod(shapes[name]) for name in looked_up(spec))
     table_nbytes = table * (4 if options.weights == "f32" else 1 + 4 / BLOCK)
-    if options.cache == "int8":
-        assert isinstance(attention, MLA)
-        cache_nbytes = spec.n_layers * (attention.cache_values + SCALE_NBYTES)
-    else:
-        cache_nbytes = spec.kv_bytes_per_token("f32")
+    layers = tuple(_cached(attention, options.cache, spec.context_length) for attention in attentions)
     return ModelRecord(
         name=spec.name,
         arch=spec.arch,
-        attention=attention.kind,
+        attention=attentions[0].kind,
         n_layers=spec.n_layers,
-        n_heads=attention.n_heads,
+        n_heads=max(attention.n_heads for attention in attentions),
         n_params=sum(map(prod, shapes.values())),
         vocab=spec.vocab,
         context_length=spec.context_length,
@@ -134,8 +131,17 @@ def _record(source: TensorSource, options: OnnxOptions, weights_nbytes: int) -> 
         weights_nbytes=weights_nbytes,
         read_nbytes=weights_nbytes - round(table_nbytes),
         flops=weight_flops(spec, shapes),
-        flops_per_cached_token=sum(layer.attention.flops_per_cached_token for layer in spec.layers),
+        flops_per_cached_token=sum(attention.flops_per_cached_token for attention in attentions),
         cache_type=options.cache,
         cache_values=spec.cache_values,
-        cache_nbytes=cache_nbytes,
+        cache_nbytes=sum(layer.nbytes for layer in layers),
+        layers=layers,
     )
+
+
+def _cached(attention: AttentionSpec, cache: LatentCache, context_length: int) -> LayerRecord:
+    if isinstance(attention, GQA):
+        return LayerRecord("GQA", attention.kv_bytes_per_token("f32"), ring_window(attention, context_length))
+    if cache == "int8":
+        return LayerRecord("MLA", attention.cache_values + SCALE_NBYTES)
+    return LayerRecord("MLA", attention.kv_bytes_per_token("f32"))

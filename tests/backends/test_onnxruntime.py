@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,24 +22,41 @@ from edgekv.backends.open import open_backend
 from edgekv.errors import BackendError, InputError, ModelFileError
 from edgekv.export.onnx.write import OnnxOptions, write_onnx
 from edgekv.models.onnx.folder import DATA, GRAPH, MANIFEST
-from edgekv.models.onnx.manifest import check_folder
+from edgekv.models.onnx.manifest import WINDOW_SLACK, check_folder
 from edgekv.models.open import open_model
 from edgekv.progress import ignore
+from edgekv.source import LazySource
 
 Close = Callable[[np.ndarray, np.ndarray], bool]
+WINDOW = 36
 TOKENS = [int(t) for t in np.random.default_rng(3).integers(0, 250, 300)]
 
 
-@pytest.fixture(scope="module", params=["gqa", "mla", "mla-int8"])
+@pytest.fixture(scope="module", params=["gqa", "windows", "mla", "mla-int8"])
 def folder(
-    request: pytest.FixtureRequest, tiny_llama: Path, tiny_mla: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tiny_llama: Path,
+    tiny_mla: Path,
+    make_llama: Callable[..., LazySource],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """A GQA export, one with latents, and one with latents in 8 bits."""
+    """A GQA export, one of which two layers have windows, one with latents, and one with latents in 8 bits."""
     path = tmp_path_factory.mktemp("onnx") / request.param
     options = OnnxOptions("f32", "int8" if request.param == "mla-int8" else "f32")
+    if request.param == "windows":
+        write_onnx(with_windows(make_llama()), path, options, False, ignore)
+        return path
     model = tiny_llama if request.param == "gqa" else tiny_mla
     write_onnx(open_model(model), path, options, False, ignore)
     return path
+
+
+def with_windows(source: LazySource) -> LazySource:
+    """The same model, where the first and the last layer see WINDOW tokens."""
+    plain = source.spec.layers[0]
+    local = replace(plain, attention=replace(plain.attention, window=WINDOW))
+    source.spec = replace(source.spec, layers=(local, plain, local))
+    return source
 
 
 @pytest.fixture
@@ -73,6 +91,7 @@ def test_what_was_trimmed_is_forgotten(engine: OnnxBackend, close: Close) -> Non
     engine.trim(0)
     engine.prefill(TOKENS[:30] + TOKENS[200:220])
     engine.trim(30)
+    assert engine.n_past == 30
     assert close(engine.prefill(TOKENS[30:40]), expected)
 
 
@@ -100,7 +119,35 @@ def test_the_abort_flag_ends_a_prefill(folder: Path) -> None:
 
 
 def test_cache_bytes_are_the_manifests(folder: Path, engine: OnnxBackend) -> None:
-    assert engine.cache_nbytes() == 300 * check_folder(folder).model.cache_nbytes
+    about = check_folder(folder).model
+    let_go = 300 - WINDOW - WINDOW_SLACK if folder.name == "windows" else 0  # tokens, in two of three layers
+    assert engine.cache_nbytes() == (300 - let_go * 2 / 3) * about.cache_nbytes
+    assert sum(array.nbytes for array in engine._cache.values()) == engine.cache_nbytes()
+
+
+@pytest.mark.parametrize("folder", ["windows"], indirect=True)
+def test_windows_that_were_let_go_empty_the_cache(engine: OnnxBackend, close: Close) -> None:
+    """Trimming is exact as long as no rows have moved since; else nothing is left and the caller starts anew."""
+    whole = engine.prefill_all(TOKENS)
+    moves = WINDOW + WINDOW_SLACK
+    for n_tokens, back_to, left in ((moves, 1, 1), (moves + 9, moves + 1, moves + 1), (moves + 9, moves, 0)):
+        engine.trim(0)
+        engine.prefill(TOKENS[:n_tokens])
+        engine.trim(back_to)
+        assert engine.n_past == left
+        following = engine.prefill_all(TOKENS[left:290])
+        assert close(following, whole[left:290])
+
+
+@pytest.mark.parametrize("folder", ["windows"], indirect=True)
+@pytest.mark.parametrize("n_ctx", [WINDOW - 1, WINDOW, WINDOW + 9])
+def test_contexts_about_as_long_as_a_window(
+    folder: Path, engine: OnnxBackend, close: Close, n_ctx: int
+) -> None:
+    small = OnnxBackend(folder, n_ctx=n_ctx, n_threads=1)
+    assert small.cache_nbytes() == n_ctx * check_folder(folder).model.cache_nbytes
+    assert close(small.prefill_all(TOKENS[:n_ctx]), engine.prefill_all(TOKENS[:n_ctx]))
+    small.close()
 
 
 def test_a_cache_takes_memory_as_rows_are_written() -> None:
@@ -208,7 +255,9 @@ def test_a_data_file_that_is_a_link_outwards_is_refused(copied: Path) -> None:
     [
         (lambda text: text[:100], "damaged"),
         (lambda text: "[" * 100000, "damaged"),
-        (lambda text: text.replace('"version": 1', '"version": 9'), "upgrade"),
+        (lambda text: text.replace('"version": 2', '"version": 9'), "upgrade"),
+        (lambda text: text.replace('"n_layers": 3', '"n_layers": 4'), "damaged"),
+        (lambda text: text.replace('"window": 0', '"window": -1'), "damaged"),
         (lambda text: text.replace('"vocab.gguf"', '"../vocab.gguf"'), "does not list"),
         (lambda text: text.replace('"generation_config.json"', '"../generation.json"'), "file name"),
     ],

@@ -20,10 +20,10 @@ from edgekv.export.onnx.weights import LatentCache, Weights, quantize_blocks
 from edgekv.export.onnx.write import OnnxOptions, write_onnx
 from edgekv.models.gguf.header import read_header
 from edgekv.models.onnx.folder import DATA, GRAPH, MANIFEST, VOCABULARY
-from edgekv.models.onnx.manifest import read_manifest
+from edgekv.models.onnx.manifest import WINDOW_SLACK, read_manifest
 from edgekv.models.open import open_model
 from edgekv.source import LazySource, TensorSource
-from edgekv.spec import MLA, RopeSpec, Yarn
+from edgekv.spec import MLA, LayerSpec, RopeSpec, Yarn
 from edgekv.tensors import block_tensor_shapes
 from edgekv.tokenizer.tokenizer import Tokenizer
 
@@ -82,15 +82,20 @@ def test_mqa_mha_and_an_untied_head(
     assert abs(against_reference(source, export(source, tmp_path / "out")).kl) < 1e-6
 
 
-def varied(source: LazySource, ffn: str = "swiglu", **attention: object) -> LazySource:
+def varied(source: TensorSource, ffn: str = "swiglu", **attention: object) -> LazySource:
     """A model like the source but for its attention's and its feed-forward's kind."""
     plain = source.spec.layers[0]
     layer = replace(plain, ffn=ffn, attention=replace(plain.attention, **attention))
-    out = LazySource(replace(source.spec, layers=(layer,) * source.spec.n_layers), source.metadata)
+    return of_layers(source, (layer,) * source.spec.n_layers)
+
+
+def of_layers(source: TensorSource, layers: tuple[LayerSpec, ...]) -> LazySource:
+    """A model like the source but for its layers; tensors that these have on top are random."""
+    out = LazySource(replace(source.spec, layers=layers), source.metadata)
     for name in source.names():
         out.borrow(source, name)
     rng = np.random.default_rng(9)
-    for i in range(out.spec.n_layers):
+    for i, layer in enumerate(layers):
         for name, shape in block_tensor_shapes(layer, out.spec.dim).items():
             if f"blk.{i}.{name}" not in out.names():
                 out.add_array(f"blk.{i}.{name}", rng.standard_normal(shape).astype(np.float32))
@@ -101,6 +106,7 @@ def varied(source: LazySource, ffn: str = "swiglu", **attention: object) -> Lazy
     "kind",
     [
         {"bias": True},
+        {"qk_norm": True},
         {"window": 40},
         {"softcap": 5.0},
         {"scale": 0.1},
@@ -124,18 +130,31 @@ def test_mla_with_yarn(tiny_mla: Path, tmp_path: Path) -> None:
     assert abs(against_reference(source, export(source, tmp_path / "out")).kl) < 1e-6
 
 
-@pytest.mark.parametrize("what", ["QK-norm", "logit softcapping", "norms after"])
-def test_what_the_graph_does_not_know_is_refused(
-    what: str, make_llama: Callable[..., LazySource], tmp_path: Path
-) -> None:
-    source = varied(make_llama(), qk_norm=what == "QK-norm")
-    if what == "logit softcapping":
-        source.spec = replace(source.spec, logit_softcap=30.0)
-    elif what == "norms after":
-        layer = replace(source.spec.layers[0], post_norms=True)
-        source.spec = replace(source.spec, layers=(layer,) * 3)
-    with pytest.raises(UnsupportedError, match=what):
-        export(source, tmp_path / "out")
+def test_layers_that_differ(make_llama: Callable[..., LazySource], tmp_path: Path) -> None:
+    """A norm of heads, a window, no positions; norms behind, scales and a cap of the whole model."""
+    plain = make_llama().spec.layers[0]
+    gqa = plain.attention
+    layers = (
+        replace(
+            plain, attention=replace(gqa, qk_norm=True, rope=RopeSpec(500.0, 32, "half")), post_norms=True
+        ),
+        replace(plain, attention=replace(gqa, window=40, softcap=5.0), ffn="geglu"),
+        replace(plain, attention=replace(gqa, rope=replace(gqa.rope, dim=0))),
+    )
+    source = of_layers(make_llama(), layers)
+    source.spec = replace(
+        source.spec, logit_softcap=3.0, residual_scale=0.7, embedding_scale=2.0, logit_scale=0.5
+    )
+    folder = export(source, tmp_path / "out")
+    assert abs(against_reference(source, folder).kl) < 1e-6
+    about = read_manifest(folder).model
+    assert [layer.window for layer in about.layers] == [0, 40, 0]
+    assert [layer.slots(256) for layer in about.layers] == [256, 40 + WINDOW_SLACK, 256]
+    assert (
+        sum(layer.nbytes for layer in about.layers)
+        == about.cache_nbytes
+        == source.spec.kv_bytes_per_token("f32")
+    )
 
 
 def test_native_mla_keeps_its_latent(native_mla: Path, tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 
 from edgekv.cache.store import KVCache
-from edgekv.export.onnx.attention import GroupedAttention
+from edgekv.export.onnx.attention import GroupedAttention, GroupedInputs
 from edgekv.export.onnx.graph import GraphWriter
 from edgekv.export.onnx.latent import LatentAttention
 from edgekv.reference.attention import gqa_attention, mla_attention
@@ -20,6 +21,7 @@ from edgekv.tensors import layer_tensor_shapes
 
 EPS = 1e-5
 N_CTX = 64
+WINDOW = 9
 
 
 def random_rope(rng: np.random.Generator) -> RopeSpec:
@@ -43,11 +45,9 @@ def random_mla(rng: np.random.Generator) -> MLA:
 class Layer:
     """One attention layer with random weights, as a graph in onnxruntime and in NumPy."""
 
-    def __init__(self, folder: Path, kind: str, seed: int) -> None:
+    def __init__(self, folder: Path, attention: GQA | MLA | None, seed: int) -> None:
         rng = np.random.default_rng(seed)
-        self.attention = (
-            random_mla(rng) if kind != "gqa" else GQA(4, 2, 32, RopeSpec(1e4, 32), bias=True, window=9)
-        )
+        self.attention = attention or random_mla(rng)
         self.dim, self.n_slots, self.n_past = int(rng.integers(4, 80)), N_CTX, 0
         self.weights: BlockWeights = {
             name: (rng.standard_normal(shape) / shape[-1] ** 0.5 + ("norm" in name)).astype(np.float32)
@@ -62,7 +62,7 @@ class Layer:
             mask = g.input("attention_mask", np.int64, (1, "total_length"))
             positions = g.input("position_ids", np.int64, (1, "sequence_length"))
             if isinstance(self.attention, GQA):
-                nodes = GroupedAttention(g, self.attention, mask, positions, N_CTX)
+                nodes = GroupedAttention(g, self.attention, EPS, GroupedInputs(g, positions, N_CTX))
             else:
                 nodes = LatentAttention(g, self.attention, EPS, mask, positions)
             y = nodes.add(x, dict(self.weights), 0, 32)
@@ -77,7 +77,8 @@ class Layer:
 
     def _garbage(self, shape: list[int | str], rng: np.random.Generator) -> np.ndarray:
         """What slots hold that nothing has been written to: it must not be read."""
-        sizes = [N_CTX if isinstance(n, str) else n for n in shape]
+        slots = {"cache_length": N_CTX, f"slots_of_window_{WINDOW}": WINDOW + 3}
+        sizes = [slots[n] if isinstance(n, str) else n for n in shape]
         return rng.uniform(50, 99, sizes).astype(np.float32)
 
     def run(self, x: Array) -> tuple[Array, Array]:
@@ -103,14 +104,30 @@ class Layer:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_latent_attention(seed: int, tmp_path: Path) -> None:
-    layer = Layer(tmp_path, "mla", seed)
+    layer = Layer(tmp_path, None, seed)
     for n_tokens in (7, 1, 1, 30, 1):
         found, expected = layer.run(layer.tokens(n_tokens))
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-5)
 
 
-def test_grouped_attention(tmp_path: Path) -> None:
-    layer = Layer(tmp_path, "gqa", 0)
-    for n_tokens in (7, 1, 1, 30, 1):
+@pytest.mark.parametrize(
+    "traits",
+    [
+        {"bias": True},
+        {"qk_norm": True},
+        {"qk_norm": True, "bias": True, "rope": RopeSpec(1e4, 32, "half")},
+        {"window": WINDOW},
+        {"window": WINDOW, "softcap": 2.0, "scale": 0.3, "rope": RopeSpec(5e5, 32, yarn=Yarn(4.0, 32))},
+        {"window": N_CTX},
+        {"rope": RopeSpec(1e4, 0)},
+        {"rope": RopeSpec(1e4, 16, "half"), "qk_norm": True, "window": WINDOW},
+        {"rope": RopeSpec(1e4, 16)},
+    ],
+    ids=str,
+)
+def test_grouped_attention(traits: dict[str, Any], tmp_path: Path) -> None:
+    """A window's cache holds 12 tokens: it moves rows both within a step and between steps."""
+    layer = Layer(tmp_path, GQA(4, 2, 32, **({"rope": RopeSpec(1e4, 32)} | traits)), 0)
+    for n_tokens in (7, 1, 1, 30, 1, 1, 1, 1, 5):
         found, expected = layer.run(layer.tokens(n_tokens))
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-5)

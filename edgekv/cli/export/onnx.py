@@ -12,7 +12,7 @@ from edgekv.cli.common import options
 from edgekv.cli.common.progress import stages
 
 if TYPE_CHECKING:
-    from edgekv.models.onnx.manifest import Manifest
+    from edgekv.models.onnx.manifest import Manifest, ModelRecord
 
 
 @options.command("onnx")
@@ -47,8 +47,16 @@ def _show(manifest: Manifest, folder: Path) -> None:
     total = sum(record.nbytes for record in manifest.files.values())
     click.echo(f"model    {about.name}: {about.attention}, {about.n_layers} layers")
     click.echo(f"weights  {about.weights}, {about.weights_nbytes / 1e6:.1f} MB")
-    click.echo(f"cache    {about.cache_type}, {about.cache_nbytes} bytes per token")
+    click.echo(f"cache    {about.cache_type}, {about.cache_nbytes} bytes per token{_windows(about)}")
     click.echo(
         f"{folder}: {total / 1e6:.1f} MB in {len(manifest.files)} files; "
         f"talk to it: edgekv chat {shlex.quote(str(folder))}"
     )
+
+
+def _windows(about: ModelRecord) -> str:
+    """What is to say of layers that let tokens go."""
+    kept = [layer.slots(about.context_length) for layer in about.layers if layer.window]
+    if not kept:
+        return ""
+    return f"; {len(kept)} of {about.n_layers} layers keep the last {max(kept)} tokens only"

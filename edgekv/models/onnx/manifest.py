@@ -11,15 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from msgspec import Meta
 
 from edgekv.documents import Document, decode, dumps, parse
 from edgekv.errors import ModelFileError
 from edgekv.models.identity import ModelIdentity
 from edgekv.models.onnx.external_data import check_external_data
 from edgekv.models.onnx.folder import DATA, GRAPH, MANIFEST, VOCABULARY
+from edgekv.spec import GQA
 
-VERSION = 1
+VERSION = 2  # 1 has no `layers`
+# Slots behind a window: rows move to the front only when they are full, and as many tokens can be taken back.
+WINDOW_SLACK = 64
 MAX_MANIFEST_NBYTES = 2**20
 
 
@@ -30,8 +35,26 @@ class FileRecord(Document, frozen=True):
     sha256: str
 
 
+class LayerRecord(Document, frozen=True):
+    """What one layer caches: rows of `nbytes` per token, in heads (GQA) or a latent (MLA).
+
+    window: tokens that a new one sees, itself included, or 0 for all; rows further back are let go.
+    """
+
+    kind: Literal["GQA", "MLA"]
+    nbytes: Annotated[int, Meta(ge=0)]
+    window: Annotated[int, Meta(ge=0)] = 0
+
+    def slots(self, n_ctx: int) -> int:
+        """Rows that a context of `n_ctx` tokens fills."""
+        return min(self.window + WINDOW_SLACK, n_ctx) if self.window else n_ctx
+
+
 class ModelRecord(Document, frozen=True):
-    """The exported model in numbers; cache figures are of one token in all layers."""
+    """The exported model in numbers; cache figures are of one token in all layers.
+
+    layers: what each of them caches; of exports by older versions, where all are alike, it is empty.
+    """
 
     name: str
     arch: str
@@ -49,6 +72,17 @@ class ModelRecord(Document, frozen=True):
     cache_type: str
     cache_values: int
     cache_nbytes: int
+    layers: tuple[LayerRecord, ...] = ()
+
+    def caches(self) -> tuple[LayerRecord, ...]:
+        """What each layer caches, whatever version wrote it."""
+        kind: Literal["GQA", "MLA"] = "MLA" if self.attention == "MLA" else "GQA"
+        return self.layers or (LayerRecord(kind, self.cache_nbytes // self.n_layers),) * self.n_layers
+
+
+def ring_window(attention: GQA, context_length: int) -> int:
+    """The window of a layer whose cache lets go of what is behind it; 0 for a layer that keeps everything."""
+    return attention.window if attention.window < context_length else 0
 
 
 class Manifest(Document, frozen=True):
@@ -86,7 +120,10 @@ def read_manifest(folder: Path) -> Manifest:
         version = content.get("version") if isinstance(content, dict) else None
         if isinstance(version, int) and version > VERSION:
             raise ModelFileError(f"{path}: is of version {version}, this EdgeKV reads {VERSION}; upgrade it")
-        return decode(Manifest, content)
+        manifest = decode(Manifest, content)
+        if len(manifest.model.caches()) != manifest.model.n_layers:
+            raise ValueError("it does not say what each layer caches")
+        return manifest
     except OSError as error:
         raise ModelFileError(
             f"{path}: cannot be read: {error.strerror}; name a folder that `edgekv export onnx` wrote"
