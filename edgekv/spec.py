@@ -99,11 +99,30 @@ class GQA:
 
 
 @dataclass(frozen=True)
+class Encoder:
+    """Keys and values that are made first, as GQA makes them, and encoded when they are written.
+
+    With keys k and values v of all KV heads, k behind its bias and norm but before RoPE, a cached row is
+    E [k; v] + e: its first R values the latent, its last P the rope key. Reading stays linear, so that a head's
+    query, a matrix times what the original's would be before RoPE, scores rows as they lie in the cache. There is no
+    bias on values: attention weights sum to one, so that it leaves through the output's bias.
+
+    bias: queries and keys have one. qk_norm: each head's query and key pass RMSNorm.
+    """
+
+    n_kv_heads: int
+    head_dim: int
+    bias: bool = False
+    qk_norm: bool = False
+
+
+@dataclass(frozen=True)
 class MLA:
     """Multi-head latent attention (arXiv 2405.04434, section 2.1); V is a view of the latent.
 
     With a `q_lora_rank` the queries come through a normed bottleneck of that width. scale: of the scores,
-    0 for 1/sqrt(head_dim).
+    0 for 1/sqrt(head_dim). Without an `encoder` the latent is a normed linear map of the input. window, softcap: as
+    GQA has them.
     """
 
     n_heads: int
@@ -113,6 +132,9 @@ class MLA:
     rope: RopeSpec
     q_lora_rank: int = 0
     scale: float = 0.0
+    encoder: Encoder | None = None
+    window: int = 0
+    softcap: float = 0.0
 
     @property
     def score_scale(self) -> float:
@@ -126,7 +148,7 @@ class MLA:
     @property
     def head_dim(self) -> int:
         """Dims of one query head before absorption."""
-        return self.nope_dim + self.rope.dim
+        return self.encoder.head_dim if self.encoder else self.nope_dim + self.rope.dim
 
     @property
     def cache_values(self) -> int:
@@ -144,6 +166,7 @@ class MLA:
 
 
 AttentionSpec = GQA | MLA
+ENCODED = "an encoder of keys and values"  # of ModelSpec.peculiarities
 FFNKind = Literal["swiglu", "geglu", "relu_squared"]
 Gating = Literal["softmax", "sigmoid"]
 
@@ -238,8 +261,9 @@ class ModelSpec:
         found = {
             "biases on queries, keys and values": any(a.bias for a in gqa),
             "QK-norm": any(a.qk_norm for a in gqa),
-            "a sliding window": any(a.window for a in gqa),
-            "attention softcapping": any(a.softcap for a in gqa),
+            ENCODED: any(isinstance(a, MLA) and a.encoder for a in attentions),
+            "a sliding window": any(a.window for a in attentions),
+            "attention softcapping": any(a.softcap for a in attentions),
             "a score scale of its own": any(a.scale for a in attentions),
             "layers without RoPE": any(not rope.dim for rope in ropes),
             "scaled RoPE frequencies": any(not rope.is_plain for rope in ropes),

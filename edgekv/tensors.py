@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekv.spec import GQA, MLA, Experts, FFNKind, LayerSpec, ModelSpec
+from edgekv.spec import GQA, MLA, Encoder, Experts, FFNKind, LayerSpec, ModelSpec
 
 Stored = TypeVar("Stored", bound=np.generic)  # float32, or values as a file stores them
 
@@ -43,6 +43,8 @@ def layer_tensor_shapes(
             "attn_v.weight": (kv, dim),
             "attn_output.weight": (dim, h * attention.head_dim),
         }
+    if attention.encoder:
+        return shapes | _encoded_shapes(attention, attention.encoder, dim)
     r, q_rank = attention.kv_lora_rank, attention.q_lora_rank
     if q_rank:
         shapes |= {
@@ -59,6 +61,26 @@ def layer_tensor_shapes(
         "attn_v_b.weight": (h, attention.value_dim, r),
         "attn_output.weight": (dim, h * attention.value_dim),
     }
+
+
+def _encoded_shapes(mla: MLA, encoder: Encoder, dim: int) -> dict[str, tuple[int, ...]]:
+    h, k, kv = mla.n_heads, encoder.head_dim, encoder.n_kv_heads * encoder.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "attn_q.weight": (h * k, dim),
+        "attn_k.weight": (kv, dim),
+        "attn_v.weight": (kv, dim),
+        "attn_kv_enc.weight": (mla.cache_values, 2 * kv),
+        "attn_kv_enc.bias": (mla.cache_values,),
+        "attn_q_map.weight": (h, mla.cache_values, k),
+        "attn_v_b.weight": (h, mla.value_dim, mla.kv_lora_rank),
+        "attn_output.weight": (dim, h * mla.value_dim),
+        "attn_output.bias": (dim,),
+    }
+    if encoder.bias:
+        shapes |= {"attn_q.bias": (h * k,), "attn_k.bias": (kv,)}
+    if encoder.qk_norm:
+        shapes |= dict.fromkeys(("attn_q_norm.weight", "attn_k_norm.weight"), (k,))
+    return shapes
 
 
 def block_tensor_shapes(layer: LayerSpec, dim: int) -> dict[str, tuple[int, ...]]:

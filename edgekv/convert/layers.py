@@ -103,12 +103,13 @@ def convert(
             require_finite(weights, i)
             fitted, loss, states = _convert_layer(weights, job, states, i)
             for name, array in fitted.items():
-                _save(spill / f"blk.{i}.{name}.npy", array)
+                save_tensor(spill / f"blk.{i}.{name}.npy", array)
             layer_done(loss)
     return converted_source(source, target, lambda name: np.load(spill / f"{name}.npy"))
 
 
-def _save(path: Path, array: Array) -> None:
+def save_tensor(path: Path, array: Array) -> None:
+    """Keep a fitted tensor in the temporary folder; raises OutputError if that is full."""
     try:
         np.save(path, array)
     except OSError as error:

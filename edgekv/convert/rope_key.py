@@ -65,10 +65,10 @@ def shared_rope_key(w_q: Matrix, w_k: Matrix, covariance: Matrix, gqa: GQA, rope
         encoder[slot] = top.conj() @ weighted
         mixing[:, j, slot] = top / weight[:, j]
         leftover[:, j] -= mixing[:, j, slot, None] * encoder[slot]
-    return RopeKey(to_pairs(encoder), _query_map(mixing, h), to_pairs(leftover), float(kept / total))
+    return RopeKey(to_pairs(encoder), query_map(mixing, h), to_pairs(leftover), float(kept / total))
 
 
-def _query_map(mixing: Complex, n_heads: int) -> Matrix:
+def query_map(mixing: Complex, n_heads: int) -> Matrix:
     """Real (H, P, K) maps of multiplying query pair j by conj(mixing[g, j, m]) and adding up into slot m."""
     g, pairs, slots = mixing.shape
     factor = np.repeat(mixing.conj(), n_heads // g, axis=0).swapaxes(1, 2)  # (H, slots, pairs)

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgekv.cache.store import KVCache
 from edgekv.reference.ops import apply_rope, per_head, rms_norm, softcap
 from edgekv.source import Array
-from edgekv.spec import GQA, MLA
+from edgekv.spec import GQA, MLA, Encoder, RopeSpec
 
 MLAForm = Literal["absorbed", "naive"]
 QUERY_CHUNK = 64  # query rows at once: their scores stay in L2, and most of the masked triangle is skipped
@@ -64,19 +65,51 @@ def gqa_attention(
     """Grouped-query attention (arXiv 2305.13245); `eps` is QK-norm's."""
     n_rows = x.shape[0]
     positions = cache.positions(n_rows)
+    q, k = (apply_rope(heads, positions, spec.rope) for heads in queries_and_keys(x, w, spec, spec.n_heads, eps))
+    v = x @ w["attn_v.weight"].T
+    if spec.bias:
+        v += w["attn_v.bias"]
+    keys, values = cache.append(layer, k, v.reshape(k.shape))
+    mixed = attend(cache.by_sequence(q), keys, values, spec.score_scale, spec.window, spec.softcap)
+    return mixed.reshape(n_rows, -1) @ w["attn_output.weight"].T
 
-    def heads(kind: str, n_heads: int) -> Array:
+
+def queries_and_keys(
+    x: Array, w: Mapping[str, Array], spec: GQA | Encoder, n_heads: int, eps: float
+) -> tuple[Array, Array]:
+    """Queries (N, H, K) and keys (N, G, K) of normed inputs x (N, D) before RoPE, behind biases and QK-norm."""
+
+    def heads(kind: str, n: int) -> Array:
         flat = x @ w[f"attn_{kind}.weight"].T
         if spec.bias:
             flat += w[f"attn_{kind}.bias"]
-        split: Array = flat.reshape(n_rows, n_heads, spec.head_dim)
-        return rms_norm(split, w[f"attn_{kind}_norm.weight"], eps) if spec.qk_norm and kind != "v" else split
+        split: Array = flat.reshape(len(x), n, spec.head_dim)
+        return rms_norm(split, w[f"attn_{kind}_norm.weight"], eps) if spec.qk_norm else split
 
-    q = apply_rope(heads("q", spec.n_heads), positions, spec.rope)
-    k = apply_rope(heads("k", spec.n_kv_heads), positions, spec.rope)
-    keys, values = cache.append(layer, k, heads("v", spec.n_kv_heads))
-    mixed = attend(cache.by_sequence(q), keys, values, spec.score_scale, spec.window, spec.softcap)
-    return mixed.reshape(n_rows, -1) @ w["attn_output.weight"].T
+    return heads("q", n_heads), heads("k", spec.n_kv_heads)
+
+
+def encoded_attention(
+    x: Array, w: Mapping[str, Array], spec: MLA, eps: float, cache: KVCache, layer: int
+) -> Array:
+    """Latent attention over rows that an encoder made of keys and values (edgekv.spec.Encoder), absorbed."""
+    assert spec.encoder is not None
+    n_rows, r = x.shape[0], spec.kv_lora_rank
+    positions = cache.positions(n_rows)
+    q, k = queries_and_keys(x, w, spec.encoder, spec.n_heads, eps)
+    made = np.concatenate([k.reshape(n_rows, -1), x @ w["attn_v.weight"].T], axis=-1)  # (N, 2 * G * K)
+    row = (made @ w["attn_kv_enc.weight"].T + w["attn_kv_enc.bias"])[:, None]  # (N, 1, R + P)
+    rows, latents = cache.append(layer, rotate_behind(row, r, positions, spec.rope), None)
+    queries = rotate_behind(per_head(q, w["attn_q_map.weight"]), r, positions, spec.rope)
+    mixed = attend(cache.by_sequence(queries), rows, latents, spec.score_scale, spec.window, spec.softcap)
+    values = per_head(mixed.reshape(n_rows, spec.n_heads, r), w["attn_v_b.weight"])
+    return values.reshape(n_rows, -1) @ w["attn_output.weight"].T + w["attn_output.bias"]
+
+
+def rotate_behind(x: Array, n_latent: int, positions: NDArray[np.int64], rope: RopeSpec) -> Array:
+    """Rotate the dims of x (N, heads, dims) behind the first `n_latent`."""
+    rotated = apply_rope(np.ascontiguousarray(x[..., n_latent:]), positions, rope)
+    return np.concatenate([x[..., :n_latent], rotated], axis=-1)
 
 
 def mla_attention(

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.cache.store import KVCache
-from edgekv.reference.attention import MLAForm, gqa_attention, mla_attention
+from edgekv.reference.attention import MLAForm, encoded_attention, gqa_attention, mla_attention
 from edgekv.reference.experts import expert_feed_forward
 from edgekv.reference.ops import geglu, relu_squared, rms_norm, softcap, swiglu
 from edgekv.source import Array, TensorSource
@@ -29,12 +29,20 @@ def block_forward(
     x: Array, w: BlockWeights, spec: ModelSpec, layer: int, cache: KVCache, form: MLAForm = "absorbed"
 ) -> Array:
     """One pre-norm transformer block on hidden states x (N, D)."""
-    here, scale, eps = spec.layers[layer], np.float32(spec.residual_scale), spec.norm_eps
+    here, eps = spec.layers[layer], spec.norm_eps
     normed = rms_norm(x, w["attn_norm.weight"], eps)
-    if isinstance(here.attention, MLA):
+    if isinstance(here.attention, MLA) and here.attention.encoder:
+        mixed = encoded_attention(normed, w, here.attention, eps, cache, layer)
+    elif isinstance(here.attention, MLA):
         mixed = mla_attention(normed, w, here.attention, eps, cache, layer, form)
     else:
         mixed = gqa_attention(normed, w, here.attention, cache, layer, eps)
+    return behind_attention(x, mixed, w, spec, layer)
+
+
+def behind_attention(x: Array, mixed: Array, w: BlockWeights, spec: ModelSpec, layer: int) -> Array:
+    """The rest of a block: hidden states x (N, D) and what the attention makes of them, (N, D)."""
+    here, scale, eps = spec.layers[layer], np.float32(spec.residual_scale), spec.norm_eps
     if here.post_norms:
         mixed = rms_norm(mixed, w["post_attention_norm.weight"], eps)
     x = x + scale * mixed

@@ -1,0 +1,135 @@
+"""One layer's maps from keys and values to a cached row and from queries and rows to outputs, before any refit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgekv.convert.encoded.heads import rope_at
+from edgekv.convert.encoded.rope_slots import RopeSlots, find_slots
+from edgekv.convert.latent import DISTANCE, joint_latent, weighted_values
+from edgekv.convert.rope_key import RopeKey
+from edgekv.reference.ops import inverse_frequencies
+from edgekv.rewrite.linalg import Matrix, sqrt_and_inverse
+from edgekv.source import Array
+from edgekv.spec import GQA, MLA, Encoder, RopeSpec
+
+SPLIT_STEP = 8  # dims between the rope keys that are tried
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What calibration saw of one layer, [k; v] standing for the 2 * G * K keys and values of a token.
+
+    queries (H, K, K): E[q q^T] of each head. moment, mixed_moment: E[z z^T] of z = [k; v] less `center`, and the same
+    mixed by a head's attention, averaged over heads. center: the keys' means; zero for values, because the sink's are
+    near zero and centring would spend rank on it. output_scale: root mean square norm of one head's share of the
+    attention's output.
+    """
+
+    queries: Matrix
+    moment: Matrix
+    mixed_moment: Matrix
+    center: Matrix
+    output_scale: float
+
+
+@dataclass(frozen=True)
+class Maps:
+    """A layer whose scores are not divided by anything yet. target: its shape.
+
+    encoder (R + P, 2 * G * K) and offset (R + P,) write a row; query_map (H, R + P, K) maps a query to what reads rows;
+    value (H, K, R) decodes a head's value.
+    """
+
+    target: MLA
+    encoder: Array
+    offset: Array
+    query_map: Array
+    value: Array
+    rope_kept: float
+    latent_kept: float
+    latent_kept_at: dict[int, float]
+
+
+def find_maps(stats: Stats, w_o: Array, gqa: GQA, source: GQA, width: int, rope_dim: int | None) -> Maps:
+    """The best maps to rows of `width` values, `rope_dim` of them rotated, or as many as lose least.
+
+    w_o (D, H * K). `gqa` is `source` behind biases, norms and order of dims (edgekv.convert.encoded.heads).
+    """
+    turn = inverse_frequencies(gqa.rope) * DISTANCE
+    held = np.where(turn < np.pi, np.sinc(turn / np.pi), 0.0)
+    moment = stats.moment + np.outer(stats.center, stats.center)
+    slots = find_slots(stats.queries, moment, stats.center, gqa, np.square(held))
+    of_scores = stats.output_scale * gqa.score_scale
+    readers = _roots(stats.queries, gqa)
+    values = _weighted_values(w_o, gqa)
+    share = np.trace(stats.moment) / np.trace(stats.mixed_moment)
+    inputs = 0.5 * (stats.moment + share * stats.mixed_moment)
+
+    def latent_rows(rope_key: RopeKey) -> tuple[Matrix, Matrix]:
+        keys = rope_key.leftover * np.repeat(held, 2)[None, :, None]
+        return keys, of_scores * (readers @ keys).reshape(-1, keys.shape[-1])
+
+    def lost(n: int) -> float:
+        rows = np.concatenate([values, latent_rows(slots.rope_key(n, gqa))[1]])
+        energy = np.linalg.eigvalsh(rows @ inputs @ rows.T)[::-1]
+        return float(energy[width - 2 * n :].sum() + 0.5 * of_scores**2 * slots.unheld(n))
+
+    n = _split(slots, width, rope_dim, lost)
+    rope_key = slots.rope_key(n, gqa)
+    keys, rows = latent_rows(rope_key)
+    rank = width - 2 * n
+    latent = joint_latent(values, rows, inputs, rank, keys)
+    group = gqa.n_heads // gqa.n_kv_heads
+    nope = np.repeat((keys @ latent.decoder).swapaxes(1, 2), group, axis=0)  # (H, R, K)
+    value = latent.decoder[len(latent.decoder) // 2 :].reshape(gqa.n_kv_heads, gqa.head_dim, rank)
+    return Maps(
+        target=target_spec(source, rank, rope_at(slots.speeds(n, gqa)).factors),
+        encoder=np.concatenate([latent.encoder, rope_key.encoder]).astype(np.float32),
+        offset=np.concatenate([-latent.encoder @ stats.center, np.zeros(2 * n)]).astype(np.float32),
+        query_map=(np.concatenate([nope, rope_key.query], axis=1) * gqa.score_scale).astype(np.float32),
+        value=np.repeat(value, group, axis=0).astype(np.float32),
+        rope_kept=rope_key.kept,
+        latent_kept=latent.kept,
+        latent_kept_at=latent.kept_at,
+    )
+
+
+def target_spec(source: GQA, rank: int, factors: tuple[float, ...]) -> MLA:
+    """The latent attention that stands for `source`; `factors` are 1 / speed of each pair of the rope key."""
+    return MLA(
+        n_heads=source.n_heads,
+        kv_lora_rank=rank,
+        nope_dim=source.head_dim,
+        value_dim=source.head_dim,
+        rope=RopeSpec(1.0, 2 * len(factors), "interleaved", factors),
+        scale=source.scale,
+        encoder=Encoder(source.n_kv_heads, source.head_dim, source.bias, source.qk_norm),
+        window=source.window,
+        softcap=source.softcap,
+    )
+
+
+def _split(slots: RopeSlots, width: int, rope_dim: int | None, lost: Callable[[int], float]) -> int:
+    """How many slots the rope key gets."""
+    most = min(slots.turning, (width - 1) // 2)
+    if rope_dim is not None:
+        return min(rope_dim // 2, most)
+    return min(range(0, most + 1, SPLIT_STEP // 2), key=lost)
+
+
+def _roots(queries: Matrix, gqa: GQA) -> Matrix:
+    """(G, K, K): square roots of the second moments of all queries that read a KV head."""
+    g, k = gqa.n_kv_heads, gqa.head_dim
+    return np.stack([sqrt_and_inverse(readers)[0] for readers in queries.reshape(g, -1, k, k).sum(axis=1)])
+
+
+def _weighted_values(w_o: Array, gqa: GQA) -> Matrix:
+    """Rows (G * K, 2 * G * K) of the values, weighted by the heads that read them."""
+    g, k = gqa.n_kv_heads, gqa.head_dim
+    by_head = w_o.reshape(len(w_o), gqa.n_heads, k).swapaxes(0, 1).astype(np.float64)
+    rows = np.eye(g * k, 2 * g * k, g * k).reshape(g, k, -1)
+    return weighted_values(rows, by_head)

@@ -1,0 +1,55 @@
+"""Every family with a latent that is encoded when it is written, against transformers' logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgekv.backends.reference import ReferenceBackend
+from edgekv.convert.encoded.layers import EncodedTarget, convert_encoded
+from edgekv.models.open import open_model
+from edgekv.reference.ops import kl_rows, log_softmax
+from edgekv.source import TensorSource
+from edgekv.spec import GQA
+
+from .conftest import MODELS, N_VOCAB, TOKENS, Zoo
+
+FAMILIES = [name for name in MODELS if not name.startswith(("minicpm3", "deepseek", "kimi", "glm", "youtu"))]
+WINDOWS = np.random.default_rng(5).integers(0, N_VOCAB, (20, 80))
+
+
+def encoded(source: TensorSource, share: float, rope_dim: int | None, folder: Path) -> TensorSource:
+    widths = tuple(int(layer.attention.cache_values * share) for layer in source.spec.layers)
+    return convert_encoded(source, EncodedTarget(widths, rope_dim), WINDOWS, folder, lambda *_: None)
+
+
+def kl(source: TensorSource, logits: np.ndarray) -> float:
+    ours = ReferenceBackend(source, 128).prefill_all(TOKENS.tolist())
+    return float(kl_rows(log_softmax(logits), log_softmax(ours)).mean())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_all_components_lose_nothing(zoo: Zoo, name: str, tmp_path: Path) -> None:
+    source = open_model(zoo.folder(name))
+    attention = source.spec.layers[0].attention
+    assert isinstance(attention, GQA)
+    whole = encoded(source, 1.0, attention.cache_values // 2, tmp_path)
+    logits = ReferenceBackend(whole, 128).prefill_all(TOKENS.tolist())
+    np.testing.assert_allclose(logits, zoo.logits(name), atol=1e-4 * np.abs(zoo.logits(name)).max())
+    assert kl(whole, zoo.logits(name)) < 1e-7
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_half_of_it_loses_less_than_a_quarter(zoo: Zoo, name: str, tmp_path: Path) -> None:
+    source = open_model(zoo.folder(name))
+    found = []
+    for share in (0.25, 0.5, 0.75):
+        folder = tmp_path / str(share)
+        folder.mkdir()
+        small = encoded(source, share, None, folder)
+        assert small.spec.cache_values <= share * source.spec.cache_values
+        found.append(kl(small, zoo.logits(name)))
+    assert found == sorted(found, reverse=True)
+    print(found)
