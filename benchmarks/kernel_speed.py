@@ -82,7 +82,11 @@ def rows_of_case(name: str, model: str, caches: str, options: argparse.Namespace
         for depth in options.depths:
             with tempfile.TemporaryDirectory() as folder:
                 job = {"model": model, "cache": cache, "depth": depth, "rows": f"{folder}/rows"}
-                job |= {"threads": options.threads, "decoded": options.decoded, "prefilled": options.prefilled}
+                job |= {
+                    "threads": options.threads,
+                    "decoded": options.decoded,
+                    "prefilled": options.prefilled,
+                }
                 if depth:
                     child(job, "edgekv")
                 runs = [{side: child(job, side) for side in SIDES} for _ in range(options.rounds)]

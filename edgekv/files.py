@@ -151,7 +151,7 @@ def atomic_folder(folder: Path, force: bool, marker: str) -> Iterator[Path]:
         OutputError: the parent is missing or not writable, `folder` exists without `force` or is not of this
             kind, the disk is full.
     """
-    _check_folder(folder, force, marker)
+    check_output_folder(folder, force, marker)
     folder = _target(folder)
     _sweep(folder)
     try:
@@ -180,7 +180,8 @@ def atomic_folder(folder: Path, force: bool, marker: str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_folder(folder: Path, force: bool, marker: str) -> None:
+def check_output_folder(folder: Path, force: bool, marker: str) -> None:
+    """Refuse, before any work is done, a folder that `atomic_folder` would refuse; raises as it does."""
     _require_parent(folder)
     if not folder.exists():
         return

@@ -129,7 +129,8 @@ class OnnxBackend(Backend):
     def layout(self) -> Layout:
         if any(layer.window for layer in self._caches):
             raise UnsupportedError(
-                "layers with a sliding window keep a ring of rows, which sessions and packs do not hold; chat without them"
+                "layers with a sliding window keep a ring of rows, which sessions and packs do not hold; "
+                "chat without them"
             )
         planes = []
         for name, array in self._stored():

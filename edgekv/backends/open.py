@@ -30,7 +30,7 @@ def open_backend(
     Args:
         path: a model file, or for onnx a folder that `edgekv export onnx` wrote.
         kind: "llama.cpp", "onnx", or "reference" for the NumPy reference; by default onnx for such a folder,
-            else llama.cpp.
+            the reference for an .edgekv file, else llama.cpp.
         n_ctx: tokens that the cache can hold; by default the trained length, but at most 4096.
         cache_type: number format of the cache: by default f16 in llama.cpp, which takes one for K and V or
             two, as in q8_0/q4_0; the reference has only f32, an ONNX folder only what it was exported with.
@@ -54,6 +54,10 @@ def open_backend(
     if default_kind(path) == "onnx":
         raise InputError(f"{path} is an ONNX folder, which {kind} cannot open; leave out --backend {kind}")
     if kind == "llama.cpp":
+        if default_kind(path) == "reference":
+            raise InputError(
+                f"{path} has no graph in llama.cpp; run `edgekv export onnx` on it, or leave out --backend"
+            )
         from edgekv.backends.llama_cpp.backend import LlamaCppBackend
 
         return LlamaCppBackend(
@@ -97,9 +101,12 @@ def open_language(backend: Backend, path: Path) -> Language:
 
 
 def default_kind(path: Path) -> Kind:
-    """The engine for a model: onnx for a folder that `edgekv export onnx` wrote, else llama.cpp."""
+    """The engine for a model: onnx for an ONNX folder, the reference for an .edgekv file, else llama.cpp."""
+    from edgekv.models.gguf.own import SUFFIX
     from edgekv.models.onnx.folder import is_onnx_folder
 
+    if path.suffix == SUFFIX:
+        return "reference"
     return "onnx" if is_onnx_folder(path) else "llama.cpp"
 
 

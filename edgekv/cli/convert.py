@@ -1,4 +1,4 @@
-"""`edgekv convert`: an MLA GGUF from a GQA model."""
+"""`edgekv convert`: a model with a latent cache from a GQA model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @options.command("convert")
 @options.model()
-@options.output("The GGUF to write.")
+@options.output("What to write: NAME.gguf for llama.cpp, NAME.edgekv for later export, else an ONNX folder.")
 @options.latent_size(rope_default="the head dim")
 @click.option("--value-dim", type=int, help="Value dims per head (v_head_dim).  [default: the head dim]")
 @click.option("--method", default="edgekv", show_default=True, type=click.Choice(["edgekv", "transmla"]),
@@ -29,8 +29,12 @@ if TYPE_CHECKING:
 @click.option("--fold-biases", is_flag=True,
               help="Convert a model with biases (Qwen2): write them into the weights, nearly.")  # fmt: skip
 @click.option("--healed", type=options.PATH, help="File of `edgekv heal` to build from, instead of fitting.")
-@click.option("--weights", default=KEEP, show_default=True, type=click.Choice((KEEP, *PLAIN_WEIGHTS)),
-              help="Weight format; keep leaves untouched tensors as stored and writes new ones in q8_0.")  # fmt: skip
+@click.option("--weights", default=KEEP, show_default=True,
+              type=click.Choice((KEEP, *PLAIN_WEIGHTS, "int8", "int4")),
+              help="Weight format; keep leaves untouched tensors as stored and writes new ones in q8_0. An ONNX "
+                   "folder's are int4 (keep), int8 or f32.")  # fmt: skip
+@click.option("--cache-type", default="f32", show_default=True, type=click.Choice(("f32", "int8")),
+              help="Number format of an ONNX folder's cache.")  # fmt: skip
 @options.text("Calibration text.  [default: the model writes it]", multiple=True)
 @options.text_tokens(32768, "Tokens to calibrate on.")
 @options.seed("Seed of the calibration sample.")
@@ -40,12 +44,14 @@ if TYPE_CHECKING:
 def command(output: Path, as_json: bool, **wanted: Any) -> None:
     """Convert a GQA or MHA model into one whose cache is a compressed latent.
 
-    The output is a `deepseek2` GGUF that unmodified llama.cpp runs.
+    A .gguf is one that unmodified llama.cpp runs, which has a graph for plain models only. An ONNX folder takes every
+    family: biases, normed queries and keys, scaled RoPE, windows.
 
     \b
     edgekv convert model.gguf -o half.gguf --target 0.5
     edgekv convert model.gguf -o third.gguf --kv-lora-rank 64 --rope-dim 64 --text book.txt
     edgekv convert model.gguf -o third.gguf --healed third.safetensors --verify
+    edgekv convert qwen2.5.gguf -o qwen2.5-half --target 0.5 --cache-type int8
     """
     from edgekv.workflows.convert import ConvertRequest, convert_model
 
@@ -88,13 +94,15 @@ def _show(result: ConvertResult) -> None:
 def _loss_table(losses: Sequence[LayerLoss]) -> None:
     biased = any(loss.bias_error for loss in losses)
     elsewhere = any(loss.elsewhere_error is not None for loss in losses)
+    split = any(loss.rope_dim for loss in losses)
     rows = (
         (str(x.layer), f"{x.rope_kept:.1%}", f"{x.latent_kept:.1%}", f"{x.output_error:.3f}")
         + (f"{x.elsewhere_error:.3f}",) * elsewhere
         + (f"{x.bias_error:.1%}",) * biased
+        + (str(x.rope_dim),) * split
         for x in losses
     )
-    optional = ["on other text"] * elsewhere + ["bias error"] * biased
+    optional = ["on other text"] * elsewhere + ["bias error"] * biased + ["rope dims"] * split
     print_table(("layer", "rope key keeps", "latent keeps", "output error", *optional), rows)
     curve = {
         rank: sum(x.latent_kept_at[rank] for x in losses) / len(losses) for rank in losses[0].latent_kept_at

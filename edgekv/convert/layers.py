@@ -41,7 +41,8 @@ class LayerLoss:
     elsewhere_error: the same on text of other kinds, None where there is none.
 
     rope_kept and latent_kept are shares of energy before any refit; latent_kept_at: what other ranks would keep.
-    bias_error: the relative error of folded biases, which the others do not see; 0 where there are none.
+    bias_error: the relative error of folded biases, which the others do not see; 0 where there are none. rope_dim:
+    how much of the row the rope key was given, where it was to be found; 0 elsewhere.
     """
 
     layer: int
@@ -51,6 +52,7 @@ class LayerLoss:
     latent_kept_at: dict[int, float]
     bias_error: float = 0.0
     elsewhere_error: float | None = None
+    rope_dim: int = 0
 
 
 FITTED = (
@@ -131,8 +133,8 @@ def convertible_attention(spec: ModelSpec, fold_biases: bool = False) -> GQA:
     assert isinstance(attention, GQA)
     if attention.rope.dim != attention.head_dim:
         raise UnsupportedError(
-            f"{spec.name} rotates {attention.rope.dim} of {attention.head_dim} dims per head, convert needs all; "
-            "use the model as it is"
+            f"{spec.name} rotates {attention.rope.dim} of {attention.head_dim} dims per head, llama.cpp's "
+            "graph all; convert it into an ONNX folder"
         )
     if attention.rope.layout != "interleaved":
         raise UnsupportedError(

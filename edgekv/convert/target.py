@@ -1,4 +1,4 @@
-"""Target of a conversion: the latent shape for a share of the cache bytes, and why a model cannot become MLA."""
+"""Target of a conversion for llama.cpp: the latent shape for a share of the cache bytes, and why there is none."""
 
 from __future__ import annotations
 
@@ -8,38 +8,37 @@ from types import MappingProxyType
 from edgekv.errors import InputError
 from edgekv.spec import GQA, MLA, ModelSpec, RopeSpec
 
-_AS_IT_IS = "use the model as it is (edgekv export gguf), with a q8_0 cache if memory is short"
+_ONNX = "convert it into an ONNX folder: name one after -o, without .gguf"
 _TRIM = (
-    "if a shorter context will do, set max_position_embeddings to the window and sliding_window to null in "
-    "config.json"
+    f"{_ONNX}; or, if a shorter context will do, set max_position_embeddings to the window and sliding_window to "
+    "null in config.json"
 )
 _AVOIDABLE = ("a sliding window", "layers that differ")  # some have windows, and the others have not
 BIASES = "biases on queries, keys and values"
 _WHY: Mapping[str, tuple[str, str]] = MappingProxyType(
     {  # of ModelSpec.peculiarities: (why, what to do)
         "QK-norm": (
-            "each head's keys are normed behind their up-projection, which therefore cannot be absorbed into the "
-            "queries: every cached token would have to be decompressed",
-            _AS_IT_IS,
+            "a deepseek2 graph makes keys of what it caches, and a norm behind that cannot be absorbed into queries",
+            _ONNX,
         ),
         BIASES: (
             "a key's bias is rotated with the key, and a deepseek2 graph has no place for it",
-            f"edgekv convert --fold-biases writes them into the weights, nearly, and says how nearly; or {_AS_IT_IS}",
+            f"{_ONNX}; or edgekv convert --fold-biases writes them into the weights, nearly, and says how nearly",
         ),
         "a sliding window": ("a deepseek2 graph attends to all tokens", _TRIM),
-        "attention softcapping": ("a deepseek2 graph does not cap scores", _AS_IT_IS),
-        "layers without RoPE": ("a deepseek2 graph rotates in every layer", _AS_IT_IS),
+        "attention softcapping": ("a deepseek2 graph does not cap scores", _ONNX),
+        "layers without RoPE": ("a deepseek2 graph rotates in every layer", _ONNX),
         "scaled RoPE frequencies": (
             "a deepseek2 graph takes its frequencies from rope theta alone, or from YaRN",
-            _AS_IT_IS,
+            _ONNX,
         ),
-        "experts": ("only attention in front of a dense feed-forward is converted", _AS_IT_IS),
+        "experts": ("only attention in front of a dense feed-forward is converted", _ONNX),
     }
 )
 
 
 def obstacle(spec: ModelSpec, fold_biases: bool = False) -> str | None:
-    """Why the model cannot be converted and what to do, or None if it can.
+    """Why the model cannot be converted for llama.cpp and what to do, or None if it can.
 
     Obstacles that a user can remove are named only where there are no others.
     """
@@ -50,8 +49,8 @@ def obstacle(spec: ModelSpec, fold_biases: bool = False) -> str | None:
         return None
     lasting = [what for what in found if what not in _AVOIDABLE] or found
     name = next((name for name in _WHY if name in lasting), lasting[0])
-    why, remedy = _WHY.get(name, ("a deepseek2 graph does not compute it", _AS_IT_IS))
-    return f"{spec.name} has {name} and cannot become MLA: {why}; {remedy}"
+    why, remedy = _WHY.get(name, ("a deepseek2 graph does not compute it", _ONNX))
+    return f"{spec.name} has {name} and cannot become MLA in llama.cpp: {why}; {remedy}"
 
 
 SIMD_STEP = 32  # values; a NEON step of f16, half an AVX-512 one: other widths fall into a scalar tail

@@ -65,7 +65,9 @@ def gqa_attention(
     """Grouped-query attention (arXiv 2305.13245); `eps` is QK-norm's."""
     n_rows = x.shape[0]
     positions = cache.positions(n_rows)
-    q, k = (apply_rope(heads, positions, spec.rope) for heads in queries_and_keys(x, w, spec, spec.n_heads, eps))
+    q, k = (
+        apply_rope(heads, positions, spec.rope) for heads in queries_and_keys(x, w, spec, spec.n_heads, eps)
+    )
     v = x @ w["attn_v.weight"].T
     if spec.bias:
         v += w["attn_v.bias"]

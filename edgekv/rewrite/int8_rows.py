@@ -59,6 +59,8 @@ class _LastRows(KVCache):
 def channel_factors(sizes: Array, spec: MLA) -> Array:
     """What to divide each channel by, (W,), given its root mean square; the two dims of a rope pair share one."""
     latent, rope = sizes[: spec.kv_lora_rank], sizes[spec.kv_lora_rank :]
+    if not rope.size:
+        return _factors(latent)
     shape, axis = ((-1, 2), 1) if spec.rope.layout == "interleaved" else ((2, -1), 0)
     pairs = np.sqrt(np.mean(np.square(rope.reshape(shape)), axis=axis, keepdims=True))
     rope = np.broadcast_to(pairs, rope.reshape(shape).shape).reshape(-1)
@@ -74,6 +76,12 @@ def _factors(sizes: Array) -> Array:
 def divide_channels(w: BlockWeights, spec: MLA, factors: Array) -> None:
     """Divide the channels of the cached row by factors (W,), and multiply them back where they are read."""
     latent, rope = factors[: spec.kv_lora_rank], factors[spec.kv_lora_rank :]
+    if spec.encoder:
+        w["attn_kv_enc.weight"] = w["attn_kv_enc.weight"] / factors[:, None]
+        w["attn_kv_enc.bias"] = w["attn_kv_enc.bias"] / factors
+        w["attn_q_map.weight"] = w["attn_q_map.weight"] * factors[None, :, None]
+        w["attn_v_b.weight"] = w["attn_v_b.weight"] * latent[None, None, :]
+        return
     w["attn_kv_a_norm.weight"] = w["attn_kv_a_norm.weight"] / latent
     w["attn_k_b.weight"] = w["attn_k_b.weight"] * latent[None, :, None]
     w["attn_v_b.weight"] = w["attn_v_b.weight"] * latent[None, None, :]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,11 +15,31 @@ from edgekv.export.gguf.write import write_gguf
 from edgekv.progress import Progress, Stages
 from edgekv.source import TensorSource
 from edgekv.text.self_written import AT_ONCE, Writer, reference_writer, self_written
+from edgekv.text.windows import windows_from_files
 from edgekv.tokenizer.language import opening_tokens
 from edgekv.tokenizer.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from edgekv.workflows.convert import ConvertRequest
+
 CACHE_NBYTES = 384 << 20  # of all sequences that are written side by side
 ENGINE_WEIGHTS = "q8_0"  # small, quick in every build of llama.cpp, and hardly another model
+
+
+def calibration_windows(
+    source: TensorSource, request: ConvertRequest, n_tokens: int, written: int, folder: Path, progress: Stages
+) -> NDArray[np.int64]:
+    """Calibration windows: of the request's text, or of text that the model writes, in windows of `written` tokens.
+
+    Raises:
+        InputError: a text is not readable or too short, or `n_tokens` is not positive.
+    """
+    if n_tokens < 1:
+        raise InputError("--text-tokens takes a positive number")
+    if request.text:
+        tokenizer = Tokenizer.from_metadata(source.metadata)
+        return windows_from_files(list(request.text), tokenizer, n_tokens, request.seed)
+    return written_windows(source, n_tokens, written, request.seed, folder, progress)
 
 
 def written_windows(

@@ -1,4 +1,4 @@
-"""Conversion: from a GQA or MHA model file to a GGUF whose cache is a compressed latent."""
+"""Conversion: from a GQA or MHA model file to one whose cache is a compressed latent."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from edgekv.convert.statistics import FitRecipe
 from edgekv.convert.target import resolve_target
 from edgekv.errors import InputError, ToleranceError
 from edgekv.evaluate.verify import Comparison
-from edgekv.export.gguf.write import write_gguf
+from edgekv.export.gguf.write import WEIGHT_TYPES, write_gguf
+from edgekv.export.onnx.weights import LatentCache
 from edgekv.files import check_output, temporary_folder
 from edgekv.heal.basis import BASIS_TOKENS, BASIS_WINDOW, in_best_basis
 from edgekv.heal.weights import check_base, healed_source, read_healed
 from edgekv.models.open import open_model
 from edgekv.progress import Progress, Stages, silent
+from edgekv.quant.formats import KEEP
 from edgekv.rewrite.rope_pairs import with_interleaved_pairs
 from edgekv.rewrite.value_scales import with_balanced_values
 from edgekv.source import TensorSource
 from edgekv.spec import MLA, Metadata, MetaValue
-from edgekv.text.windows import OTHER_KINDS, WINDOW, windows_from_files, windows_of_other_kinds
-from edgekv.tokenizer.tokenizer import Tokenizer
-from edgekv.workflows.calibration import mixed, readable_tokenizer, written_windows
+from edgekv.text.windows import OTHER_KINDS, WINDOW, windows_of_other_kinds
+from edgekv.workflows.calibration import calibration_windows, mixed, readable_tokenizer, written_windows
+from edgekv.workflows.encode import check_encoded_output, encode, is_encoded_output, write_encoded
 from edgekv.workflows.request import Request
 from edgekv.workflows.verify import VerifyRequest, verify_models
 
@@ -52,11 +54,15 @@ class ConvertRequest(Request):
 
     Attributes:
         model: a GGUF file or a Hugging Face folder.
-        output: the GGUF to write.
-        rope_dim: width of the shared rope key (qk_rope_head_dim); by default the head dim.
+        output: what to write: a name that ends in .gguf is one that llama.cpp runs, one that ends in .edgekv an
+            intermediate file for the reference and `export_model`, and any other name an ONNX folder.
+        rope_dim: width of the shared rope key (qk_rope_head_dim); by default the head dim, or what loses least where
+            the output is no GGUF and `target` says how large a row is.
         nope_dim: query dims per head that read the latent (qk_nope_head_dim).
         value_dim: value dims per head (v_head_dim); by default the head dim.
-        weights: format of the weights; "keep" leaves untouched tensors as stored and writes new ones in q8_0.
+        weights: format of the weights; "keep" leaves untouched tensors as stored and writes new ones in q8_0. An ONNX
+            folder's are "int4" (also for "keep"), "int8" or "f32".
+        cache_type: number format of an ONNX folder's cache.
         text: calibration text files; without any the model writes its own.
         text_tokens: tokens to calibrate on.
         verify: reload the file in llama.cpp and compare it with the NumPy reference.
@@ -72,7 +78,8 @@ class ConvertRequest(Request):
     method: Literal["edgekv", "transmla"] = "edgekv"
     fold_biases: bool = False
     healed: Path | None = None
-    weights: str = "keep"
+    weights: str = KEEP
+    cache_type: LatentCache = "f32"
     text: tuple[Path, ...] = ()
     text_tokens: int = 32768
     seed: int = 0
@@ -114,7 +121,9 @@ class _Conversion:
 
 
 def convert_model(request: ConvertRequest, progress: Stages = silent) -> ConvertResult:
-    """Convert a GQA or MHA model into a `deepseek2` GGUF, whose cache holds one latent and one rope key per token.
+    """Convert a GQA or MHA model into one whose cache holds one latent and one rope key per token and layer.
+
+    The name of the output decides: a `deepseek2` GGUF for llama.cpp takes plain models only, an ONNX folder all.
 
         request = edgekv.ConvertRequest(model, output, target=0.5, text=(text,))
         result = edgekv.convert_model(request)
@@ -128,10 +137,11 @@ def convert_model(request: ConvertRequest, progress: Stages = silent) -> Convert
         BackendError: llama.cpp, wanted for `verify`, is not installed or failed.
         ToleranceError: `verify` found that llama.cpp computes something else; nothing was written.
     """
-    check_output(request.output, request.force)
     source = open_model(request.model)
-    if request.text_tokens < 1:
-        raise InputError("--text-tokens takes a positive number")
+    if is_encoded_output(request.output):
+        return _encoded(source, request, progress)
+    check_output(request.output, request.force)
+    _check_gguf_options(request)
     comparisons: list[Comparison] = []
     with temporary_folder("edgekv-convert-") as spill:
         made = (_fitted if request.healed is None else _from_healed)(source, request, spill, progress)
@@ -156,6 +166,31 @@ def convert_model(request: ConvertRequest, progress: Stages = silent) -> Convert
         layers=made.losses,
         comparison=comparisons[0] if comparisons else None,
         warnings=made.warnings,
+    )
+
+
+def _check_gguf_options(request: ConvertRequest) -> None:
+    if request.weights not in (KEEP, *WEIGHT_TYPES):
+        raise InputError(
+            f"--weights {request.weights} is for ONNX folders; a GGUF's are {', '.join(WEIGHT_TYPES)}"
+        )
+    if request.cache_type != "f32":
+        raise InputError("--cache-type is for ONNX folders; llama.cpp takes it when it runs the model")
+
+
+def _encoded(source: TensorSource, request: ConvertRequest, progress: Stages) -> ConvertResult:
+    check_encoded_output(request)
+    with temporary_folder("edgekv-convert-") as spill:
+        converted, notes, losses = encode(source, request, spill, progress)
+        nbytes = write_encoded(converted, request, notes, progress)
+    return ConvertResult(
+        output=request.output,
+        nbytes=nbytes,
+        cache_nbytes=(source.spec.kv_bytes_per_token("f16"), converted.spec.kv_bytes_per_token("f16")),
+        notes=notes,
+        layers=tuple(losses),
+        comparison=None,
+        max_kl=QUANTIZED_KL,
     )
 
 
@@ -188,7 +223,7 @@ def _fitted(source: TensorSource, request: ConvertRequest, spill: Path, progress
             f"--value-dim {target.value_dim} needs a method that refits the outputs; leave it out, or use "
             "--method edgekv"
         )
-    windows = _calibration(original, request, request.text_tokens, WINDOW, spill, progress)
+    windows = calibration_windows(original, request, request.text_tokens, WINDOW, spill, progress)
     tokenizer = readable_tokenizer(source)
     elsewhere = windows_of_other_kinds(tokenizer, windows.shape[1]) if tokenizer else None
     names, warnings = [path.name for path in request.text], []
@@ -282,7 +317,7 @@ def _from_healed(source: TensorSource, request: ConvertRequest, spill: Path, pro
     record, tensors = read_healed(healed)
     check_base(healed, record, source)
     n_tokens = min(request.text_tokens, BASIS_TOKENS)
-    windows = _calibration(source, request, n_tokens, BASIS_WINDOW, spill, progress)
+    windows = calibration_windows(source, request, n_tokens, BASIS_WINDOW, spill, progress)
     basis = progress("choosing the basis of the cache")
     tensors = in_best_basis(source, record.attention, tensors, windows, basis)
     last = record.evaluations[-1]
@@ -296,13 +331,3 @@ def _from_healed(source: TensorSource, request: ConvertRequest, spill: Path, pro
         "edgekv.source_cache_values": source.spec.cache_values,
     }
     return _Conversion(healed_source(source, record.attention, tensors), notes)
-
-
-def _calibration(
-    source: TensorSource, request: ConvertRequest, n_tokens: int, written: int, folder: Path, progress: Stages
-) -> NDArray[np.int64]:
-    """Calibration windows: of the request's text, or of text that the model writes, in windows of `written` tokens."""
-    if request.text:
-        tokenizer = Tokenizer.from_metadata(source.metadata)
-        return windows_from_files(list(request.text), tokenizer, n_tokens, request.seed)
-    return written_windows(source, n_tokens, written, request.seed, folder, progress)

@@ -19,14 +19,17 @@ from edgekv.models.gguf.architectures import (
     linear_score_scale,
     yarn_magnitude,
 )
+from edgekv.models.gguf.own import OWN_ARCH, own_keys
 from edgekv.models.gguf.spec import JOINT_KV_B, minicpm3_scales
-from edgekv.spec import GQA, MLA, MetaValue, ModelSpec, RopeSpec
+from edgekv.spec import ENCODED, GQA, MLA, MetaValue, ModelSpec, RopeSpec
 
 LITE_LAYERS = (26, 27)  # deepseek2.cpp reads no q_lora_rank with this many, nor with 48 with 128256 tokens
 
 
 def gguf_arch(spec: ModelSpec) -> str:
-    """The llama.cpp architecture that runs a spec."""
+    """The llama.cpp architecture that runs a spec, or EdgeKV's own where there is none."""
+    if ENCODED in spec.peculiarities:
+        return OWN_ARCH
     if isinstance(spec.layers[0].attention, MLA) and spec.arch not in JOINT_KV_B:
         return "deepseek2"
     return spec.arch
@@ -38,6 +41,8 @@ def architecture_keys(spec: ModelSpec) -> dict[str, MetaValue]:
     Raises:
         UnsupportedError: the architecture's graph would compute something else.
     """
+    if gguf_arch(spec) == OWN_ARCH:
+        return own_keys(spec)
     layer = spec.layers[0]
     attention = layer.attention
     keys: dict[str, MetaValue] = {

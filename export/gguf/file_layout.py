@@ -6,7 +6,8 @@ from functools import partial
 
 import numpy as np
 
-from edgekv.export.gguf.architectures import is_linear
+from edgekv.export.gguf.architectures import gguf_arch, is_linear
+from edgekv.models.gguf.own import OWN_ARCH
 from edgekv.models.gguf.spec import JOINT_KV_B, ROPE_FACTORS, ROPE_FREQS
 from edgekv.rewrite.minicpm3 import can_fold, folded
 from edgekv.source import Array, LazySource, TensorSource
@@ -16,6 +17,8 @@ from edgekv.tensors import joint_kv_b
 
 def file_layout(source: TensorSource) -> TensorSource:
     """The source with what its architecture fuses as one tensor, and rope factors as a tensor."""
+    if gguf_arch(source.spec) == OWN_ARCH:
+        return source
     if can_fold(source.spec):
         return folded(source)
     spec = source.spec

@@ -32,14 +32,15 @@ def tensor_type(name: str, shape: tuple[int, ...], weights: QuantType) -> QuantT
     """The type a tensor is written in when the model's weights are `weights`.
 
     Vectors and the experts' router stay F32. `attn_kv_a_mqa` stays F32 for quantized weights and f16, because
-    norm trick weights underflow f16 (edgekv.rewrite.norm_trick); BF16 has the exponent range. Embeddings and the output
+    norm trick weights underflow f16 (edgekv.rewrite.norm_trick); BF16 has the exponent range. So do the maps between
+    heads and encoded rows, which are small. Embeddings and the output
     head keep 8 bits, as llama.cpp's own presets do. A row that does not divide into blocks becomes F16.
     """
     if len(shape) == 1:
         return QuantType.F32
     if name.endswith("ffn_gate_inp.weight"):  # small, and the choice of experts depends on it
         return QuantType.F32
-    if name.endswith("attn_kv_a_mqa.weight"):
+    if name.endswith(("attn_kv_a_mqa.weight", "attn_kv_enc.weight", "attn_q_map.weight")):
         return QuantType.BF16 if weights == QuantType.BF16 else QuantType.F32
     if name in ("token_embd.weight", "output.weight") and BY_GGML_ID[weights].bits < 8:
         weights = QuantType.Q8_0

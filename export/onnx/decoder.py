@@ -6,7 +6,7 @@ import numpy as np
 
 from edgekv.export.onnx.attention import AttentionNodes, GroupedAttention, GroupedInputs, skip_norm
 from edgekv.export.onnx.graph import GraphWriter, Value
-from edgekv.export.onnx.latent import Int8LatentAttention, LatentAttention
+from edgekv.export.onnx.latent import Int8LatentAttention, LatentAttention, LatentInputs
 from edgekv.export.onnx.weights import Bits, Embedding, LatentCache, Weights, linear
 from edgekv.progress import Progress
 from edgekv.reference.model import BlockWeights, load_block
@@ -68,6 +68,7 @@ def _attentions(
     """The attention of each layer; layers that are alike share one."""
     found: dict[AttentionSpec, AttentionNodes] = {}
     grouped: GroupedInputs | None = None
+    latent: LatentInputs | None = None
     for layer in spec.layers:
         attention = layer.attention
         if attention in found:
@@ -76,8 +77,9 @@ def _attentions(
             grouped = grouped or GroupedInputs(g, position_ids, spec.context_length)
             found[attention] = GroupedAttention(g, attention, spec.norm_eps, grouped)
         else:
+            latent = latent or LatentInputs(g, mask, position_ids)
             kind = Int8LatentAttention if cache == "int8" else LatentAttention
-            found[attention] = kind(g, attention, spec.norm_eps, mask, position_ids)
+            found[attention] = kind(g, attention, spec.norm_eps, latent)
     return [found[layer.attention] for layer in spec.layers]
 
 

@@ -11,31 +11,76 @@ from __future__ import annotations
 import numpy as np
 
 from edgekv.export.onnx.attention import CACHE_LENGTH, rotate, rotation
+from edgekv.export.onnx.encoded import encoded_queries_and_row
 from edgekv.export.onnx.graph import GraphWriter, Value
 from edgekv.export.onnx.weights import Bits, linear
 from edgekv.reference.model import BlockWeights
-from edgekv.spec import MLA
+from edgekv.spec import MLA, RopeSpec
 
 TINY = 1e-30  # keeps the scale of an all-zero row from being zero
+
+
+class LatentInputs:
+    """What latent layers share, each part added to the graph when a layer first asks for it."""
+
+    def __init__(self, g: GraphWriter, mask: Value, position_ids: Value) -> None:
+        self._g, self._mask = g, mask
+        self.position_ids = position_ids
+        self._positions = g.op("Reshape", position_ids, g.ints(-1))
+        self.write_index = g.op(
+            "Slice", self._positions, g.ints(0), g.ints(1), g.ints(0)
+        )  # (1,): first new slot
+        n_slots = g.op("Squeeze", g.op("Shape", mask, start=1, end=2), g.ints(0))
+        zero, one = g.constant(np.array(0, np.int64)), g.constant(np.array(1, np.int64))
+        self._slots = g.op("Range", zero, n_slots, one)  # (S,)
+        self._masks: dict[int, Value] = {}
+        self._tables: dict[RopeSpec, tuple[Value, Value]] = {}
+        self._shapes: dict[int, Value] = {}
+
+    def mask(self, window: int) -> Value:
+        """(T, S): 0 where a token may look, -inf at later slots, before its window and where attention_mask has a 0."""
+        if window not in self._masks:
+            g = self._g
+            positions = g.op("Unsqueeze", self._positions, g.ints(1))
+            seen = g.op("LessOrEqual", self._slots, positions)
+            seen = g.op("And", seen, g.op("Greater", self._mask, g.constant(np.array(0, np.int64))))
+            if window:
+                first = g.op("Sub", positions, g.ints(window))
+                seen = g.op("And", seen, g.op("Greater", self._slots, first))
+            self._masks[window] = g.op("Where", seen, g.scalar(0.0), g.scalar(-np.inf))
+        return self._masks[window]
+
+    def tables(self, rope: RopeSpec) -> tuple[Value, Value]:
+        """cos and sin of the new tokens."""
+        if rope not in self._tables:
+            self._tables[rope] = rotation(self._g, self.position_ids, rope)
+        return self._tables[rope]
+
+    def score_shape(self, n_heads: int) -> Value:
+        """(H, T, S)."""
+        if n_heads not in self._shapes:
+            g = self._g
+            self._shapes[n_heads] = g.op("Concat", g.ints(n_heads), g.op("Shape", self.mask(0)), axis=0)
+        return self._shapes[n_heads]
 
 
 class LatentAttention:
     """edgekv.export.onnx.attention.AttentionNodes for MLA with a float32 cache."""
 
-    def __init__(self, g: GraphWriter, spec: MLA, eps: float, mask: Value, position_ids: Value) -> None:
-        self._g, self._spec, self._eps = g, spec, eps
-        self._tables = rotation(g, position_ids, spec.rope)
-        positions = g.op("Reshape", position_ids, g.ints(-1))
-        self._write_index = g.op("Slice", positions, g.ints(0), g.ints(1), g.ints(0))  # (1,): first new slot
-        self._mask = self._visible(mask, positions)  # (T, S)
-        self._score_shape = g.op(
-            "Concat", g.ints(spec.n_heads), g.op("Shape", self._mask), axis=0
-        )  # (H, T, S)
+    def __init__(self, g: GraphWriter, spec: MLA, eps: float, inputs: LatentInputs) -> None:
+        self._g, self._spec, self._eps, self._inputs = g, spec, eps, inputs
+        self._mask = inputs.mask(spec.window)  # (T, S)
+        self._score_shape = inputs.score_shape(spec.n_heads)
 
     def add(self, x: Value, w: BlockWeights, layer: int, bits: Bits) -> Value:
         g, spec, name = self._g, self._spec, f"layers.{layer}.attn"
-        queries = self._queries(x, w, name, bits)  # (1, H, T, W)
-        row = self._row(x, w, name, bits)  # (1, 1, T, W)
+        tables = self._inputs.tables(spec.rope) if spec.rope.dim else None
+        if spec.encoder:
+            queries, row = encoded_queries_and_row(g, spec, self._eps, tables, x, w, name, bits)
+        else:
+            assert tables is not None
+            queries = self._queries(x, w, tables, name, bits)  # (1, H, T, W)
+            row = self._row(x, w, tables, name, bits)  # (1, 1, T, W)
         mixed = self._attend(queries, row, layer)  # (H, T, W)
         values = g.op("Slice", mixed, g.ints(0), g.ints(spec.kv_lora_rank), g.ints(-1))  # (H, T, R)
         v_b, w_o = w["attn_v_b.weight"], w["attn_output.weight"]  # (H, V, R), (D, H * V)
@@ -45,19 +90,14 @@ class LatentAttention:
         else:
             values = g.op("MatMul", values, g.weight(f"{name}.v_b", v_b.swapaxes(1, 2)))  # (H, T, V)
         merged = g.op("Reshape", g.op("Transpose", values, perm=[1, 0, 2]), g.ints(1, -1, w_o.shape[1]))
-        return linear(g, merged, f"{name}.output", w_o, bits)
+        out = linear(g, merged, f"{name}.output", w_o, bits)
+        if spec.encoder:
+            out = g.op("Add", out, g.weight(f"{name}.output_bias", w["attn_output.bias"]))
+        return out
 
-    def _visible(self, mask: Value, positions: Value) -> Value:
-        """(T, S): 0 where a token may look, -inf at later slots and where attention_mask has a 0."""
-        g = self._g
-        n_slots = g.op("Squeeze", g.op("Shape", mask, start=1, end=2), g.ints(0))
-        zero, one = g.constant(np.array(0, np.int64)), g.constant(np.array(1, np.int64))
-        slots = g.op("Range", zero, n_slots, one)  # (S,)
-        earlier = g.op("LessOrEqual", slots, g.op("Unsqueeze", positions, g.ints(1)))
-        seen = g.op("And", earlier, g.op("Greater", mask, zero))
-        return g.op("Where", seen, g.scalar(0.0), g.scalar(-np.inf))
-
-    def _queries(self, x: Value, w: BlockWeights, name: str, bits: Bits) -> Value:
+    def _queries(
+        self, x: Value, w: BlockWeights, tables: tuple[Value, Value], name: str, bits: Bits
+    ) -> Value:
         """Absorbed queries (1, H, T, W), scaled."""
         g, spec = self._g, self._spec
         if "attn_q.weight" in w:
@@ -67,15 +107,17 @@ class LatentAttention:
             norm = g.weight(f"{name}.q_a_norm", w["attn_q_a_norm.weight"])
             x = g.op("RMSNormalization", x, norm, epsilon=self._eps)
             last = w["attn_q_b.weight"]
-        q = linear(g, x, f"{name}.q", last * np.float32(spec.score_scale), bits)  # (1, T, H * (N + P))
+        q = linear(
+            g, x, f"{name}.q", last * np.float32(spec.score_scale / (spec.softcap or 1.0)), bits
+        )  # (1, T, H * (N + P))
         by_head = g.op("Reshape", q, g.ints(1, -1, spec.n_heads, spec.head_dim))
         by_head = g.op("Transpose", by_head, perm=[0, 2, 1, 3])
         nope, rope = g.ops("Split", by_head, g.ints(spec.nope_dim, spec.rope.dim), n_outputs=2, axis=-1)
         k_b = g.weight(f"{name}.k_b", w["attn_k_b.weight"].swapaxes(1, 2))  # (H, N, R)
-        rope = rotate(g, rope, self._tables, spec.n_heads, spec.rope)
+        rope = rotate(g, rope, tables, spec.n_heads, spec.rope)
         return g.op("Concat", g.op("MatMul", nope, k_b), rope, axis=-1)
 
-    def _row(self, x: Value, w: BlockWeights, name: str, bits: Bits) -> Value:
+    def _row(self, x: Value, w: BlockWeights, tables: tuple[Value, Value], name: str, bits: Bits) -> Value:
         """What is cached of each token, (1, 1, T, W): the normed latent and the rotated rope key.
 
         Its weights keep 8 bits at least: every head and all later tokens see their error.
@@ -86,7 +128,7 @@ class LatentAttention:
         latent, key = g.ops("Split", g.op("Unsqueeze", kv, g.ints(0)), widths, n_outputs=2, axis=-1)
         norm = g.weight(f"{name}.kv_a_norm", w["attn_kv_a_norm.weight"])
         latent = g.op("RMSNormalization", latent, norm, epsilon=self._eps)
-        return g.op("Concat", latent, rotate(g, key, self._tables, 1, spec.rope), axis=-1)
+        return g.op("Concat", latent, rotate(g, key, tables, 1, spec.rope), axis=-1)
 
     def _attend(self, queries: Value, row: Value, layer: int) -> Value:
         """Cache the new rows, then attend: (1, H, T, W) and (1, 1, T, W) -> (H, T, W)."""
@@ -101,14 +143,21 @@ class LatentAttention:
         g = self._g
         # The mask is added here and not by Gemm, which would want a copy of it for every head.
         scores = g.op("Reshape", g.op("Gemm", queries, rows, transB=1), self._score_shape)
-        return g.op("MatMul", g.op("Softmax", g.op("Add", scores, self._mask), axis=-1), rows)
+        return g.op("MatMul", self._weights(scores), rows)
+
+    def _weights(self, scores: Value) -> Value:
+        """Attention weights of scores; where there is a cap the queries are divided by it."""
+        g = self._g
+        if self._spec.softcap:
+            scores = g.op("Mul", g.op("Tanh", scores), g.scalar(self._spec.softcap))
+        return g.op("Softmax", g.op("Add", scores, self._mask), axis=-1)
 
     def _store(self, name: str, new: Value, dtype: type[np.generic], width: int) -> Value:
         """Write new (1, 1, T, width) into a cache tensor; all its slots (1, 1, S, width)."""
         g = self._g
         shape = (1, 1, CACHE_LENGTH, width)
         past = g.input(f"past_key_values.{name}", dtype, shape)
-        rows = g.op("TensorScatter", past, new, self._write_index, axis=2)
+        rows = g.op("TensorScatter", past, new, self._inputs.write_index, axis=2)
         return g.output(rows, f"present.{name}", dtype, shape)
 
 
@@ -122,13 +171,13 @@ class Int8LatentAttention(LatentAttention):
     one digit would round the thousands of small ones beside a strong attention sink to 0.
     """
 
-    def __init__(self, g: GraphWriter, spec: MLA, eps: float, mask: Value, position_ids: Value) -> None:
-        super().__init__(g, spec, eps, mask, position_ids)
+    def __init__(self, g: GraphWriter, spec: MLA, eps: float, inputs: LatentInputs) -> None:
+        super().__init__(g, spec, eps, inputs)
         self._zero_point = g.constant(np.array(128, np.uint8))
         self._one = g.scalar(1.0)
         n_slots = g.op("Shape", self._mask, start=1)
         self._zero_points = g.op("Expand", self._zero_point, n_slots)
-        n_tokens = g.op("Size", position_ids)
+        n_tokens = g.op("Size", inputs.position_ids)
         self._is_one_token = g.op("Equal", n_tokens, g.constant(np.array(1, np.int64)))
 
     def _attend(self, queries: Value, row: Value, layer: int) -> Value:
@@ -157,8 +206,8 @@ class Int8LatentAttention(LatentAttention):
     def _attend_in_integers(self, queries: Value, rows: Value, scales: Value) -> Value:
         """The same for one token, by products of integers: (1, H*W)."""
         g = self._g
-        scores = g.op("Add", g.op("Mul", self._scores(queries, rows), scales), self._mask)
-        return self._mix(g.op("Softmax", scores, axis=-1), rows, scales)
+        scores = g.op("Mul", self._scores(queries, rows), scales)
+        return self._mix(self._weights(scores), rows, scales)
 
     def _scale(self, x: Value, levels: int) -> Value:
         """max |x| / levels over the last axis, which stays with length 1."""

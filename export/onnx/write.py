@@ -17,12 +17,13 @@ from edgekv.models.onnx.folder import DATA, GRAPH, MANIFEST, VOCABULARY
 from edgekv.models.onnx.manifest import VERSION, FileRecord, LayerRecord, Manifest, ModelRecord, ring_window
 from edgekv.progress import Progress
 from edgekv.source import TensorSource
-from edgekv.spec import GQA, AttentionSpec
+from edgekv.spec import ENCODED, GQA, AttentionSpec
 from edgekv.tensors import looked_up, weight_flops
 
 # The edgekv.spec.ModelSpec.peculiarities that the graph can express.
 EXPRESSED = frozenset(
     {
+        ENCODED,
         "biases on queries, keys and values",
         "QK-norm",
         "a sliding window",

@@ -114,7 +114,7 @@ def test_a_plain_model_can_become_mla() -> None:
 def test_what_stands_in_the_way_is_named_with_a_remedy(changes: dict[str, Any], name: str, why: str) -> None:
     said = obstacle(model(replace(SMOL, **changes)))
     assert said is not None
-    assert said.startswith(f"the model has {name} and cannot become MLA: ")
+    assert said.startswith(f"the model has {name} and cannot become MLA in llama.cpp: ")
     assert why in said
     assert "; " in said, "a remedy"
 

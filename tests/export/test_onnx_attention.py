@@ -12,7 +12,7 @@ import pytest
 from edgekv.cache.store import KVCache
 from edgekv.export.onnx.attention import GroupedAttention, GroupedInputs
 from edgekv.export.onnx.graph import GraphWriter
-from edgekv.export.onnx.latent import LatentAttention
+from edgekv.export.onnx.latent import LatentAttention, LatentInputs
 from edgekv.reference.attention import gqa_attention, mla_attention
 from edgekv.reference.model import BlockWeights
 from edgekv.source import Array
@@ -64,7 +64,7 @@ class Layer:
             if isinstance(self.attention, GQA):
                 nodes = GroupedAttention(g, self.attention, EPS, GroupedInputs(g, positions, N_CTX))
             else:
-                nodes = LatentAttention(g, self.attention, EPS, mask, positions)
+                nodes = LatentAttention(g, self.attention, EPS, LatentInputs(g, mask, positions))
             y = nodes.add(x, dict(self.weights), 0, 32)
             g.output(y, "y", np.float32, (1, "sequence_length", self.dim), first=True)
         g.save(folder / "graph", {})

@@ -23,13 +23,13 @@ from edgekv.convert.output_fit import fit_outputs
 from edgekv.convert.query_fit import fit_queries
 from edgekv.convert.workers import workers
 from edgekv.errors import UnsupportedError
+from edgekv.models.gguf.own import OWN_ARCH
 from edgekv.reference.model import BlockWeights, load_block
 from edgekv.reference.ops import per_head
 from edgekv.source import Array, LazySource, TensorSource
 from edgekv.spec import GQA, MLA, ModelSpec
 from edgekv.tensors import layer_tensor_shapes
 
-ARCH = "edgekv"
 FITTED = (
     "attn_kv_enc.weight",
     "attn_kv_enc.bias",
@@ -42,7 +42,11 @@ FITTED = (
 
 @dataclass(frozen=True)
 class EncodedTarget:
-    """How large a cached row is to be. width: values, by layer. rope_dim: how many are rotated, None for what is best."""
+    """How large a cached row is to be.
+
+    widths: its values, by layer. rope_dim: how many of them are rotated, None for what loses least. The rest is
+    edgekv.convert.statistics.FitRecipe's.
+    """
 
     widths: tuple[int, ...]
     rope_dim: int | None = None
@@ -55,7 +59,7 @@ def convert_encoded(
     target: EncodedTarget,
     windows: NDArray[np.int64],
     spill: Path,
-    layer_done: Callable[[LayerLoss, MLA], None],
+    layer_done: Callable[[LayerLoss], None],
 ) -> LazySource:
     """Convert every layer of a GQA source, calibrated on token windows (n, T).
 
@@ -79,7 +83,7 @@ def convert_encoded(
             for name, array in tensors.items():
                 save_tensor(spill / f"blk.{i}.{name}.npy", array)
             found.append(mla)
-            layer_done(loss, mla)
+            layer_done(loss)
     return encoded_source(source, found, lambda name: np.load(spill / f"{name}.npy"))
 
 
@@ -102,7 +106,7 @@ def encoded_source(source: TensorSource, found: list[MLA], load: Callable[[str],
     layers = tuple(
         replace(layer, attention=mla) for layer, mla in zip(source.spec.layers, found, strict=True)
     )
-    out = LazySource(replace(source.spec, arch=ARCH, layers=layers), source.metadata)
+    out = LazySource(replace(source.spec, arch=OWN_ARCH, layers=layers), source.metadata)
     for name in source.names():
         prefix, _, tensor = name.rpartition(".attn_")
         if prefix and tensor == "output.weight":
@@ -137,7 +141,14 @@ def _convert_layer(
     error = judged.error(decode.astype(np.float64), seen.energy) / seen.energy
     if job.layer < job.spec.n_layers - 1:
         states = advance(w, job, states, latents, lambda mixed: mixed @ decode + bias)
-    loss = LayerLoss(job.layer, maps.rope_kept, maps.latent_kept, error, maps.latent_kept_at)
+    loss = LayerLoss(
+        job.layer,
+        maps.rope_kept,
+        maps.latent_kept,
+        error,
+        maps.latent_kept_at,
+        rope_dim=maps.target.rope.dim,
+    )
     return _tensors(maps, v_b, w_o, bias, job), maps.target, loss, states
 
 

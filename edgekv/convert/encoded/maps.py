@@ -16,6 +16,7 @@ from edgekv.rewrite.linalg import Matrix, sqrt_and_inverse
 from edgekv.source import Array
 from edgekv.spec import GQA, MLA, Encoder, RopeSpec
 
+MODE = "a"
 SPLIT_STEP = 8  # dims between the rope keys that are tried
 
 
@@ -34,6 +35,7 @@ class Stats:
     mixed_moment: Matrix
     center: Matrix
     output_scale: float
+    distances: Matrix
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ def find_maps(stats: Stats, w_o: Array, gqa: GQA, source: GQA, width: int, rope_
     """
     turn = inverse_frequencies(gqa.rope) * DISTANCE
     held = np.where(turn < np.pi, np.sinc(turn / np.pi), 0.0)
+    if MODE == "b":
+        held = np.abs(
+            np.exp(1j * inverse_frequencies(gqa.rope)[:, None] * np.arange(len(stats.distances)))
+            @ stats.distances
+        )
     moment = stats.moment + np.outer(stats.center, stats.center)
     slots = find_slots(stats.queries, moment, stats.center, gqa, np.square(held))
     of_scores = stats.output_scale * gqa.score_scale

@@ -21,7 +21,7 @@ from edgekv.reference.attention import attend
 from edgekv.reference.model import BlockWeights, behind_attention
 from edgekv.reference.ops import apply_rope, per_head, rms_norm, softcap
 from edgekv.source import Array
-from edgekv.spec import GQA, MLA, ModelSpec
+from edgekv.spec import GQA, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ def observe(w: BlockWeights, job: LayerJob, states: Array) -> Seen:
         moment=_centered(moment / (n * length), total / (n * length), center),
         mixed_moment=_mixed_moment(views, made - center.astype(np.float32)),
         center=center,
+        distances=_distances(views),
         output_scale=float(np.sqrt(energy / (len(job.judged) * length) / h)),
     )
     return Seen(stats, queries, made, mixed, energy, views)
@@ -185,7 +186,10 @@ def probes(seen: Seen, maps: Maps, indices: list[int]) -> list[Probe]:
 
 
 def mix(w: BlockWeights, job: LayerJob, maps: Maps, seen: Seen) -> tuple[Array, Moments, Moments]:
-    """Mixed latents (n, T, H * R), and their moments with the original's outputs: of the fitted windows, the held-out."""
+    """Mixed latents (n, T, H * R), and their moments with the original's outputs.
+
+    The moments are of the fitted windows and of the held-out ones.
+    """
     n, length, mixed_width = seen.mixed.shape
     target = maps.target
     width = target.n_heads * target.kv_lora_rank
@@ -226,3 +230,13 @@ def advance(
 
     job.workers.each(share, job.n_windows)
     return states
+
+
+def _distances(views: dict[int, View]) -> NDArray[np.float64]:
+    """How far back attention looks: its share by distance, (T,)."""
+    some = next(iter(views.values())).attention.shape[-1]
+    total = np.zeros(some)
+    for view in views.values():
+        mean = view.attention.mean(axis=0)
+        total += [np.trace(mean, -d) for d in range(some)]
+    return np.asarray(total / total.sum())

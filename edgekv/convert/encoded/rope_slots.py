@@ -71,7 +71,9 @@ def key_rows(gqa: GQA) -> Matrix:
     return np.eye(width, 2 * width).reshape(gqa.n_kv_heads, gqa.head_dim, -1)
 
 
-def find_slots(queries: Matrix, moment: Matrix, mean: Matrix, gqa: GQA, held: NDArray[np.float64]) -> RopeSlots:
+def find_slots(
+    queries: Matrix, moment: Matrix, mean: Matrix, gqa: GQA, held: NDArray[np.float64]
+) -> RopeSlots:
     """The components of one layer.
 
     queries (H, K, K): second moments of each head's query. moment (2 * G * K,) * 2 and mean (2 * G * K,): of [k; v].
@@ -86,7 +88,9 @@ def find_slots(queries: Matrix, moment: Matrix, mean: Matrix, gqa: GQA, held: ND
     unseen = np.square(np.sinc(inverse_frequencies(gqa.rope) * STEADY / (2 * np.pi)))
     found = []
     for j in range(pairs):
-        covariance = seen[:, j] @ keys[:, j].conj().T - unseen[j] * np.outer(shared[:, j], shared[:, j].conj())
+        covariance = seen[:, j] @ keys[:, j].conj().T - unseen[j] * np.outer(
+            shared[:, j], shared[:, j].conj()
+        )
         values, vectors = np.linalg.eigh(covariance * np.outer(weight[:, j], weight[:, j]))
         for value, vector in zip(np.maximum(values, 0.0), vectors.T, strict=True):
             encoder = vector.conj() @ (keys[:, j] * weight[:, j, None])

@@ -14,6 +14,7 @@ from pathlib import Path
 from edgekv.errors import ModelFileError, UnsupportedError
 from edgekv.models.gguf.architectures import READERS, read_layers
 from edgekv.models.gguf.keys import Keys
+from edgekv.models.gguf.own import OWN_ARCH, own_spec
 from edgekv.models.gguf.parts import require_whole
 from edgekv.spec import MLA, MetaValue, ModelSpec
 from edgekv.tensors import model_tensor_shapes
@@ -37,6 +38,10 @@ def spec_from_gguf(
         UnsupportedError: the model is sound, but EdgeKV would not compute it as it is meant.
     """
     arch = whole_model_architecture(metadata, path)
+    if arch == OWN_ARCH:
+        spec = own_spec(metadata, path)
+        _require_tensors(spec, shapes, Keys(metadata, path, arch))
+        return spec
     if arch not in ARCHITECTURES:
         raise UnsupportedError(
             f"{path}: architecture {arch!r} is not supported; EdgeKV reads {', '.join(ARCHITECTURES)} ('llama' "

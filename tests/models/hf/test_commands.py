@@ -52,7 +52,7 @@ def test_verify_in_the_reference(zoo: Zoo) -> None:
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "mistral", "smollm3", "llama3", "deepseek3", "qwen2"])
 def test_convert_refuses_with_a_reason(name: str, zoo: Zoo, tmp_path: Path) -> None:
     args = ["convert", str(zoo.folder(name)), "-o", str(tmp_path / "x.gguf"), "--target", "0.5"]
-    with pytest.raises(UnsupportedError, match=r"cannot become MLA: .*; |already has MLA"):
+    with pytest.raises(UnsupportedError, match=r"cannot become MLA in llama.cpp: .*; |already has MLA"):
         CliRunner().invoke(cli, args, catch_exceptions=False)
     assert not list(tmp_path.iterdir())
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from edgekv.backends.onnxruntime import OnnxBackend
 from edgekv.backends.reference import ReferenceBackend
 from edgekv.convert.encoded.layers import EncodedTarget, convert_encoded
+from edgekv.export.gguf.write import write_gguf
+from edgekv.export.onnx.write import OnnxOptions, write_onnx
+from edgekv.models.gguf.own import SUFFIX
 from edgekv.models.open import open_model
 from edgekv.reference.ops import kl_rows, log_softmax
 from edgekv.source import TensorSource
@@ -53,3 +58,26 @@ def test_half_of_it_loses_less_than_a_quarter(zoo: Zoo, name: str, tmp_path: Pat
         found.append(kl(small, zoo.logits(name)))
     assert found == sorted(found, reverse=True)
     print(found)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_onnxruntime_gives_the_reference(zoo: Zoo, name: str, tmp_path: Path) -> None:
+    source = open_model(zoo.folder(name))
+    spill = tmp_path / "spill"
+    spill.mkdir()
+    small = encoded(source, 0.75, None, spill)
+    path = tmp_path / f"small{SUFFIX}"
+    write_gguf(small, path, "f32", {}, False, lambda *_: None)
+    assert open_model(path).spec == replace(small.spec, name=open_model(path).spec.name)
+    for cache, bound in (("f32", 1e-6), ("int8", 1e-2)):
+        write_onnx(open_model(path), tmp_path / cache, OnnxOptions("f32", cache), False, lambda *_: None)
+        engine = OnnxBackend(tmp_path / cache, n_ctx=128, n_threads=1)
+        wanted = ReferenceBackend(small, 128).prefill_all(TOKENS.tolist())
+        given = engine.prefill_all(TOKENS.tolist())
+        assert float(kl_rows(log_softmax(wanted), log_softmax(given)).mean()) <= bound
+        assert engine.cache_nbytes() / engine.n_ctx == (
+            small.spec.kv_bytes_per_token("f32")
+            if cache == "f32"
+            else small.spec.cache_values + 4 * small.spec.n_layers
+        )
+        engine.close()

@@ -1,0 +1,69 @@
+"""Components of a rope key: what all of them hold, which come first, what softmax does not see."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from edgekv.convert.encoded.heads import rope_at
+from edgekv.convert.encoded.rope_slots import RopeSlots, find_slots
+from edgekv.reference.ops import apply_rope
+from edgekv.spec import GQA
+
+RNG = np.random.default_rng(0)
+H, G, K = 4, 2, 8
+SPEEDS = np.array([1.0, 0.3, 0.01, 0.0])
+HELD = np.array([0.0, 0.2, 0.999, 1.0])
+GQA_ = GQA(H, G, K, rope_at(SPEEDS))
+QUERIES = RNG.standard_normal((300, H, K))
+MADE = RNG.standard_normal((300, 2 * G * K)) @ RNG.standard_normal((2 * G * K,) * 2)
+MOMENTS = np.einsum("thk,thl->hkl", QUERIES, QUERIES) / 300
+
+
+def slots(made: np.ndarray = MADE) -> RopeSlots:
+    return find_slots(MOMENTS, made.T @ made / len(made), made.mean(axis=0), GQA_, HELD)
+
+
+@pytest.mark.parametrize("n", [0, 3, 8])
+def test_rope_key_and_leftover_are_the_key(n: int) -> None:
+    """At any two positions: what the shared key scores, and what the leftover would with RoPE, is the whole."""
+    key = slots().rope_key(n, GQA_)
+    rope = rope_at(slots().speeds(n, GQA_))
+    query, made, at = QUERIES[:1].astype(np.float32), MADE[0], np.array([5])
+    keys = made[: G * K].reshape(1, G, K).astype(np.float32)
+    rotated_query = apply_rope(query, np.array([30]), GQA_.rope)[0]
+
+    def score(keys: np.ndarray) -> np.ndarray:
+        rotated = apply_rope(keys.astype(np.float32), at, GQA_.rope)[0]
+        return np.einsum("hk,hk->h", rotated_query, np.repeat(rotated, H // G, axis=0))
+
+    reading = apply_rope(
+        np.einsum("hpk,hk->hp", key.query, query[0])[None].astype(np.float32), np.array([30]), rope
+    )[0]
+    row = apply_rope((key.encoder @ made)[None, None].astype(np.float32), at, rope)[0, 0]
+    np.testing.assert_allclose(
+        reading @ row + score((key.leftover @ made)[None]), score(keys), rtol=1e-3, atol=1e-2
+    )
+    if n == 8:
+        np.testing.assert_allclose(key.leftover, 0, atol=1e-9)
+        assert key.kept == pytest.approx(1)
+
+
+def test_what_no_latent_holds_comes_first() -> None:
+    found = slots()
+    assert (np.diff(found.need) <= 0).all()
+    assert found.turning == 6, "what does not turn needs no rope key"
+    assert set(found.pair[-2:]) == {3}
+    assert found.unheld(0) == pytest.approx(found.need.sum())
+    assert found.unheld(8) == 0
+    assert (np.diff(found.speeds(6, GQA_)) <= 0).all()
+
+
+def test_what_tokens_share_counts_where_it_turns() -> None:
+    shared = np.zeros(2 * G * K)
+    shared[[0, 4]] = 1000.0  # on the fastest pair and on the slow one
+    energy = {pair: slots(MADE + shared).energy[slots(MADE + shared).pair == pair].sum() for pair in (0, 2)}
+    plain = {pair: slots().energy[slots().pair == pair].sum() for pair in (0, 2)}
+    assert energy[0] > 1000 * plain[0]
+    assert energy[2] < 1000 * energy[0] / 1e3
+    assert slots(MADE + shared).pair[0] == 0
