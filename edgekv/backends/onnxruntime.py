@@ -31,7 +31,7 @@ from edgekv.errors import BackendError, InputError, UnsupportedError
 from edgekv.host.memory import is_small_machine, release_file
 from edgekv.host.threads import default_threads
 from edgekv.models.onnx.folder import DATA, GRAPH
-from edgekv.models.onnx.manifest import WINDOW_SLACK, check_folder
+from edgekv.models.onnx.manifest import WINDOW_SLACK, LayerRecord, check_folder
 from edgekv.source import Array
 
 OLDEST = (1, 29)  # 1.26 has no Cos of float64 and gives other logits for quantized GQA
@@ -102,7 +102,7 @@ class OnnxBackend(Backend):
         self._cache = self._allocate()
         self._ones = np.ones((1, self.n_ctx), np.int64)
         self._n_bound = 0
-        self.n_past = 0
+        self.n_past = self._n_written = 0
 
     def prefill(self, tokens: Sequence[int]) -> Array:
         require_room(self, len(tokens))
@@ -121,10 +121,19 @@ class OnnxBackend(Backend):
 
     def trim(self, n_past: int) -> None:
         assert 0 <= n_past <= self.n_past, (n_past, self.n_past)
-        windows = {layer.window for layer in self._caches if layer.window}
-        if any(_n_evicted(window, n_past) != _n_evicted(window, self.n_past) for window in windows):
+        if any(self._has_lost(layer, n_past) for layer in set(self._caches)):
             n_past = 0
         self.n_past = n_past
+        if not n_past:
+            self._n_written = 0
+
+    def _has_lost(self, layer: LayerRecord, n_past: int) -> bool:
+        """Whether a layer has let go of rows that a token behind `n_past` others looks at."""
+        if not layer.window:
+            return False
+        if layer.kind == "MLA":  # a ring: what was written last is where the oldest rows were
+            return self._n_written > layer.slots(self.n_ctx) and self._n_written - n_past > WINDOW_SLACK
+        return _n_evicted(layer.window, n_past) != _n_evicted(layer.window, self.n_past)
 
     def layout(self) -> Layout:
         if any(layer.window for layer in self._caches):
@@ -171,7 +180,7 @@ class OnnxBackend(Backend):
                 name = entry.name.removeprefix(_PAST)
                 layer = self._caches[_layer(name)]
                 # The node wants a whole window; slots behind n_ctx are never written and take no memory.
-                n_slots = max(layer.slots(self.n_ctx), layer.window)
+                n_slots = max(layer.slots(self.n_ctx), layer.window if layer.kind == "GQA" else 0)
                 shape = [size if isinstance(size, int) else n_slots for size in entry.shape]
                 arrays[name] = _slots(shape, _ELEMENT_TYPES[entry.type], small)
         return arrays
@@ -205,6 +214,7 @@ class OnnxBackend(Backend):
                 f"onnxruntime failed at token {self.n_past} of {self.n_ctx}: {error}"
             ) from error
         self.n_past = total
+        self._n_written = max(self._n_written, total)
         return logits.reshape(n_logits, -1)
 
     def _bind_cache(self, total: int) -> None:
@@ -212,8 +222,10 @@ class OnnxBackend(Backend):
         slots = min(-(-total // SLOT_STEP) * SLOT_STEP, self.n_ctx) if self._has_latents else self.n_ctx
         if slots != self._n_bound:
             for name, array in self._cache.items():
-                is_latent = self._caches[_layer(name)].kind == "MLA"
-                shape = (1, array.shape[1], slots if is_latent else array.shape[2], array.shape[3])
+                n_slots = array.shape[2]
+                if self._caches[_layer(name)].kind == "MLA":
+                    n_slots = min(slots, n_slots)
+                shape = (1, array.shape[1], n_slots, array.shape[3])
                 self._bind(_PAST + name, array, shape)
                 self._binding.bind_output(
                     _PRESENT + name, "cpu", 0, array.dtype.type, shape, array.ctypes.data

@@ -77,7 +77,7 @@ def _attentions(
             grouped = grouped or GroupedInputs(g, position_ids, spec.context_length)
             found[attention] = GroupedAttention(g, attention, spec.norm_eps, grouped)
         else:
-            latent = latent or LatentInputs(g, mask, position_ids)
+            latent = latent or LatentInputs(g, mask, position_ids, spec.context_length)
             kind = Int8LatentAttention if cache == "int8" else LatentAttention
             found[attention] = kind(g, attention, spec.norm_eps, latent)
     return [found[layer.attention] for layer in spec.layers]

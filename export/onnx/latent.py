@@ -3,7 +3,7 @@
 A layer caches one row of W = R + P values per token. `TensorScatter` writes new rows into the slots their
 positions name, in place where the caller binds the past and the present to the same memory, and one matrix
 product with all heads as rows reads each cached row once. Slots behind the last token are masked, so that
-cache_length may be any number of slots from there on.
+cache_length may be any number of slots from there on. A layer with a window writes into a ring of slots of its own.
 """
 
 from __future__ import annotations
@@ -14,39 +14,47 @@ from edgekv.export.onnx.attention import CACHE_LENGTH, rotate, rotation
 from edgekv.export.onnx.encoded import encoded_queries_and_row
 from edgekv.export.onnx.graph import GraphWriter, Value
 from edgekv.export.onnx.weights import Bits, linear
+from edgekv.models.onnx.manifest import ring_window
 from edgekv.reference.model import BlockWeights
 from edgekv.spec import MLA, RopeSpec
 
+ALL = 2**31  # behind any end
 TINY = 1e-30  # keeps the scale of an all-zero row from being zero
 
 
 class LatentInputs:
     """What latent layers share, each part added to the graph when a layer first asks for it."""
 
-    def __init__(self, g: GraphWriter, mask: Value, position_ids: Value) -> None:
+    def __init__(self, g: GraphWriter, mask: Value, position_ids: Value, context_length: int) -> None:
         self._g, self._mask = g, mask
-        self.position_ids = position_ids
+        self.position_ids, self.context_length = position_ids, context_length
         self._positions = g.op("Reshape", position_ids, g.ints(-1))
         self.write_index = g.op(
             "Slice", self._positions, g.ints(0), g.ints(1), g.ints(0)
         )  # (1,): first new slot
-        n_slots = g.op("Squeeze", g.op("Shape", mask, start=1, end=2), g.ints(0))
-        zero, one = g.constant(np.array(0, np.int64)), g.constant(np.array(1, np.int64))
-        self._slots = g.op("Range", zero, n_slots, one)  # (S,)
         self._masks: dict[int, Value] = {}
         self._tables: dict[RopeSpec, tuple[Value, Value]] = {}
-        self._shapes: dict[int, Value] = {}
+        self._shapes: dict[tuple[int, int], Value] = {}
 
-    def mask(self, window: int) -> Value:
-        """(T, S): 0 where a token may look, -inf at later slots, before its window and where attention_mask has a 0."""
+    def mask(self, window: int, past: Value) -> Value:
+        """(T, S): 0 where a token may look in a cache (1, 1, S, W), -inf elsewhere.
+
+        Where there is a window, the slots are a ring: slot s holds the last position that is s modulo S.
+        """
         if window not in self._masks:
             g = self._g
-            positions = g.op("Unsqueeze", self._positions, g.ints(1))
-            seen = g.op("LessOrEqual", self._slots, positions)
-            seen = g.op("And", seen, g.op("Greater", self._mask, g.constant(np.array(0, np.int64))))
+            zero, one = g.constant(np.array(0, np.int64)), g.constant(np.array(1, np.int64))
+            n_slots = g.op("Squeeze", g.op("Shape", past, start=2, end=3), g.ints(0))
+            slots = g.op("Range", zero, n_slots, one)  # (S,)
+            positions = g.op("Unsqueeze", self._positions, g.ints(1))  # (T, 1)
             if window:
-                first = g.op("Sub", positions, g.ints(window))
-                seen = g.op("And", seen, g.op("Greater", self._slots, first))
+                last = g.op("Slice", self._positions, g.ints(-1), g.ints(ALL), g.ints(0))  # (1,)
+                slots = g.op("Sub", last, g.op("Mod", g.op("Sub", last, slots), n_slots))
+                seen = g.op("Greater", slots, g.op("Sub", positions, g.ints(window)))
+                seen = g.op("And", seen, g.op("GreaterOrEqual", slots, zero))
+            else:
+                seen = g.op("Greater", self._mask, zero)
+            seen = g.op("And", seen, g.op("LessOrEqual", slots, positions))
             self._masks[window] = g.op("Where", seen, g.scalar(0.0), g.scalar(-np.inf))
         return self._masks[window]
 
@@ -56,12 +64,14 @@ class LatentInputs:
             self._tables[rope] = rotation(self._g, self.position_ids, rope)
         return self._tables[rope]
 
-    def score_shape(self, n_heads: int) -> Value:
-        """(H, T, S)."""
-        if n_heads not in self._shapes:
+    def score_shape(self, n_heads: int, window: int) -> Value:
+        """(H, T, S), once there is a mask for the window."""
+        if (n_heads, window) not in self._shapes:
             g = self._g
-            self._shapes[n_heads] = g.op("Concat", g.ints(n_heads), g.op("Shape", self.mask(0)), axis=0)
-        return self._shapes[n_heads]
+            self._shapes[n_heads, window] = g.op(
+                "Concat", g.ints(n_heads), g.op("Shape", self._masks[window]), axis=0
+            )
+        return self._shapes[n_heads, window]
 
 
 class LatentAttention:
@@ -69,8 +79,13 @@ class LatentAttention:
 
     def __init__(self, g: GraphWriter, spec: MLA, eps: float, inputs: LatentInputs) -> None:
         self._g, self._spec, self._eps, self._inputs = g, spec, eps, inputs
-        self._mask = inputs.mask(spec.window)  # (T, S)
-        self._score_shape = inputs.score_shape(spec.n_heads)
+        self._window = ring_window(spec, inputs.context_length)
+        self._mask: Value | None = None  # (T, S), once a cache says how many slots there are
+
+    def _look_at(self, past: Value) -> None:
+        """Make what depends on the number of slots of a cache (1, 1, S, W)."""
+        self._mask = self._inputs.mask(self._window, past)
+        self._score_shape = self._inputs.score_shape(self._spec.n_heads, self._window)
 
     def add(self, x: Value, w: BlockWeights, layer: int, bits: Bits) -> Value:
         g, spec, name = self._g, self._spec, f"layers.{layer}.attn"
@@ -155,9 +170,12 @@ class LatentAttention:
     def _store(self, name: str, new: Value, dtype: type[np.generic], width: int) -> Value:
         """Write new (1, 1, T, width) into a cache tensor; all its slots (1, 1, S, width)."""
         g = self._g
-        shape = (1, 1, CACHE_LENGTH, width)
+        shape = (1, 1, f"slots_of_window_{self._window}" if self._window else CACHE_LENGTH, width)
         past = g.input(f"past_key_values.{name}", dtype, shape)
-        rows = g.op("TensorScatter", past, new, self._inputs.write_index, axis=2)
+        if self._mask is None:
+            self._look_at(past)
+        mode = "circular" if self._window else "linear"
+        rows = g.op("TensorScatter", past, new, self._inputs.write_index, axis=2, mode=mode)
         return g.output(rows, f"present.{name}", dtype, shape)
 
 
@@ -175,10 +193,13 @@ class Int8LatentAttention(LatentAttention):
         super().__init__(g, spec, eps, inputs)
         self._zero_point = g.constant(np.array(128, np.uint8))
         self._one = g.scalar(1.0)
-        n_slots = g.op("Shape", self._mask, start=1)
-        self._zero_points = g.op("Expand", self._zero_point, n_slots)
         n_tokens = g.op("Size", inputs.position_ids)
         self._is_one_token = g.op("Equal", n_tokens, g.constant(np.array(1, np.int64)))
+
+    def _look_at(self, past: Value) -> None:
+        super()._look_at(past)
+        n_slots = self._g.op("Shape", self._mask, start=1)
+        self._zero_points = self._g.op("Expand", self._zero_point, n_slots)
 
     def _attend(self, queries: Value, row: Value, layer: int) -> Value:
         g, width = self._g, self._spec.cache_values

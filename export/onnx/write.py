@@ -141,8 +141,9 @@ def _record(source: TensorSource, options: OnnxOptions, weights_nbytes: int) -> 
 
 
 def _cached(attention: AttentionSpec, cache: LatentCache, context_length: int) -> LayerRecord:
+    window = ring_window(attention, context_length)
     if isinstance(attention, GQA):
-        return LayerRecord("GQA", attention.kv_bytes_per_token("f32"), ring_window(attention, context_length))
+        return LayerRecord("GQA", attention.kv_bytes_per_token("f32"), window)
     if cache == "int8":
-        return LayerRecord("MLA", attention.cache_values + SCALE_NBYTES)
-    return LayerRecord("MLA", attention.kv_bytes_per_token("f32"))
+        return LayerRecord("MLA", attention.cache_values + SCALE_NBYTES, window)
+    return LayerRecord("MLA", attention.kv_bytes_per_token("f32"), window)

@@ -64,7 +64,7 @@ class Layer:
             if isinstance(self.attention, GQA):
                 nodes = GroupedAttention(g, self.attention, EPS, GroupedInputs(g, positions, N_CTX))
             else:
-                nodes = LatentAttention(g, self.attention, EPS, LatentInputs(g, mask, positions))
+                nodes = LatentAttention(g, self.attention, EPS, LatentInputs(g, mask, positions, N_CTX))
             y = nodes.add(x, dict(self.weights), 0, 32)
             g.output(y, "y", np.float32, (1, "sequence_length", self.dim), first=True)
         g.save(folder / "graph", {})

@@ -108,7 +108,6 @@ def observe(w: BlockWeights, job: LayerJob, states: Array) -> Seen:
         moment=_centered(moment / (n * length), total / (n * length), center),
         mixed_moment=_mixed_moment(views, made - center.astype(np.float32)),
         center=center,
-        distances=_distances(views),
         output_scale=float(np.sqrt(energy / (len(job.judged) * length) / h)),
     )
     return Seen(stats, queries, made, mixed, energy, views)
@@ -230,13 +229,3 @@ def advance(
 
     job.workers.each(share, job.n_windows)
     return states
-
-
-def _distances(views: dict[int, View]) -> NDArray[np.float64]:
-    """How far back attention looks: its share by distance, (T,)."""
-    some = next(iter(views.values())).attention.shape[-1]
-    total = np.zeros(some)
-    for view in views.values():
-        mean = view.attention.mean(axis=0)
-        total += [np.trace(mean, -d) for d in range(some)]
-    return np.asarray(total / total.sum())

@@ -20,7 +20,7 @@ from edgekv.errors import ModelFileError
 from edgekv.models.identity import ModelIdentity
 from edgekv.models.onnx.external_data import check_external_data
 from edgekv.models.onnx.folder import DATA, GRAPH, MANIFEST, VOCABULARY
-from edgekv.spec import GQA
+from edgekv.spec import AttentionSpec
 
 VERSION = 2  # 1 has no `layers`
 # Slots behind a window: rows move to the front only when they are full, and as many tokens can be taken back.
@@ -80,7 +80,7 @@ class ModelRecord(Document, frozen=True):
         return self.layers or (LayerRecord(kind, self.cache_nbytes // self.n_layers),) * self.n_layers
 
 
-def ring_window(attention: GQA, context_length: int) -> int:
+def ring_window(attention: AttentionSpec, context_length: int) -> int:
     """The window of a layer whose cache lets go of what is behind it; 0 for a layer that keeps everything."""
     return attention.window if attention.window < context_length else 0
 

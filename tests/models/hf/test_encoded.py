@@ -14,6 +14,7 @@ from edgekv.convert.encoded.layers import EncodedTarget, convert_encoded
 from edgekv.export.gguf.write import write_gguf
 from edgekv.export.onnx.write import OnnxOptions, write_onnx
 from edgekv.models.gguf.own import SUFFIX
+from edgekv.models.onnx.manifest import WINDOW_SLACK
 from edgekv.models.open import open_model
 from edgekv.reference.ops import kl_rows, log_softmax
 from edgekv.source import TensorSource
@@ -80,4 +81,37 @@ def test_onnxruntime_gives_the_reference(zoo: Zoo, name: str, tmp_path: Path) ->
             if cache == "f32"
             else small.spec.cache_values + 4 * small.spec.n_layers
         )
+        engine.close()
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_windows_are_rings(zoo: Zoo, name: str, tmp_path: Path) -> None:
+    """The reference keeps every token; windows here hold 24 of 240. What is trimmed is there, or nothing is."""
+    tokens = np.random.default_rng(4).integers(0, N_VOCAB, 240)
+    spill = tmp_path / "spill"
+    spill.mkdir()
+    small = encoded(open_model(zoo.folder(name)), 0.75, None, spill)
+    write_onnx(small, tmp_path / "out", OnnxOptions("f32"), False, lambda *_: None)
+    engine = OnnxBackend(tmp_path / "out", n_ctx=240, n_threads=1)
+    local = sum(bool(layer.attention.window) for layer in small.spec.layers)
+    kept = local * (24 + WINDOW_SLACK) + (small.spec.n_layers - local) * 240
+    assert engine.cache_nbytes() == kept * small.spec.kv_bytes_per_token("f32") / small.spec.n_layers
+    wanted = log_softmax(ReferenceBackend(small, 240).prefill_all(tokens.tolist()))
+
+    def lost(start: int, given: np.ndarray) -> float:
+        rows = wanted[start : start + len(given)]
+        return float(np.abs(kl_rows(rows, log_softmax(given))).max())
+
+    assert lost(0, engine.prefill_all(tokens[:200].tolist())) <= 1e-6
+    assert lost(200, np.stack([engine.decode(token) for token in tokens[200:].tolist()])) <= 1e-6
+    for back_to, left in ((240 - WINDOW_SLACK, 240 - WINDOW_SLACK), (180, 180), (100, 0)):
+        engine.trim(back_to)
+        assert engine.n_past == left
+        assert lost(left, engine.prefill_all(tokens[left : left + 30].tolist())) <= 1e-6
+    engine.trim(0)
+    assert lost(0, engine.prefill_all(tokens.tolist())) <= 1e-6
+    engine.close()
+    for n_ctx in (23, 24, 30, 88, 89):
+        engine = OnnxBackend(tmp_path / "out", n_ctx=n_ctx, n_threads=1)
+        assert lost(0, engine.prefill_all(tokens[:n_ctx].tolist())) <= 1e-6
         engine.close()
