@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from edgekv.convert.encoded.layers import EncodedTarget, convert_encoded, require_gqa
 from edgekv.convert.layers import LayerLoss
 from edgekv.convert.target import SIMD_STEP
 from edgekv.errors import InputError
 from edgekv.export.gguf.write import WEIGHT_TYPES, write_gguf
+from edgekv.export.onnx.weights import Weights
 from edgekv.export.onnx.write import OnnxOptions, write_onnx
 from edgekv.files import check_output, check_output_folder
 from edgekv.models.gguf.own import SUFFIX
@@ -84,9 +85,8 @@ def write_encoded(converted: TensorSource, request: ConvertRequest, notes: Metad
     if request.output.suffix == SUFFIX:
         write_gguf(converted, request.output, request.weights, notes, request.force, progress("writing"))
         return request.output.stat().st_size
-    weights = "int4" if request.weights == KEEP else request.weights
-    assert weights in ("f32", "int8", "int4"), "checked before"
-    options = OnnxOptions(weights, request.cache_type)
+    weights: dict[str, Weights] = {KEEP: "int4", "int4": "int4", "int8": "int8", "f32": "f32"}
+    options = OnnxOptions(weights[request.weights], request.cache_type)
     write_onnx(converted, request.output, options, request.force, progress("exporting"))
     return sum(path.stat().st_size for path in request.output.iterdir())
 
@@ -150,7 +150,7 @@ def _check_options(request: ConvertRequest) -> None:
             raise InputError(
                 f"{option} is for GGUF files; leave it out, or write to a name that ends in .gguf"
             )
-    known = ("f32", "int8", "int4") if folder else tuple(WEIGHT_TYPES)
+    known = get_args(Weights) if folder else tuple(WEIGHT_TYPES)
     if request.weights not in (KEEP, *known):
         what = "an ONNX folder" if folder else f"an {SUFFIX} file"
         raise InputError(f"{name} is {what}, whose --weights are {', '.join((KEEP, *known))}")
