@@ -13,6 +13,7 @@ from edgekv.convert.latent import DISTANCE, joint_latent, weighted_values
 from edgekv.convert.rope_key import RopeKey
 from edgekv.reference.ops import inverse_frequencies
 from edgekv.rewrite.linalg import Matrix, sqrt_and_inverse
+from edgekv.rewrite.rope_pairs import Complex
 from edgekv.source import Array
 from edgekv.spec import GQA, MLA, Encoder, RopeSpec
 
@@ -26,13 +27,15 @@ SPLIT_STEP = 8  # dims between the rope keys that are tried
 class Stats:
     """What calibration saw of one layer, [k; v] standing for the 2 * G * K keys and values of a token.
 
-    queries (H, K, K): E[q q^T] of each head. moment, mixed_moment: E[z z^T] of z = [k; v] less `center`, and the same
-    mixed by a head's attention, averaged over heads. center: the keys' means; zero for values, because the sink's are
-    near zero and centring would spend rank on it. output_scale: root mean square norm of one head's share of the
-    attention's output.
+    queries (H, K, K): E[q q^T] of each head. keys (K/2, G, G): covariances of rotated keys on each pair, as
+    edgekv.convert.encoded.rope_slots.key_covariances has them. moment, mixed_moment: E[z z^T] of z = [k; v] less
+    `center`, and the same mixed by a head's attention, averaged over heads. center: the keys' means; zero for values,
+    because the sink's are near zero and centring would spend rank on it. output_scale: root mean square norm of one
+    head's share of the attention's output.
     """
 
     queries: Matrix
+    keys: Complex
     moment: Matrix
     mixed_moment: Matrix
     center: Matrix
@@ -63,8 +66,7 @@ def find_maps(stats: Stats, w_o: Array, gqa: GQA, source: GQA, width: int, rope_
     w_o (D, H * K). `gqa` is `source` behind biases, norms and order of dims (edgekv.convert.encoded.heads).
     """
     held, held_far = (_without_rope(gqa, distance) for distance in (DISTANCE, FAR))
-    moment = stats.moment + np.outer(stats.center, stats.center)
-    slots = find_slots(stats.queries, moment, stats.center, gqa, np.square(held_far))
+    slots = find_slots(stats.queries, stats.keys, gqa, np.square(held_far))
     of_scores = stats.output_scale * gqa.score_scale
     readers = _roots(stats.queries, gqa)
     values = _weighted_values(w_o, gqa)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from edgekv.convert.encoded.heads import HeadOrder, make_heads
 from edgekv.convert.encoded.maps import Maps, Stats
+from edgekv.convert.encoded.rope_slots import key_covariances
 from edgekv.convert.one_window import PROBE_TOKENS, View
 from edgekv.convert.output_fit import HELD_OUT, Moments
 from edgekv.convert.query_fit import Probe, rotate_rope_part
@@ -20,6 +21,7 @@ from edgekv.convert.workers import Workers
 from edgekv.reference.attention import attend
 from edgekv.reference.model import BlockWeights, behind_attention
 from edgekv.reference.ops import apply_rope, per_head, rms_norm, softcap
+from edgekv.rewrite.rope_pairs import Complex
 from edgekv.source import Array
 from edgekv.spec import GQA, ModelSpec
 
@@ -105,6 +107,7 @@ def observe(w: BlockWeights, job: LayerJob, states: Array) -> Seen:
     energy = float(np.sum((w_o @ gram) * w_o))
     stats = Stats(
         queries=of_queries / (n * length),
+        keys=_key_covariances(views, made, gqa),
         moment=_centered(moment / (n * length), total / (n * length), center),
         mixed_moment=_mixed_moment(views, made - center.astype(np.float32)),
         center=center,
@@ -165,6 +168,15 @@ def _mixed_moment(views: dict[int, View], made: Array) -> NDArray[np.float64]:
         pairs = (view.attention.swapaxes(1, 2) @ view.attention).mean(axis=0)  # E_h[p_h^T p_h], (S, S)
         total += made[i, :seen].T @ pairs @ made[i, :seen] / np.float32(seen)
     return total / len(views)
+
+
+def _key_covariances(views: dict[int, View], made: Array, gqa: GQA) -> Complex:
+    found = []
+    for i, view in views.items():
+        keys, _ = _split_rows(made[i, : view.attention.shape[-1]], gqa)
+        pairs = np.ascontiguousarray(keys.swapaxes(0, 1)).view(np.complex64)  # (S, G, K/2)
+        found.append(key_covariances(pairs, view.attention))
+    return np.asarray(sum(found) / len(found))
 
 
 def cached_rows(made: Array, maps: Maps) -> Array:

@@ -6,8 +6,11 @@ component that turns slowly can as well live in the latent, which knows no RoPE;
 components are taken by the energy that the scores would lose without them, and the split is where rope key and latent
 together lose least.
 
-What all tokens share of a key adds the same to all scores of a query as long as the pair hardly turns, and softmax
-does not see it: it counts only as far as it turns (Qwen2.5's key biases are tens of times what varies).
+Scores that are off by the same for all tokens cost nothing, and those of tokens that nobody attends to cost little.
+So energy is the variance of rotated keys as attention weighs them, within each query: the first token, which takes
+most of the attention, counts as much as it should, and what all tokens share of a key only as far as it turns
+(Qwen2.5's key biases are tens of times what varies). Half of it is the variance over all tokens alike, for text that
+attends otherwise.
 """
 
 from __future__ import annotations
@@ -21,9 +24,8 @@ from edgekv.convert.rope_key import RopeKey, query_map
 from edgekv.reference.ops import inverse_frequencies
 from edgekv.rewrite.linalg import Matrix
 from edgekv.rewrite.rope_pairs import Complex, to_complex, to_pairs
+from edgekv.source import Array
 from edgekv.spec import GQA
-
-STEADY = 256.0  # tokens over which what keys share has to stand still to go unseen
 
 
 @dataclass(frozen=True)
@@ -71,30 +73,41 @@ def key_rows(gqa: GQA) -> Matrix:
     return np.eye(width, 2 * width).reshape(gqa.n_kv_heads, gqa.head_dim, -1)
 
 
-def find_slots(
-    queries: Matrix, moment: Matrix, mean: Matrix, gqa: GQA, held: NDArray[np.float64]
-) -> RopeSlots:
+def find_slots(queries: Matrix, covariances: Complex, gqa: GQA, held: NDArray[np.float64]) -> RopeSlots:
     """The components of one layer.
 
-    queries (H, K, K): second moments of each head's query. moment (2 * G * K,) * 2 and mean (2 * G * K,): of [k; v].
+    queries (H, K, K): second moments of each head's query. covariances (K/2, G, G): of the keys on each pair.
     held (K/2,): the share of a key's energy on each pair that a latent without RoPE can hold.
     """
     g, pairs = gqa.n_kv_heads, gqa.head_dim // 2
     energy = np.einsum("hkk->hk", queries).reshape(gqa.n_heads, pairs, 2).sum(axis=-1)
     weight = np.sqrt(energy.reshape(g, -1, pairs).sum(axis=1) + 1e-12)  # (G, K/2)
     keys = to_complex(key_rows(gqa))
-    seen = to_complex(key_rows(gqa) @ moment)
-    shared = keys @ mean  # (G, K/2)
-    unseen = np.square(np.sinc(inverse_frequencies(gqa.rope) * STEADY / (2 * np.pi)))
     found = []
     for j in range(pairs):
-        covariance = seen[:, j] @ keys[:, j].conj().T - unseen[j] * np.outer(
-            shared[:, j], shared[:, j].conj()
-        )
-        values, vectors = np.linalg.eigh(covariance * np.outer(weight[:, j], weight[:, j]))
+        values, vectors = np.linalg.eigh(covariances[j] * np.outer(weight[:, j], weight[:, j]))
         for value, vector in zip(np.maximum(values, 0.0), vectors.T, strict=True):
             encoder = vector.conj() @ (keys[:, j] * weight[:, j, None])
             found.append((j, value * (1 - held[j]), value, encoder, vector / weight[:, j]))
     found.sort(key=lambda slot: -slot[1])
     pair, need, energy, encoders, mixing = (np.array(column) for column in zip(*found, strict=True))
     return RopeSlots(pair, need, energy, encoders, mixing)
+
+
+def key_covariances(keys: Complex, attention: Array) -> Complex:
+    """(K/2, G, G): covariances of rotated keys (S, G, K/2), half as attention (H, T, S) weighs them, half evenly.
+
+    As attention weighs them: within each query, averaged over queries and heads.
+    """
+    n_heads, n_queries, n_keys = attention.shape
+    by_pair = keys.transpose(2, 1, 0)  # (K/2, G, S)
+    received = attention.mean(axis=(0, 1))  # (S,)
+    mixed = attention.reshape(-1, n_keys) @ keys.reshape(n_keys, -1)  # (H * T, G * K/2)
+    mixed = mixed.reshape(n_heads * n_queries, *keys.shape[1:]).transpose(2, 1, 0)
+    attended = (by_pair * received) @ _adjoint(by_pair) - mixed @ _adjoint(mixed) / mixed.shape[-1]
+    centered = by_pair - by_pair.mean(axis=-1, keepdims=True)
+    return np.asarray(0.5 * (attended + centered @ _adjoint(centered) / n_keys), np.complex128)
+
+
+def _adjoint(matrices: Complex) -> Complex:
+    return np.asarray(matrices.conj().swapaxes(-2, -1))

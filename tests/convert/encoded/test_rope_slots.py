@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgekv.convert.encoded.heads import rope_at
-from edgekv.convert.encoded.rope_slots import RopeSlots, find_slots
+from edgekv.convert.encoded.rope_slots import RopeSlots, find_slots, key_covariances
 from edgekv.reference.ops import apply_rope
 from edgekv.spec import GQA
 
@@ -20,8 +20,17 @@ MADE = RNG.standard_normal((300, 2 * G * K)) @ RNG.standard_normal((2 * G * K,) 
 MOMENTS = np.einsum("thk,thl->hkl", QUERIES, QUERIES) / 300
 
 
+EVENLY = np.tri(300) / np.arange(1, 301)[:, None]
+
+
+def covariances(made: np.ndarray, attention: np.ndarray = EVENLY) -> np.ndarray:
+    keys = apply_rope(made[:, : G * K].reshape(-1, G, K).astype(np.float32), np.arange(len(made)), GQA_.rope)
+    pairs = keys[..., 0::2] + 1j * keys[..., 1::2]
+    return key_covariances(pairs, np.broadcast_to(attention, (H, *attention.shape)).astype(np.float32))
+
+
 def slots(made: np.ndarray = MADE) -> RopeSlots:
-    return find_slots(MOMENTS, made.T @ made / len(made), made.mean(axis=0), GQA_, HELD)
+    return find_slots(MOMENTS, covariances(made), GQA_, HELD)
 
 
 @pytest.mark.parametrize("n", [0, 3, 8])
@@ -61,9 +70,23 @@ def test_what_no_latent_holds_comes_first() -> None:
 
 def test_what_tokens_share_counts_where_it_turns() -> None:
     shared = np.zeros(2 * G * K)
-    shared[[0, 4]] = 1000.0  # on the fastest pair and on the slow one
-    energy = {pair: slots(MADE + shared).energy[slots(MADE + shared).pair == pair].sum() for pair in (0, 2)}
-    plain = {pair: slots().energy[slots().pair == pair].sum() for pair in (0, 2)}
-    assert energy[0] > 1000 * plain[0]
-    assert energy[2] < 1000 * energy[0] / 1e3
-    assert slots(MADE + shared).pair[0] == 0
+    shared[[0, 6]] = 1000.0  # on the fastest pair, and on the one that stands still
+    with_shared, without = covariances(MADE + shared), covariances(MADE)
+    assert with_shared[0, 0, 0].real > 1000 * without[0, 0, 0].real
+    np.testing.assert_allclose(with_shared[3], without[3], rtol=1e-2, atol=0.1)
+
+
+def test_a_token_that_takes_the_attention_counts() -> None:
+    """The variance within each query, written out; a sink of which there is one in 300 shows in it."""
+    made = MADE.copy()
+    made[0] *= 30
+    attention = np.full((300, 300), 0.3 / 300)
+    attention[:, 0] += 0.7
+    keys = apply_rope(made[:, : G * K].reshape(-1, G, K).astype(np.float32), np.arange(300), GQA_.rope)
+    pair = keys[..., 2] + 1j * keys[..., 3]  # (S, G)
+    off = pair - attention[0] @ pair
+    attended = np.einsum("s,sg,sf->gf", attention[0], off, off.conj())
+    evenly = np.einsum("sg,sf->gf", pair - pair.mean(0), (pair - pair.mean(0)).conj()) / 300
+    found = covariances(made, attention)
+    np.testing.assert_allclose(found[1], 0.5 * (attended + evenly), rtol=1e-2)
+    assert np.trace(attended).real > 10 * np.trace(evenly).real
