@@ -124,11 +124,12 @@ def _without_rope(gqa: GQA, distance: float) -> Matrix:
 
 
 def _split(slots: RopeSlots, width: int, rope_dim: int | None, lost: Callable[[int], float]) -> int:
-    """How many slots the rope key gets."""
+    """How many slots the rope key gets: one for each pair at least, where that leaves half of the row to the latent."""
     most = min(slots.turning, (width - 1) // 2)
     if rope_dim is not None:
         return min(rope_dim // 2, most)
-    return min(range(0, most + 1, SPLIT_STEP // 2), key=lost)
+    least = min(slots.firsts, most) if width >= 4 * slots.firsts else 0
+    return min(range(least, most + 1, SPLIT_STEP // 2), key=lost)
 
 
 def _roots(queries: Matrix, gqa: GQA) -> Matrix:

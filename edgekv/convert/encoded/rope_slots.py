@@ -30,12 +30,14 @@ from edgekv.spec import GQA
 
 @dataclass(frozen=True)
 class RopeSlots:
-    """All G * K/2 components, those that a rope key needs most first.
+    """All G * K/2 components: the first of each pair that turns, by how much a rope key needs them, then the others.
 
-    pair (n,): the frequency's index. need (n,): weighted energy that no latent can hold. energy (n,): all of it.
-    encoder (n, 2 * G * K) and mixing (n, G): key g ~ mixing * (encoder @ [k; v]).
+    firsts: how many are the first of their pair. pair (n,): the frequency's index. need (n,): weighted energy that no
+    latent can hold. energy (n,): all of it. encoder (n, 2 * G * K) and mixing (n, G): key g ~ mixing * (encoder @
+    [k; v]).
     """
 
+    firsts: int
     pair: NDArray[np.int64]
     need: NDArray[np.float64]
     energy: NDArray[np.float64]
@@ -86,12 +88,15 @@ def find_slots(queries: Matrix, covariances: Complex, gqa: GQA, held: NDArray[np
     found = []
     for j in range(pairs):
         values, vectors = np.linalg.eigh(covariances[j] * np.outer(weight[:, j], weight[:, j]))
-        for value, vector in zip(np.maximum(values, 0.0), vectors.T, strict=True):
+        for order, (value, vector) in enumerate(
+            zip(np.maximum(values, 0.0)[::-1], vectors.T[::-1], strict=True)
+        ):
             encoder = vector.conj() @ (keys[:, j] * weight[:, j, None])
-            found.append((j, value * (1 - held[j]), value, encoder, vector / weight[:, j]))
-    found.sort(key=lambda slot: -slot[1])
-    pair, need, energy, encoders, mixing = (np.array(column) for column in zip(*found, strict=True))
-    return RopeSlots(pair, need, energy, encoders, mixing)
+            further = order > 0 or held[j] == 1
+            found.append((further, j, value * (1 - held[j]), value, encoder, vector / weight[:, j]))
+    found.sort(key=lambda slot: (slot[0], -slot[2]))
+    further, pair, need, energy, encoders, mixing = (np.array(column) for column in zip(*found, strict=True))
+    return RopeSlots(int((~further).sum()), pair, need, energy, encoders, mixing)
 
 
 def key_covariances(keys: Complex, attention: Array) -> Complex:

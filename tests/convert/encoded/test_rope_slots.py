@@ -58,9 +58,12 @@ def test_rope_key_and_leftover_are_the_key(n: int) -> None:
         assert key.kept == pytest.approx(1)
 
 
-def test_what_no_latent_holds_comes_first() -> None:
+def test_every_pair_that_turns_then_what_no_latent_holds() -> None:
     found = slots()
-    assert (np.diff(found.need) <= 0).all()
+    assert found.firsts == 3
+    assert sorted(found.pair[:3]) == [0, 1, 2], "one of each pair that turns comes first"
+    for part in (found.need[:3], found.need[3:]):
+        assert (np.diff(part) <= 0).all()
     assert found.turning == 6, "what does not turn needs no rope key"
     assert set(found.pair[-2:]) == {3}
     assert found.unheld(0) == pytest.approx(found.need.sum())
