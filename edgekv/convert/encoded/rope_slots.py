@@ -1,10 +1,11 @@
 """Rope key of several components per frequency, and the split of a cached row between it and the latent.
 
 At each frequency the keys of all KV heads are a complex vector, and its principal components, weighted by the energy
-of the queries that read them, are what a rope key can hold of it (edgekv.convert.rope_key has one for each). A
-component that turns slowly can as well live in the latent, which knows no RoPE; one that turns fast cannot. So
-components are taken by the energy that the scores would lose without them, and the split is where rope key and latent
-together lose least.
+of the queries that read them, are what a rope key can hold of it (edgekv.convert.rope_key has one for each).
+Components are taken by the energy that the scores would lose without them, and the split is where rope key and latent
+together lose least. In theory a component that turns slowly can as well live in the latent, which knows no RoPE.
+Measured it cannot: 128+64 values of SmolLM2-135M lost KL 0.91 by that order, and 0.37 with one component of each
+frequency first, which is therefore the rule.
 
 Scores that are off by the same for all tokens cost nothing, and those of tokens that nobody attends to cost little.
 So energy is the variance of rotated keys as attention weighs them, within each query: the first token, which takes
