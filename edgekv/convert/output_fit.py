@@ -52,7 +52,7 @@ def _per_block(rows: Matrix, v_b: Matrix) -> Matrix:
 
 
 def fit_outputs(
-    seen: Moments, held_out: Moments, elsewhere: Moments, start: Matrix, value_dim: int
+    seen: Moments, held_out: Moments, elsewhere: Moments | None, start: Matrix, value_dim: int
 ) -> tuple[Array, Array]:
     """v_b (H, V, R) and W_o (D, H, V) for features of H * R mixed latents and start (D, H, R)."""
     d, h, r = start.shape
@@ -67,7 +67,8 @@ def fit_outputs(
         top = vectors[:, ::-1][:, :value_dim]
         w_o[:, i, : top.shape[1]] = weighted @ top
         v_b[i, : top.shape[1]] = top.T @ inverse_root
-    refitted = fit_towards(w_o.reshape(d, -1), *(part.behind(v_b) for part in (seen, held_out, elsewhere)))
+    beyond = elsewhere.behind(v_b) if elsewhere is not None else None
+    refitted = fit_towards(w_o.reshape(d, -1), seen.behind(v_b), held_out.behind(v_b), beyond)
     return v_b.astype(np.float32), refitted.reshape(d, h, value_dim).astype(np.float32)
 
 

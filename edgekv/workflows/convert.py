@@ -190,7 +190,7 @@ def _encoded(source: TensorSource, request: ConvertRequest, progress: Stages) ->
         notes=notes,
         layers=tuple(losses),
         comparison=None,
-        max_kl=QUANTIZED_KL,
+        warnings=(),
     )
 
 

@@ -64,7 +64,12 @@ class Quantizer:
         Raises:
             OutputError: the disk is full.
         """
-        job = {"output": str(output), "file_type": file_type, "keep": dict(keep), "waits": ready is not None}
+        job: dict[str, Any] = {
+            "output": str(output),
+            "file_type": file_type,
+            "keep": dict(keep),
+            "waits": ready is not None,
+        }
         self._run("quantize", importance, progress, ready, **job)
 
     def _run(

@@ -133,7 +133,7 @@ def _convert_layer(
     if target.refit_output:
         heads = w_o.reshape(len(w_o), job.gqa.n_heads, job.gqa.head_dim)
         start = per_head(heads, maps.value.swapaxes(1, 2)).astype(np.float64)
-        v_b, refitted = fit_outputs(fitted, held_out, start, job.gqa.head_dim)
+        v_b, refitted = fit_outputs(fitted, held_out, None, start, job.gqa.head_dim)
         w_o = refitted.reshape(len(w_o), -1)
     decode = _decoder(v_b, w_o)
     bias = value_bias_output(w, job.source)

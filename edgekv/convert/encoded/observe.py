@@ -174,7 +174,9 @@ def _key_covariances(views: dict[int, View], made: Array, gqa: GQA) -> Complex:
     found = []
     for i, view in views.items():
         keys, _ = _split_rows(made[i, : view.attention.shape[-1]], gqa)
-        pairs = np.ascontiguousarray(keys.swapaxes(0, 1)).view(np.complex64)  # (S, G, K/2)
+        pairs = np.asarray(
+            np.ascontiguousarray(keys.swapaxes(0, 1)).view(np.complex64), np.complex128
+        )  # (S, G, K/2)
         found.append(key_covariances(pairs, view.attention))
     return np.asarray(sum(found) / len(found))
 
