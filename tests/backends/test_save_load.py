@@ -20,7 +20,7 @@ from edgekv.errors import InputError, UnsupportedError
 from edgekv.export.onnx.write import OnnxOptions, write_onnx
 from edgekv.models.open import open_model
 from edgekv.progress import ignore
-from edgekv.spec import cache_row_nbytes
+from edgekv.quant.formats import FORMATS
 
 TOKENS = [int(t) for t in np.random.default_rng(3).integers(0, 250, 60)]
 Opener = Callable[[str], Backend]
@@ -108,7 +108,7 @@ def test_engines_with_the_same_cache_type_take_each_others_rows(opened: Opener, 
 @pytest.mark.parametrize("cache_type", ["f16", "q4_0"])
 def test_rows_take_the_bytes_of_the_arithmetic(opened: Opener, cache_type: str) -> None:
     assert [plane.nbytes for plane in opened(f"llama.cpp mla {cache_type}").layout()] == [
-        cache_row_nbytes(64, cache_type)
+        FORMATS[cache_type].nbytes(64)
     ] * 3
 
 
