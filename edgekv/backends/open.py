@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgekv.backends.base import Backend
+    from edgekv.backends.llama_cpp.sequences import LlamaSequences
+    from edgekv.backends.sequences import OneSequence
     from edgekv.models.identity import ModelIdentity
     from edgekv.tokenizer.language import Language
 
@@ -79,6 +81,36 @@ def open_backend(
 
     source = open_model(path)
     return ReferenceBackend(source, n_ctx or min(source.spec.context_length, DEFAULT_N_CTX))
+
+
+def open_sequences(
+    path: Path,
+    kind: Kind | None = None,
+    *,
+    n_parallel: int = 1,
+    n_ctx: int | None = None,
+    cache_type: str | None = None,
+    n_threads: int | None = None,
+) -> LlamaSequences | OneSequence:
+    """Open a model for several sequences side by side, in this process; arguments and errors are `open_backend`'s.
+
+    Args:
+        n_parallel: sequences side by side; engines other than llama.cpp have one.
+        n_ctx: tokens that one sequence may hold.
+    """
+    from edgekv.backends.sequences import OneSequence
+    from edgekv.errors import InputError
+
+    kind = kind or default_kind(path)
+    if kind == "llama.cpp" and default_kind(path) == kind:
+        from edgekv.backends.llama_cpp.sequences import LlamaSequences
+
+        cache_type = cache_type or default_cache_type(path, kind)
+        return LlamaSequences(path, n_parallel, n_ctx=n_ctx, cache_type=cache_type, n_threads=n_threads)
+    if n_parallel > 1:
+        raise InputError(f"{kind} answers one request at a time; take --parallel 1, or a GGUF in llama.cpp")
+    backend = open_backend(path, kind, n_ctx=n_ctx, cache_type=cache_type, n_threads=n_threads)
+    return OneSequence(backend, open_language(backend, path))
 
 
 def open_language(backend: Backend, path: Path) -> Language:

@@ -109,14 +109,14 @@ class Child:
             raise BackendError(f"{self._who} is closed")
         try:
             self.send({"do": do, **arguments})
-            while (message := self._receive()) and message.keys().isdisjoint(("ok", "error")):
+            while (message := self.receive()) and message.keys().isdisjoint(("ok", "error")):
                 assert on_message is not None, message
                 on_message(message)
         except BaseException:
             self.close()
             raise
         if not message:
-            raise BackendError(self._cause_of_death())
+            raise BackendError(self.cause_of_death())
         if "error" in message:
             raise from_wire(*message["error"])
         return message["ok"]
@@ -139,12 +139,14 @@ class Child:
             with contextlib.suppress(BrokenPipeError):  # the child did not read all of its input
                 stream.close()  # type: ignore[union-attr]
 
-    def _receive(self) -> dict[str, Any] | None:
+    def receive(self) -> dict[str, Any] | None:
+        """The next object that the child sends by itself; None once it is gone."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         return json.loads(line) if line.endswith(b"\n") else None
 
-    def _cause_of_death(self) -> str:
+    def cause_of_death(self) -> str:
+        """Why the process ended, which it has to have begun to do."""
         code = self._process.wait()
         self._output.seek(max(0, self._output.seek(0, os.SEEK_END) - OUTPUT_NBYTES))
         return cause_of_death(

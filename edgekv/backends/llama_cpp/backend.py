@@ -13,70 +13,24 @@ from typing import Any
 
 import numpy as np
 
-from edgekv.backends.base import (
-    DEFAULT_N_CTX,
-    Backend,
-    Interrupted,
-    require_cache_format,
-    require_loadable,
-    require_positive,
-    require_room,
-)
-from edgekv.backends.llama_cpp.fits import require_memory
-from edgekv.backends.llama_cpp.footprint import default_ubatch
-from edgekv.backends.llama_cpp.kernel.load import use_kernel
-from edgekv.backends.llama_cpp.language import LlamaLanguage
-from edgekv.backends.llama_cpp.library import (
-    LOG,
-    abort_callback,
-    exact_cache_nbytes,
-    llama,
-    load_model,
-    logits_rows,
-    possible_ubatch,
-    repacking_is_safe,
-    require_one_row,
-)
+from edgekv.backends.base import Backend, Interrupted, require_loadable, require_room
+from edgekv.backends.llama_cpp.context import LlamaContext
+from edgekv.backends.llama_cpp.library import LOG, logits_rows
 from edgekv.backends.llama_cpp.state import StateFormat, read_state, write_state
 from edgekv.cache.rows import Bytes, CacheRows, Layout
-from edgekv.errors import BackendError, InputError
-from edgekv.host.memory import machine_nbytes
-from edgekv.host.threads import default_threads
-from edgekv.models.gguf.parts import read_parts
-from edgekv.quant.cache_format import CacheFormat
+from edgekv.errors import BackendError
 from edgekv.source import Array
 
 # Rows of logits computed at once when every token's are wanted: 64 rows are 10 % slower than 256, more rows
 # only take memory (two float32 buffers of rows x vocab).
 LOGITS_ROWS = 128
-_CACHE_TYPE_REFUSALS = ("does not divide n_embd_head", "does not support different K")  # llama-context.cpp
 
 
-class LlamaCppBackend(Backend):
-    """llama.cpp as a Backend, with flash attention.
+class LlamaCppBackend(LlamaContext, Backend):
+    """llama.cpp as a Backend: a LlamaContext of one sequence, with its arguments and errors.
 
-    Weights are repacked for the CPU's dot products only if a second copy of them fits in memory: without it,
-    prefill is slower.
-
-    On a GPU llama.cpp decides on flash attention: where the card has no kernel for a latent's widths, forcing
-    it would send every layer's attention back to the CPU.
-
-    Args:
-        path: a GGUF file; it is validated before native code reads it.
-        n_ctx: cells of the cache, rounded up by llama.cpp to a multiple of 256; by default the trained
-            length, but at most 4096; llama.cpp itself would take the whole trained length.
-        cache_type: number format of K and V, or of each as in q8_0/q4_0; edgekv.quant.formats.CACHE_TYPES.
-        n_threads: by default one per physical big core.
-        abort_flag: two bytes, which may lie in shared memory; a call in progress ends with Interrupted when
-            the first is set.
-
-    Raises:
-        ModelFileError: the file is malformed.
-        InputError: an option is impossible.
-        BackendError: the engine is not installed, or refused the model.
+    A call in progress ends with Interrupted when the first byte of the abort flag is set.
     """
-
-    name = "llama.cpp"
 
     def __init__(
         self,
@@ -87,40 +41,17 @@ class LlamaCppBackend(Backend):
         n_threads: int | None = None,
         abort_flag: ctypes.Array[ctypes.c_char] | None = None,
     ) -> None:
-        require_positive(n_ctx=n_ctx, n_threads=n_threads)
-        cache = require_cache_format(cache_type)
-        header = read_parts(path)
-        require_one_row(header, cache, path)
-        self.n_ctx_train = header.trained_context
-        n_ctx = n_ctx or min(self.n_ctx_train or DEFAULT_N_CTX, DEFAULT_N_CTX)
-        n_ubatch = possible_ubatch(header, min(default_ubatch(machine_nbytes()), n_ctx))
-        self._api = llama()
-        repack = repacking_is_safe()
-        if not self._api.llama_supports_gpu_offload():
-            spare = require_memory(path, header, n_ctx, cache_type, n_ubatch)
-            repack &= spare is None or spare >= sum(tensor.nbytes for tensor in header.tensors)
-        elif cache.cpu_only:
-            raise InputError(
-                f"{path}: llama.cpp keeps a cache in {cache.cpu_only} on a CPU only, and this build of it runs on a "
-                "GPU; take q8_0 or q4_0"
-            )
-        mapped = header.mappable
-        del header
-        self._abort = abort_flag if abort_flag is not None else ctypes.create_string_buffer(2)
-        self._context: Any = None
-        self._model = load_model(path, repack, mapped)
-        # What is in a CPU's formats alone the kernel leaves to llama.cpp.
-        self.kernel = "stock" if cache.cpu_only else use_kernel()
-        self._context = self._open_context(path, n_ctx, cache, n_threads, n_ubatch)
-        self._memory = self._api.llama_get_memory(self._context)
-        self._window = int(self._api.llama_model_n_swa(self._model))
-        self._cache_nbytes = exact_cache_nbytes(self._memory) or LOG.cache_nbytes()
+        super().__init__(
+            path,
+            n_ctx=n_ctx,
+            cache_type=cache_type,
+            n_threads=n_threads,
+            n_sequences=1,
+            n_outputs=LOGITS_ROWS,
+            abort_flag=abort_flag,
+        )
         self._encodings = LOG.cache_encodings()
         self._format: StateFormat | None = None
-        self.n_ctx = int(self._api.llama_n_ctx(self._context))
-        self.n_ubatch = int(self._api.llama_n_ubatch(self._context))
-        self.n_threads = int(self._api.llama_n_threads(self._context))
-        self.n_vocab = int(self._api.llama_vocab_n_tokens(self._api.llama_model_get_vocab(self._model)))
         self.n_past = 0
         self._token = (ctypes.c_int32 * 1)()
         self._one_token = self._api.llama_batch(n_tokens=1, token=self._token)
@@ -175,46 +106,6 @@ class LlamaCppBackend(Backend):
         if self._api.llama_state_seq_set_data(self._context, _pointer(state), len(state), 0) != len(state):
             raise BackendError(f"llama.cpp refused {rows.n_tokens} cached rows: {LOG.cause()}")
         self.n_past = rows.n_tokens
-
-    def cache_nbytes(self) -> int:
-        return self._cache_nbytes
-
-    def language(self) -> LlamaLanguage:
-        """The model's vocabulary in llama.cpp; unusable once the backend is closed."""
-        return LlamaLanguage(self._api, self._model)
-
-    def close(self) -> None:
-        if self._context is not None:
-            self._api.llama_free(self._context)
-            self._context = None
-        if self._model is not None:
-            self._api.llama_model_free(self._model)
-            self._model = None
-
-    def _open_context(
-        self, path: Path, n_ctx: int, cache: CacheFormat, n_threads: int | None, n_ubatch: int
-    ) -> Any:
-        params = self._api.llama_context_default_params()
-        params.n_ctx = n_ctx
-        params.n_ubatch = params.n_batch = n_ubatch
-        params.n_outputs_max = min(LOGITS_ROWS, n_ubatch)  # 0 would reserve n_batch x vocab floats
-        params.n_threads = params.n_threads_batch = n_threads or default_threads()
-        params.type_k, params.type_v = cache.k.ggml_id, cache.v.ggml_id
-        params.swa_full = False  # layers with a window keep little more than it
-        choices = (self._api.LLAMA_FLASH_ATTN_TYPE_ENABLED, self._api.LLAMA_FLASH_ATTN_TYPE_AUTO)
-        params.flash_attn_type = choices[self._api.llama_supports_gpu_offload()]
-        params.abort_callback = abort_callback()
-        params.abort_callback_data = ctypes.addressof(self._abort)
-        context = self._api.llama_init_from_model(self._model, params)
-        if not context:
-            self.close()
-            cause = LOG.cause()
-            if any(words in cause for words in _CACHE_TYPE_REFUSALS):
-                raise InputError(f"{path} cannot have this cache type: {cause}; f16 always works")
-            raise BackendError(
-                f"llama.cpp loaded {path} but could not open a context of {n_ctx} tokens: {cause}"
-            )
-        return context
 
     def _remembers(self, n_past: int) -> bool:
         """Whether the cache holds all that a token at position `n_past` sees.

@@ -23,9 +23,18 @@ MIB = 2**20
 
 
 def require_memory(
-    path: Path, header: GGUFHeader, n_ctx: int, cache_type: str, n_ubatch: int, root: Path = Path("/")
+    path: Path,
+    header: GGUFHeader,
+    n_ctx: int,
+    cache_type: str,
+    n_ubatch: int,
+    root: Path = Path("/"),
+    n_sequences: int = 1,
 ) -> int | None:
     """Bytes that are left beside weights, cache and buffers; None if free memory or the need is unknown.
+
+    Args:
+        n_ctx: cells of the whole cache, which `n_sequences` share.
 
     Raises:
         InputError: the model does not fit; the message names what would.
@@ -50,18 +59,23 @@ def require_memory(
     raise InputError(
         f"{path} with {n_ctx} tokens of {cache_type} cache needs about {needed / MIB:,.0f} MiB ({weights / MIB:,.0f} "
         f"of weights, {cache / MIB:,.0f} of cache) and {left / MIB:,.0f} MiB are left; "
-        + _remedy(needed_nbytes, spec, n_ctx, cache_type, left)
+        + _remedy(needed_nbytes, spec, n_ctx, cache_type, left, n_sequences)
     )
 
 
 def _remedy(
-    needed_nbytes: Callable[[int, str], int], spec: ModelSpec, n_ctx: int, cache_type: str, left: int
+    needed_nbytes: Callable[[int, str], int],
+    spec: ModelSpec,
+    n_ctx: int,
+    cache_type: str,
+    left: int,
+    n_sequences: int,
 ) -> str:
     """The largest context and the widest cache type that would fit in `left` bytes, as options."""
     remedies = []
     smaller = range(CELLS, n_ctx, CELLS)
     if fitting := bisect_right(smaller, left, key=lambda cells: needed_nbytes(cells, cache_type)):
-        remedies.append(f"--ctx-size {smaller[fitting - 1]}")
+        remedies.append(f"--ctx-size {smaller[fitting - 1] // n_sequences}")
     now = spec.kv_bytes_per_token(cache_type)
     for narrower in COMMON_CACHES:
         with contextlib.suppress(ValueError):  # rows that are no multiple of the type's block

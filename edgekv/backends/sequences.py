@@ -1,0 +1,99 @@
+"""The Sequences protocol: several sequences over one model, whose rows lie in one cache that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from edgekv.backends.base import Backend, Kernel
+from edgekv.source import Array
+from edgekv.tokenizer.language import Language
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens to append to a sequence, from position `start` on, which is where its rows end."""
+
+    sequence: int
+    start: int
+    tokens: Sequence[int]
+    logits: bool  # whether the last token's are wanted
+
+
+class Sequences(Protocol):
+    """One model and one cache with rows of several sequences. Not thread-safe.
+
+    Attributes:
+        n_ctx: tokens that one sequence may hold.
+        n_cells: tokens that the cache holds; sequences that share a row take one cell for it.
+        n_parallel: sequences that may run side by side.
+        n_sequences: sequences that may hold rows at a time, numbered from 0: those beyond n_parallel only keep them.
+        n_batch: most tokens of one `run`.
+        can_trim: whether the end of a sequence can be cut off; else only all of it can.
+    """
+
+    name: str
+    kernel: Kernel
+    n_ctx: int
+    n_ctx_train: int | None
+    n_cells: int
+    n_vocab: int
+    n_parallel: int
+    n_sequences: int
+    n_batch: int
+    can_trim: bool
+
+    def run(self, pieces: Sequence[Piece]) -> list[Array]:
+        """Append pieces of different sequences in one batch; the logits (vocab,) of those that want them, in order.
+
+        Raises:
+            BackendError: the cache has no room for them, or the engine failed.
+        """
+
+    def share(self, source: int, target: int, start: int, stop: int) -> None:
+        """Let `target`, which holds `start` rows, have rows [start, stop) of `source` too; nothing is copied."""
+
+    def trim(self, sequence: int, n_past: int) -> None:
+        """Drop a sequence's rows from position `n_past` on."""
+
+    def cache_nbytes(self) -> int:
+        """Bytes that the engine allocated for its cache (all cells)."""
+
+    def close(self) -> None:
+        """Free the model."""
+
+
+class OneSequence:
+    """A Backend as Sequences of a single one."""
+
+    n_parallel = n_sequences = 1
+    can_trim = True
+
+    def __init__(self, backend: Backend, language: Language) -> None:
+        self._backend, self._language = backend, language
+        self.name, self.kernel = backend.name, backend.kernel
+        self.n_ctx = self.n_cells = self.n_batch = backend.n_ctx
+        self.n_ctx_train, self.n_vocab = backend.n_ctx_train, backend.n_vocab
+
+    def run(self, pieces: Sequence[Piece]) -> list[Array]:
+        (piece,) = pieces
+        assert piece.start == self._backend.n_past
+        logits = self._backend.prefill(piece.tokens)
+        return [logits] if piece.logits else []
+
+    def share(self, source: int, target: int, start: int, stop: int) -> None:
+        raise AssertionError("there is one sequence")
+
+    def trim(self, sequence: int, n_past: int) -> None:
+        self._backend.trim(n_past)
+
+    def cache_nbytes(self) -> int:
+        return self._backend.cache_nbytes()
+
+    def language(self) -> Language:
+        """The model's vocabulary."""
+        return self._language
+
+    def close(self) -> None:
+        self._backend.close()

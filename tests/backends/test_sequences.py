@@ -1,0 +1,105 @@
+"""Several sequences in one cache: each goes on as it would alone, whatever runs or is cut beside it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgekv.backends.llama_cpp.sequences import LlamaSequences
+from edgekv.backends.open import open_backend, open_sequences
+from edgekv.backends.sequences import OneSequence, Piece, Sequences
+from edgekv.errors import BackendError, InputError
+from edgekv.source import Array
+
+PROMPTS = [list(range(start, start + n)) for start, n in ((5, 40), (90, 3), (30, 17))]
+N_NEW = 12
+# llama.cpp computes one token with other kernels than several, so logits of up to 15 differ by a few thousandths here;
+# a row too many, too few or at another place changes them by whole units.
+ATOL = 0.03
+
+
+@pytest.fixture(params=["tiny_llama", "tiny_mla"], scope="module")
+def model(request: pytest.FixtureRequest) -> Path:
+    return Path(request.getfixturevalue(request.param))
+
+
+@pytest.fixture
+def sequences(model: Path) -> Iterator[LlamaSequences]:
+    opened = open_sequences(model, n_parallel=3, n_ctx=256, cache_type="f32", n_threads=1)
+    assert isinstance(opened, LlamaSequences)
+    yield opened
+    opened.close()
+
+
+def alone(model: Path, prompt: list[int]) -> list[Array]:
+    """Logits of a greedy run by a backend of one sequence."""
+    backend = open_backend(model, n_ctx=256, cache_type="f32", n_threads=1)
+    rows = [backend.prefill(prompt)]
+    while len(rows) < N_NEW:
+        rows.append(backend.decode(int(rows[-1].argmax())))
+    backend.close()
+    return rows
+
+
+def test_sequences_side_by_side_are_those_of_lone_runs(model: Path, sequences: LlamaSequences) -> None:
+    """Prompts start at different steps, in slices of 8 beside the others' single tokens."""
+    expected = [alone(model, prompt) for prompt in PROMPTS]
+    texts = [
+        prompt + [int(row.argmax()) for row in rows] for prompt, rows in zip(PROMPTS, expected, strict=True)
+    ]
+    starts: list[int] = [0, 0, 0]
+    seen: list[list[Array]] = [[], [], []]
+    for step in range(60):
+        pieces = []
+        for i, prompt in enumerate(PROMPTS):
+            if step < 2 * i or len(seen[i]) == N_NEW:
+                continue
+            end = min(len(prompt), starts[i] + 8) if starts[i] < len(prompt) else starts[i] + 1
+            pieces.append(Piece(i, starts[i], texts[i][starts[i] : end], logits=end >= len(prompt)))
+            starts[i] = end
+        logits = iter(sequences.run(pieces)) if pieces else iter(())
+        for piece in pieces:
+            if piece.logits:
+                seen[piece.sequence].append(next(logits))
+    np.testing.assert_allclose(seen, expected, rtol=0, atol=ATOL)
+
+
+def test_shared_rows_and_what_follows_them(model: Path, sequences: LlamaSequences) -> None:
+    """A sequence with 30 rows of another goes on by itself, also once the first is gone."""
+    first = PROMPTS[0]
+    sequences.run([Piece(0, 0, first, logits=False)])
+    sequences.share(0, 200, 0, 30)  # kept beyond the parallel ones
+    sequences.trim(0, 0)
+    sequences.share(200, 1, 0, 30)
+    second = first[:30] + PROMPTS[1]
+    (last,) = sequences.run([Piece(1, 30, PROMPTS[1], logits=True)])
+    np.testing.assert_allclose(last, alone(model, second)[0], rtol=0, atol=ATOL)
+    sequences.trim(1, 30)
+    (last,) = sequences.run([Piece(1, 30, PROMPTS[2], logits=True)])
+    np.testing.assert_allclose(last, alone(model, first[:30] + PROMPTS[2])[0], rtol=0, atol=ATOL)
+
+
+def test_the_cache_holds_all_that_it_promises_and_no_more(sequences: LlamaSequences) -> None:
+    assert (sequences.n_ctx, sequences.n_cells) == (256, 768)
+    for i in range(3):
+        sequences.run([Piece(i, 0, [7] * 256, logits=False)])
+    for i in range(3, 200):  # shared rows take no cells
+        sequences.share(0, i, 0, 256)
+    with pytest.raises(BackendError, match="status 1"):
+        sequences.run([Piece(200, 0, [7], logits=True)])
+    sequences.trim(2, 255)
+    assert len(sequences.run([Piece(200, 0, [7], logits=True)])) == 1
+
+
+def test_other_engines_have_one_sequence(tiny_llama: Path) -> None:
+    with pytest.raises(InputError, match="--parallel 1"):
+        open_sequences(tiny_llama, "reference", n_parallel=2)
+    opened: Sequences = open_sequences(tiny_llama, "reference", n_ctx=64)
+    assert isinstance(opened, OneSequence)
+    (first,) = opened.run([Piece(0, 0, PROMPTS[0], logits=True)])
+    opened.trim(0, 20)
+    assert opened.run([Piece(0, 20, PROMPTS[0][20:39], logits=False)]) == []
+    (again,) = opened.run([Piece(0, 39, PROMPTS[0][39:], logits=True)])
+    np.testing.assert_allclose(first, again, rtol=0, atol=ATOL)
+    opened.close()
