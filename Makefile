@@ -36,7 +36,7 @@ $(VENV)/.demo: $(VENV)/.base
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(BIN)/python -m pip install --quiet --editable '.[llama,onnx,nvidia,plot,test]'
+	$(BIN)/python -m pip install --quiet --editable '.[llama,onnx,nvidia,plot,serve,test]'
 	touch $@
 
 # EdgeKV on emulated Raspberry Pi cores: benchmarks/arm/README.md. Debian, root rights; about half an hour.

@@ -25,7 +25,7 @@ LEVELS = (
     ("reference",),
     ("rewrite", "backends"),
     ("text", "convert", "chat"),
-    ("export", "heal", "devices"),
+    ("export", "heal", "devices", "serve"),
     ("evaluate",),
     ("workflows",),
     ("cli",),
@@ -43,6 +43,9 @@ HOMES = {
     "pynvml": ("devices/sensors/",),
     "torch": ("edgekv/heal/",),
     "transformers": (),
+    "llguidance": ("edgekv/serve/",),
+    "starlette": ("edgekv/serve/",),
+    "uvicorn": ("edgekv/serve/",),
 }
 
 

@@ -96,15 +96,28 @@ class PromptFormat:
             messages.append({"role": "user", "content": turn.question})
             messages.append({"role": "assistant", "content": turn.answer})
         messages.append({"role": "user", "content": question})
-        stand_ins = self._hide_control_names(messages)
         if not self.documents:
-            return self._encode(self._render(messages), stand_ins)
+            return self.of_messages(messages)
+        stand_ins = self._hide_control_names(messages)
         before, after = self._around_documents(messages)
         return [
             *self._encode(before, stand_ins),
             *self.documents,
             *self._encode(after, stand_ins, goes_on=True),
         ]
+
+    def of_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The prompt that asks for the assistant's next message, of {"role": ..., "content": ...} in order.
+
+        Raises:
+            InputError: the model has no chat template.
+            ModelFileError: the template refused or failed.
+        """
+        if self._template is None:
+            raise InputError("this model has no chat template; send its prompt as text")
+        written = [dict(message) for message in messages]
+        stand_ins = self._hide_control_names(written)
+        return self._encode(self._render(written), stand_ins)
 
     def before_documents(self) -> list[int]:
         """The tokens of every prompt in front of its documents.

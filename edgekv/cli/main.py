@@ -21,6 +21,7 @@ COMMANDS = {  # name: one line for `edgekv --help`; the command lives in edgekv/
     "verify": "Run the same tokens through two models or two engines and compare.",
     "chat": "Talk to a model.",
     "pack": "Prefill documents once, for chats that begin with them.",
+    "serve": "Serve a model to programs that speak OpenAI's API, and to a browser.",
     "eval": "Perplexity, KL and task accuracy of a model and its cache.",
     "sweep": "Compare many conversions and cache types by loss and bytes.",
     "bench": "Measure prefill and decode speed, memory, and what explains them.",

@@ -1,0 +1,69 @@
+"""Serving a model over HTTP, as OpenAI's API has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgekv.backends.base import require_positive
+from edgekv.backends.open import Kind, default_kind
+from edgekv.errors import BackendError
+from edgekv.serve.settings import ServerSettings
+from edgekv.workflows.request import Request
+
+__all__ = ["ServeRequest", "ServerSettings", "default_parallel", "serve_model"]
+
+PARALLEL = 4
+
+
+@dataclass(frozen=True)
+class ServeRequest(Request):
+    """A server to run.
+
+    Attributes:
+        model: a GGUF file, or a folder that `edgekv export onnx` wrote.
+        settings: where it listens, who may ask, and its limits.
+        backend: by default the one that reads the model's format.
+        ctx_size: tokens of one request and its answer; by default the trained length, but at most 4096.
+        cache_type: how their keys and values are stored; by default f16 in llama.cpp.
+        threads: by default the big physical cores.
+    """
+
+    model: Path
+    settings: ServerSettings = field(default_factory=ServerSettings)
+    backend: Kind | None = None
+    ctx_size: int | None = None
+    cache_type: str | None = None
+    threads: int | None = None
+
+
+def default_parallel(model: Path, backend: Kind | None) -> int:
+    """Requests side by side where nobody says: engines other than llama.cpp answer one at a time."""
+    return PARALLEL if (backend or default_kind(model)) == "llama.cpp" else 1
+
+
+def serve_model(request: ServeRequest, ready: Callable[[str, dict[str, Any]], None]) -> None:
+    """Serve until SIGINT or SIGTERM; `ready` is called with the address once requests are taken.
+
+    Raises:
+        InputError: an option is impossible, the address cannot be listened on, the file is malformed or unsupported,
+            or does not fit in memory.
+        BackendError: the engine is not installed or failed, or the server's libraries are not installed.
+    """
+    try:
+        from edgekv.serve.engine_process import Options
+        from edgekv.serve.run import run
+    except ImportError as error:
+        raise BackendError(f"the server is not installed; pip install 'edgekv[serve]' [{error}]") from error
+    require_positive(ctx_size=request.ctx_size, threads=request.threads)
+    options = Options(
+        path=str(request.model),
+        kind=request.backend,
+        n_parallel=request.settings.parallel,
+        n_ctx=request.ctx_size,
+        cache_type=request.cache_type,
+        n_threads=request.threads,
+    )
+    run(options, request.model.name.removesuffix(".gguf"), request.settings, ready)
