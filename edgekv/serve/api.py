@@ -29,12 +29,13 @@ from edgekv.serve.messages import ChatBody, CompletionBody
 class EventStream(StreamingResponse):
     """Server-sent events; their source is closed when the client leaves, at once and not by the garbage collector."""
 
-    def __init__(self, events: AsyncIterator[bytes]) -> None:
+    def __init__(self, source: AsyncIterator[Event], lines: AsyncIterator[bytes]) -> None:
+        self._source = source
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        super().__init__(events, headers=headers, media_type="text/event-stream")
+        super().__init__(lines, headers=headers, media_type="text/event-stream")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self.body_iterator):  # type: ignore[type-var]
+        async with aclosing(self._source), aclosing(self.body_iterator):  # type: ignore[type-var]
             await super().__call__(scope, receive, send)
 
 
@@ -73,7 +74,7 @@ class API:
                 return as_json(await unless_gone(request, _collect(events, form)))
         # Errors of the request itself come before the first event, and so still have a status of their own.
         form.add(await unless_gone(request, anext(events)))
-        return EventStream(_chunks(events, form, body.include_usage))
+        return EventStream(events, _chunks(events, form, body.include_usage))
 
     def _require(self, name: str | None) -> None:
         if name not in (None, self._model):
@@ -114,21 +115,20 @@ async def _collect(events: AsyncIterator[Event], form: Form) -> dict[str, Any]:
 
 async def _chunks(events: AsyncIterator[Event], form: Form, include_usage: bool) -> AsyncIterator[bytes]:
     """The lines of a stream; comments, which clients skip, tell how much of a long prompt has been read."""
-    async with aclosing(events):  # type: ignore[type-var]
-        try:
-            if first := form.first_chunk():
-                yield _line(first)
-            async for event in events:
-                if "n_read" in event:
-                    yield f": read {event['n_read']} of the prompt\n\n".encode()
-                if chunk := form.add(event):
-                    yield _line(chunk)
-        except (EdgeKVError, TimeoutError) as error:
-            yield _line(error_of(error)[1])
-            return
-        if include_usage:
-            yield _line(form.usage_chunk())
-        yield b"data: [DONE]\n\n"
+    try:
+        if first := form.first_chunk():
+            yield _line(first)
+        async for event in events:
+            if "n_read" in event:
+                yield f": read {event['n_read']} of the prompt\n\n".encode()
+            if chunk := form.add(event):
+                yield _line(chunk)
+    except (EdgeKVError, TimeoutError) as error:
+        yield _line(error_of(error)[1])
+        return
+    if include_usage:
+        yield _line(form.usage_chunk())
+    yield b"data: [DONE]\n\n"
 
 
 def _line(value: dict[str, Any]) -> bytes:

@@ -201,7 +201,8 @@ class EngineProcess:
             self.counts.n_generated += event["n_generated"]
 
     def _send(self, message: Event) -> None:
-        self._writer.submit(self._child.send, message)
+        if not self._closing:
+            self._writer.submit(self._child.send, message)
 
     def _hear(self, loop: asyncio.AbstractEventLoop) -> str:
         """Pass on what the engine says until it dies; the cause."""

@@ -161,6 +161,7 @@ class Prefixes:
 
     def _release(self, rows: Rows) -> None:
         self._cut(rows, 0)
+        self._engine.trim(rows.sequence, 0)  # of a batch that failed there may be rows that nobody noted
         self._free.append(rows.sequence)
 
     def _drop_oldest(self, but: Rows | None) -> None:
