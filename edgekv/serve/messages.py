@@ -7,7 +7,7 @@ change the answer in a way that the engine does not offer are accepted at their 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 
@@ -19,7 +19,7 @@ Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Top = Annotated[int, msgspec.Meta(ge=0, le=20)]
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=1000)]
-_NEUTRAL = (None, 0, "", [], {}, False)
+_NEUTRAL: tuple[Any, ...] = (None, 0, "", [], {}, False)
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -96,7 +96,7 @@ class Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     logit_bias: Any = None
     user: Any = None
 
-    UNSUPPORTED = ("frequency_penalty", "presence_penalty", "logit_bias")
+    UNSUPPORTED: ClassVar[tuple[str, ...]] = ("frequency_penalty", "presence_penalty", "logit_bias")
 
     def wanted(self) -> dict[str, Any]:
         """Arguments of edgekv.serve.engine.scheduler.Scheduler.start that both kinds of body give.
@@ -151,7 +151,14 @@ class ChatBody(Body):
     safety_identifier: Any = None
     prompt_cache_key: Any = None
 
-    UNSUPPORTED = (*Body.UNSUPPORTED, "tools", "functions", "audio", "prediction", "web_search_options")
+    UNSUPPORTED: ClassVar[tuple[str, ...]] = (
+        *Body.UNSUPPORTED,
+        "tools",
+        "functions",
+        "audio",
+        "prediction",
+        "web_search_options",
+    )
 
     def job(self) -> dict[str, Any]:
         """Arguments of edgekv.serve.engine.scheduler.Scheduler.start; raises as `wanted` does."""
@@ -177,7 +184,7 @@ class CompletionBody(Body):
     suffix: str | None = None
     best_of: int | None = None
 
-    UNSUPPORTED = (*Body.UNSUPPORTED, "echo", "suffix")
+    UNSUPPORTED: ClassVar[tuple[str, ...]] = (*Body.UNSUPPORTED, "echo", "suffix")
 
     DEFAULT_MAX_TOKENS = 16  # OpenAI's
 

@@ -48,8 +48,9 @@ class LlamaSequences(LlamaContext):
         self._tokens, self._positions = (np.zeros(size, np.int32) for _ in range(2))
         self._ids, self._counts = np.zeros(size, np.int32), np.ones(size, np.int32)
         self._wanted = np.zeros(size, np.int8)
-        addresses = self._ids.ctypes.data + 4 * np.arange(size, dtype=np.uintp)
-        self._id_pointers = (ctypes.POINTER(ctypes.c_int32) * size).from_buffer(addresses)
+        pointer, ids = ctypes.POINTER(ctypes.c_int32), self._ids
+        addresses = range(ids.ctypes.data, ids.ctypes.data + ids.nbytes, ids.itemsize)
+        self._id_pointers = (pointer * size)(*(ctypes.cast(address, pointer) for address in addresses))
 
     def run(self, pieces: Sequence[Piece]) -> list[Array]:
         rows, count = [], 0
