@@ -107,7 +107,9 @@ def encoded_target(
         raise InputError("say how small: either --target SHARE or --kv-lora-rank RANK")
     most_rope = min(attention.cache_values for attention in attentions) // 2
     if rope_dim is not None and (rope_dim % 2 or not 2 <= rope_dim <= most_rope):
-        raise InputError(f"--rope-dim {rope_dim} is not possible; it is even, from 2 to {most_rope}")
+        raise InputError(
+            f"--rope-dim {rope_dim} is not possible; it is even, from 2 to {most_rope}; leave it out for the best"
+        )
     if share is not None:
         widths = [_width(attention, share) for attention in attentions]
     else:
@@ -118,7 +120,9 @@ def encoded_target(
     if rank is not None and not 1 <= rank <= most:
         raise InputError(f"--kv-lora-rank {rank} is not possible; this model takes 1 to {most}")
     if rope_dim is not None and rope_dim >= min(widths):
-        raise InputError(f"--rope-dim {rope_dim} leaves nothing to the latent of {min(widths)} values in all")
+        raise InputError(
+            f"--rope-dim {rope_dim} leaves nothing of {min(widths)} values to the latent; make it smaller"
+        )
     return EncodedTarget(tuple(widths), rope_dim)
 
 
@@ -153,4 +157,6 @@ def _check_options(request: ConvertRequest) -> None:
     known = get_args(Weights) if folder else tuple(WEIGHT_TYPES)
     if request.weights not in (KEEP, *known):
         what = "an ONNX folder" if folder else f"an {SUFFIX} file"
-        raise InputError(f"{name} is {what}, whose --weights are {', '.join((KEEP, *known))}")
+        raise InputError(
+            f"{name} is {what}, whose --weights are {', '.join((KEEP, *known))}; take one of these"
+        )

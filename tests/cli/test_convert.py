@@ -255,7 +255,8 @@ class TestBadOptions:
         before = model.read_bytes()
         assert "--force" in refused("convert", model, "-o", model, *QUICK)
         assert "mkdir -p" in refused("convert", model, "-o", tmp_path / "no" / "such" / "out.gguf", *QUICK)
-        assert "is a folder" in refused("convert", model, "-o", tmp_path, *QUICK)
+        assert "exists; pass --force" in refused("convert", model, "-o", tmp_path, *QUICK)
+        assert "something else" in refused("convert", model, "-o", tmp_path, *QUICK, "--force")
         assert model.read_bytes() == before
         assert os.listdir(tmp_path) == ["model.gguf"]
 

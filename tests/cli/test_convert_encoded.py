@@ -57,7 +57,7 @@ def test_an_intermediate_file(
     assert 0 < json.loads(compared.stdout)["kl"] < 10
     folder = tmp_path / "onnx"
     assert edgekv("export", "onnx", out, "-o", folder, "--weights", "f32").returncode == 0
-    same = edgekv("verify", folder, out, "--text-tokens", "16", "--json")
+    same = edgekv("verify", out, folder, "--text-tokens", "16", "--json")
     assert abs(json.loads(same.stdout)["kl"]) < 1e-6
 
 
@@ -98,7 +98,7 @@ def test_options_that_mean_nothing_here(
         (("--target", "0.01"), "the smallest target for this model is 0.250"),
         (("--target", "2"), "between 0 and 1"),
         (("--kv-lora-rank", "129"), "takes 1 to 128"),
-        (("--target", "0.25", "--rope-dim", "32"), "leaves nothing to the latent of 32 values"),
+        (("--target", "0.25", "--rope-dim", "32"), "leaves nothing of 32 values to the latent"),
     ],
 )
 def test_impossible_sizes(

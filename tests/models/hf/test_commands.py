@@ -60,7 +60,16 @@ def test_convert_refuses_with_a_reason(name: str, zoo: Zoo, tmp_path: Path) -> N
 def test_heal_refuses_with_a_reason(zoo: Zoo, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("some words " * 400)
-    args = ["heal", str(zoo.folder("qwen3")), "-o", str(tmp_path / "x.safetensors"), "--target", "0.5"]
+    args = [
+        "heal",
+        str(zoo.folder("qwen3")),
+        "-o",
+        str(tmp_path / "x.safetensors"),
+        "--target",
+        "0.5",
+        "--steps",
+        "1",
+    ]
     with pytest.raises(UnsupportedError, match="QK-norm and cannot become MLA"):
         CliRunner().invoke(
             cli, [*args, "--text", str(text), "--eval-text", str(text)], catch_exceptions=False
