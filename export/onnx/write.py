@@ -118,6 +118,9 @@ def _record(source: TensorSource, options: OnnxOptions, weights_nbytes: int) -> 
     shapes = {name: source.shape(name) for name in source.names()}
     table = sum(prod(shapes[name]) for name in looked_up(spec))
     table_nbytes = table * (4 if options.weights == "f32" else 1 + 4 / BLOCK)
+    # Of a table of turns (edgekv.export.onnx.attention.GroupedInputs) a token reads one row too.
+    ropes = {a.rope for a in attentions if isinstance(a, GQA) and not a.qk_norm}
+    table_nbytes += sum(4 * spec.context_length * rope.dim for rope in ropes)
     layers = tuple(_cached(attention, options.cache, spec.context_length) for attention in attentions)
     return ModelRecord(
         name=spec.name,

@@ -287,6 +287,25 @@ def test_an_8_bit_cache_is_for_latents(tiny_llama: Path, tmp_path: Path) -> None
         export(open_model(tiny_llama), tmp_path / "out", cache="int8")
 
 
+def test_quantized_weights_want_a_width_of_whole_blocks(
+    make_llama: Callable[..., LazySource], tmp_path: Path
+) -> None:
+    source = make_llama()
+    source.spec = replace(source.spec, dim=80)
+    with pytest.raises(UnsupportedError, match="a width of 80 does not divide into blocks of 32"):
+        export(source, tmp_path / "out", "int8")
+
+
+def test_a_table_of_turns_is_read_by_the_row(make_llama: Callable[..., LazySource], tmp_path: Path) -> None:
+    """Two layers share one, and the layer whose heads are normed needs none."""
+    plain = make_llama().spec.layers[0]
+    normed = replace(plain, attention=replace(plain.attention, qk_norm=True))
+    about = read_manifest(export(of_layers(make_llama(), (plain, normed, plain)), tmp_path / "out")).model
+    assert about.weights_nbytes - about.read_nbytes == 512 * 32 * 4
+    tables = [t for t in onnx.load(tmp_path / "out" / GRAPH).graph.initializer if t.name.startswith("rope")]
+    assert [(t.name, tuple(t.dims)) for t in tables] == [("rope.cos", (512, 16)), ("rope.sin", (512, 16))]
+
+
 def test_int8_latents_lose_little(tiny_mla: Path, native_mla: Path, tmp_path: Path) -> None:
     for i, path in enumerate((tiny_mla, native_mla)):
         source = open_model(path)
