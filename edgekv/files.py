@@ -27,13 +27,29 @@ def check_output(path: Path, force: bool) -> None:
     Raises:
         OutputError: the folder is missing, or `path` is a folder or a device, or exists without `force`.
     """
+    try:
+        _check_output(path, force)
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise OutputError(f"cannot write {path}: {error.strerror}; choose another place") from error
+
+
+def _check_output(path: Path, force: bool) -> None:
     _require_parent(path)
     if path.is_dir():
         raise OutputError(f"{path} is a folder; name a file to write")
     if path.exists() and not path.is_file():
         raise OutputError(f"{path} is a device, a pipe or a socket; name a file to write")
+    if _is_open_as_stream(path):
+        raise OutputError(f"{path} is the file that standard output or error goes to; name another")
     if path.exists() and not force:
         raise OutputError(f"{path} exists; pass --force to replace it, or choose another name")
+
+
+def _is_open_as_stream(path: Path) -> bool:
+    """Whether a file is behind standard output or error, whose lines would be lost once it is replaced."""
+    with contextlib.suppress(OSError):
+        return any(os.path.samestat(path.stat(), os.fstat(stream)) for stream in (1, 2))
+    return False
 
 
 def _target(path: Path) -> Path:
@@ -50,6 +66,8 @@ def _target(path: Path) -> Path:
 
 def _require_parent(path: Path) -> None:
     folder = (_target(path) if path.is_symlink() else path).parent
+    if folder.is_file():
+        raise OutputError(f"{folder} is a file, not a folder; choose another name than {path}")
     if not folder.is_dir():
         raise OutputError(
             f"the folder {folder} does not exist; create it first: mkdir -p {shlex.quote(str(folder))}"
@@ -105,8 +123,7 @@ def scratch_path(path: Path) -> Iterator[Path]:
             yield partial
     except OSError as error:
         raise OutputError(
-            f"writing {path} failed: {error.strerror or error}; nothing was left behind, free some space and "
-            "try again"
+            f"writing {path} failed: {error.strerror or error}; nothing was left behind, free some space and try again"
         ) from error
     finally:
         partial.unlink(missing_ok=True)
@@ -151,7 +168,10 @@ def atomic_folder(folder: Path, force: bool, marker: str) -> Iterator[Path]:
         OutputError: the parent is missing or not writable, `folder` exists without `force` or is not of this
             kind, the disk is full.
     """
-    check_output_folder(folder, force, marker)
+    try:
+        check_output_folder(folder, force, marker)
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}: {error.strerror}; choose another place") from error
     folder = _target(folder)
     _sweep(folder)
     try:

@@ -165,3 +165,26 @@ def test_a_lock_is_held_by_one_at_a_time(tmp_path: Path) -> None:
         pass
     with locked(path, wait=False):
         pass
+
+
+def test_places_that_no_file_can_be_in(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    places = {
+        "file/out": r"/file is a file, not a folder; choose another name",
+        "x" * 300: r"File name too long; choose another place",
+        f"{'x' * 300}/out": r"File name too long; choose another place",
+    }
+    for name, message in places.items():
+        with pytest.raises(OutputError, match=message), atomic_path(tmp_path / name, False):
+            pass
+        with pytest.raises(OutputError, match=message), atomic_folder(tmp_path / name, False, "marker"):
+            pass
+
+
+def test_the_file_behind_standard_output_is_not_replaced(tmp_path: Path) -> None:
+    """`edgekv bench -o run.json --force > run.json`, or -o /dev/stdout: either text would be lost."""
+    code = "import sys; from edgekv.files import *; check_output(Path(sys.argv[1]), True)"
+    for name in (str(tmp_path / "out"), "/dev/stdout"):
+        with (tmp_path / "out").open("w") as out:
+            run = subprocess.run([sys.executable, "-c", code, name], stdout=out, stderr=subprocess.PIPE)
+        assert b"is the file that standard output or error goes to" in run.stderr

@@ -47,21 +47,25 @@ _OPTIONS = {  # field: llama-bench's option, where that is not the field without
 }
 
 
+Count = Annotated[int, Meta(ge=0, le=2**62)]
+Speed = Annotated[float, Meta(gt=0, lt=1e15)]  # tokens/s: sums and ratios of what passes are finite
+
+
 class Test(Struct):
     """One test; fields without a default are in the output of every build."""
 
     model_filename: str
-    n_prompt: Annotated[int, Meta(ge=0)]
-    n_gen: Annotated[int, Meta(ge=0)]
-    avg_ts: Annotated[float, Meta(gt=0)]
-    n_depth: Annotated[int, Meta(ge=0)] = 0
-    samples_ts: tuple[Annotated[float, Meta(gt=0)], ...] = ()
+    n_prompt: Count
+    n_gen: Count
+    avg_ts: Speed
+    n_depth: Count = 0
+    samples_ts: tuple[Speed, ...] = ()
     model_type: str = ""
-    model_size: int | None = None
-    model_n_params: int | None = None
+    model_size: Count | None = None
+    model_n_params: Count | None = None
     type_k: str = ""
     type_v: str = ""
-    n_threads: int | None = None
+    n_threads: Count | None = None
     n_gpu_layers: int | str = ""
     cpu_info: str = ""
     gpu_info: str = ""

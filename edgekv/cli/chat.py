@@ -97,14 +97,16 @@ def one_shot_question(prompt: str | None, file: Path | None) -> str | None:
         file = Path("-")
     parts = [] if prompt is None else [prompt]
     if file is not None:
+        from edgekv.text.files import decoded
+
         try:
             data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-            parts.append(data.decode("utf-8-sig").rstrip("\n"))
+            parts.append(decoded(data).rstrip("\n"))
         except OSError as error:
             raise InputError(f"cannot read {file}: {error.strerror}; check the path") from error
         except UnicodeDecodeError as error:
             raise InputError(
-                f"{file} is not UTF-8 text ({error}); convert it first, for instance with iconv"
+                f"{file} is not text in UTF-8 or UTF-16 ({error}); convert it first, for instance with iconv"
             ) from error
     if not parts:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import cast
 
@@ -10,7 +11,7 @@ import click
 from edgekv import __version__
 from edgekv.cli.common.lazy import LazyGroup
 from edgekv.cli.common.streams import flush_output, is_lost_output, prepare_streams, report_lost_output
-from edgekv.errors import EdgeKVError
+from edgekv.errors import EdgeKVError, InputError
 
 COMMANDS = {  # name: one line for `edgekv --help`; the command lives in edgekv/cli/<name>.py as `command`
     "inspect": "What a model is, what its cache costs, what it could become.",
@@ -80,3 +81,11 @@ def _exit_code() -> str | int | None:
     except EdgeKVError as error:
         click.echo(f"edgekv: error: {error}", err=True)
         return error.exit_code
+    except OSError as error:
+        if error.filename is None:  # not one about a path that somebody gave
+            raise
+        click.echo(
+            f"edgekv: error: {os.fsdecode(error.filename)}: {error.strerror}; check the path and its permissions",
+            err=True,
+        )
+        return InputError.exit_code

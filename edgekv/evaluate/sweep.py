@@ -31,6 +31,7 @@ from edgekv.evaluate.workers import Run
 from edgekv.models.open import open_model
 from edgekv.progress import Stages
 from edgekv.quant.cache_format import CacheFormat
+from edgekv.text.files import decoded
 from edgekv.text.scored import Text, cut_windows
 
 ORIGINAL = "original"  # the name of the model's own caches among the points
@@ -73,7 +74,7 @@ def read_sweep(path: Path) -> SweepSpec:
         InputError: it cannot be read, is not TOML, or asks for something impossible; the message names the place.
     """
     try:
-        spec = decode(SweepSpec, tomllib.loads(path.read_text(encoding="utf-8-sig")))
+        spec = decode(SweepSpec, tomllib.loads(decoded(path.read_bytes()).replace("\r\n", "\n")))
         _check(spec)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; check the path") from error

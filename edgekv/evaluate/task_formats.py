@@ -100,14 +100,19 @@ def read_task(name: str, path: Path, limit: int | None) -> Task:
         if not line.strip():
             continue
         try:
-            question = TASKS[name](json.loads(line))
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise TypeError("it is no JSON object")
+            question = TASKS[name](row)
             if type(question.gold) is not int:
                 raise ValueError("gold is no whole number")
             if not 0 <= question.gold < len(question.choices) or not all(c.length for c in question.choices):
                 raise ValueError("gold is no choice, or a choice is empty")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            why = f"it has no {error}" if isinstance(error, KeyError) else error
             raise InputError(
-                f"{path}, line {number}: not a question of {name}: {error}; wanted is JSON such as {_example(name)}"
+                f"{path}, line {number}: not a question of {name}: {why}; wanted is JSON such as {_example(name)}, "
+                "one object a line"
             ) from error
         questions.append(question)
     if not questions:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from edgekv.host.proc import cgroup_folders, meminfo_nbytes, read_text
+from edgekv.host.proc import cgroup_folders, meminfo_nbytes, read_text, whole_number
 
 SMALL_RAM_NBYTES = 2 * 2**30  # with less, engines save memory at the price of speed
 NO_LIMIT_NBYTES = 2**60  # cgroup v1 writes the largest multiple of a page where there is no limit
@@ -34,16 +34,17 @@ def _cgroup_limits(root: Path) -> Iterator[tuple[int, int]]:
     names = v2 | {"memory.limit_in_bytes": "memory.usage_in_bytes"}
     for folder in cgroup_folders("memory", root):
         for limit, usage in names.items():
-            text = read_text(folder / limit)
-            if text and text.isdigit() and int(text) < NO_LIMIT_NBYTES:
-                yield int(text), int(read_text(folder / usage) or 0) - _cached_nbytes(folder)
+            nbytes = whole_number(read_text(folder / limit))
+            if nbytes is not None and nbytes < NO_LIMIT_NBYTES:
+                yield nbytes, (whole_number(read_text(folder / usage)) or 0) - _cached_nbytes(folder)
 
 
 def _cached_nbytes(folder: Path) -> int:
     """Cached pages of files, which the kernel drops before it kills a process."""
-    fields = dict(line.split(" ", 1) for line in (read_text(folder / "memory.stat") or "").splitlines())
+    lines = (line.partition(" ") for line in (read_text(folder / "memory.stat") or "").splitlines())
+    fields = {name: whole_number(count) or 0 for name, _, count in lines}
     both = ("inactive_file", "active_file")
-    return sum(int(fields.get(f"total_{name}", fields.get(name, 0))) for name in both)
+    return sum(fields.get(f"total_{name}", fields.get(name, 0)) for name in both)
 
 
 def is_small_machine() -> bool:

@@ -14,8 +14,13 @@ def read_text(path: Path) -> str | None:
     """A small system file's text without surrounding blanks or NULs; None if it cannot be read."""
     try:
         return path.read_bytes().decode("utf-8", "replace").strip().strip("\0").strip()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a zero byte in the path, which another system file gave
         return None
+
+
+def whole_number(text: str | None) -> int | None:
+    """A count that a system file holds; None for "max", -1 and whatever else is no count."""
+    return int(text) if text and text.isdecimal() else None
 
 
 def read_number(path: Path) -> float | None:
@@ -58,8 +63,9 @@ def cgroup_folders(controller: str, root: Path) -> Iterator[Path]:
     Kernel documentation: admin-guide/cgroup-v2.rst, cgroup-v1/memory.rst and scheduler/sched-bwc.rst.
     """
     for line in (read_text(root / "proc/self/cgroup") or "").splitlines():
-        _, controllers, name = line.split(":", 2)
-        if controllers and controller not in controllers.split(","):
+        _, colon, rest = line.partition(":")
+        controllers, _, name = rest.partition(":")
+        if not colon or (controllers and controller not in controllers.split(",")):
             continue
         for base in _cgroup_mounts(controller if controllers else "", root):
             folder = base / name.strip("/")
@@ -90,4 +96,7 @@ def _cgroup_mounts(controller: str, root: Path) -> list[Path]:
 def _sizes(path: Path) -> dict[str, int]:
     """Bytes by name, from lines such as "VmHWM:  1234 kB"."""
     fields = (line.partition(":") for line in (read_text(path) or "").splitlines())
-    return {name: int(size.split()[0]) * 1024 for name, _, size in fields if size.endswith(" kB")}
+    counts = (
+        (name, whole_number(size.removesuffix(" kB").strip())) for name, _, size in fields if " kB" in size
+    )
+    return {name: count * 1024 for name, count in counts if count is not None}

@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-from edgekv.host.proc import cgroup_folders, read_text
+from edgekv.host.proc import cgroup_folders, read_number, read_text, whole_number
 
 # A core counts as big from this share of the fastest one's speed: so do the middle cores of three-tier chips
 # and cores without the highest turbo, but not an A55 beside an A76 (0.5).
@@ -29,7 +29,7 @@ def big_cores(allowed: set[int], root: Path = Path("/")) -> list[int]:
     """One CPU number per physical big core among `allowed`."""
     cpus = root / "sys/devices/system/cpu"
     # Intel's hybrid CPUs list their E cores
-    efficient = set(parse_cpu_list(read_text(root / "sys/devices/cpu_atom/cpus") or ""))
+    efficient = _listed(root / "sys/devices/cpu_atom/cpus")
     allowed = allowed - efficient or allowed
     speed = {cpu: _speed(cpus / f"cpu{cpu}") for cpu in allowed}
     fastest = max(speed.values(), default=0.0)
@@ -39,8 +39,16 @@ def big_cores(allowed: set[int], root: Path = Path("/")) -> list[int]:
         if speed[cpu] < BIG_CORE_SHARE * fastest or cpu in seen:
             continue
         chosen.append(cpu)
-        seen |= set(parse_cpu_list(read_text(cpus / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu)))
+        seen |= _listed(cpus / f"cpu{cpu}/topology/thread_siblings_list")
     return chosen
+
+
+def _listed(path: Path) -> set[int]:
+    """The CPUs that a system file lists; none where it cannot be read or is no such list."""
+    try:
+        return set(parse_cpu_list(read_text(path) or ""))
+    except ValueError:
+        return set()
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
@@ -50,11 +58,13 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 
 
 def _quota_of(folder: Path) -> float | None:
-    if text := read_text(folder / "cpu.max"):
-        quota, _, period = text.partition(" ")
-        return None if quota == "max" else float(quota) / float(period or 100_000)
-    micros = float(read_text(folder / "cpu.cfs_quota_us") or -1)
-    return micros / float(read_text(folder / "cpu.cfs_period_us") or 100_000) if micros > 0 else None
+    """CPU seconds per second of one cgroup, from cpu.max ("200000 100000") or version 1's pair of files."""
+    text = read_text(folder / "cpu.max") or " ".join(
+        read_text(folder / f"cpu.cfs_{name}_us") or "" for name in ("quota", "period")
+    )
+    quota, _, period = text.partition(" ")
+    micros, each = whole_number(quota), whole_number(period or "100000")
+    return micros / each if micros is not None and each else None
 
 
 def allowed_cpus() -> tuple[int, ...]:
@@ -77,4 +87,4 @@ def parse_cpu_list(text: str) -> tuple[int, ...]:
 
 def _speed(folder: Path) -> float:
     """A core's relative speed; 0 where the machine does not say, so that all its cores are equal."""
-    return float(read_text(folder / "cpu_capacity") or read_text(folder / "cpufreq/cpuinfo_max_freq") or 0)
+    return read_number(folder / "cpu_capacity") or read_number(folder / "cpufreq/cpuinfo_max_freq") or 0.0

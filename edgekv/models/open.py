@@ -21,7 +21,12 @@ def open_model(path: Path) -> TensorSource:
         ModelFileError: a file is missing or malformed.
         UnsupportedError: its architecture is not handled.
     """
-    return HFSource(path) if path.is_dir() else canonical(GGUFSource(path))
+    try:
+        return HFSource(path) if path.is_dir() else canonical(GGUFSource(path))
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise ModelFileError(
+            f"{path}: cannot be read: {error.strerror or error}; check the path and its permissions"
+        ) from error
 
 
 def open_with_tokenizer(path: Path) -> TensorSource:

@@ -1,21 +1,22 @@
-"""Text files: UTF-8, plain or packed (.xz), whole or one document at a time, with one set of errors.
+"""Text files, plain or packed (.xz), whole or one document at a time, with one set of errors.
 
-`option` is what the user typed the path behind, such as "--calib": errors name it. A byte order mark is no part of a
-text.
+In UTF-8, or in UTF-16 with a byte order mark, as PowerShell's `>` writes it. `option` is what the user typed the path
+behind, such as "--text": errors name it. A byte order mark is no part of a text.
 """
 
 from __future__ import annotations
 
 import hashlib
 import lzma
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader, TextIOWrapper
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from edgekv.errors import InputError
 
-ENCODING = "utf-8-sig"  # UTF-8 with or without a byte order mark, as Windows writes it
 DOCUMENT_BREAK = "\n\n\n"
 READ_CHARS = 1 << 20
 
@@ -33,10 +34,20 @@ def read_hashed_text(path: Path, option: str = "") -> tuple[str, str]:
     """A whole text with its line ends as they are, and the SHA-256 of the file's bytes; raises as `read_text`."""
     with _input_errors(path, option):
         data = path.read_bytes()
-        text = (lzma.decompress(data) if path.suffix == ".xz" else data).decode(ENCODING)
+        text = decoded(lzma.decompress(data) if path.suffix == ".xz" else data)
     if not text:
         raise InputError(f"{option} {path} is empty; give a file with text in it".lstrip())
     return text, hashlib.sha256(data).hexdigest()
+
+
+def decoded(data: bytes) -> str:
+    """Text without its byte order mark; UnicodeDecodeError if it is neither UTF-8 nor UTF-16."""
+    return data.decode(_encoding(data))
+
+
+def _encoding(start: bytes) -> str:
+    """The encoding that the first bytes of a text tell."""
+    return "utf-16" if start.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig"
 
 
 def documents(path: Path, option: str = "") -> Iterator[str]:
@@ -60,9 +71,8 @@ def documents(path: Path, option: str = "") -> Iterator[str]:
 
 
 def _opened(path: Path) -> IO[str]:
-    if path.suffix == ".xz":
-        return lzma.open(path, "rt", encoding=ENCODING, newline="\n")
-    return open(path, encoding=ENCODING, newline="\n")
+    file = cast("BufferedReader", lzma.open(path) if path.suffix == ".xz" else path.open("rb"))
+    return TextIOWrapper(file, encoding=_encoding(file.peek(2)), newline="\n")
 
 
 @contextmanager
@@ -72,7 +82,9 @@ def _input_errors(path: Path, option: str) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise InputError(f"{name} is not UTF-8 text ({error}); convert it, e.g. with iconv") from error
+        raise InputError(
+            f"{name} is not text in UTF-8 or UTF-16 ({error}); convert it, e.g. with iconv"
+        ) from error
     except (lzma.LZMAError, EOFError) as error:
         raise InputError(f"{name} is damaged: {error}; fetch it again") from error
     except OSError as error:

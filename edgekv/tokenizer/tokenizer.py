@@ -81,13 +81,13 @@ class Tokenizer:
                 f"tokenizer {kind!r} is not supported; EdgeKV reads 'gpt2' (byte-level BPE) and 'llama' "
                 "(SentencePiece); choose a model with one of these"
             )
-        name = metadata.get("tokenizer.ggml.pre", "default")
+        name = str(metadata.get("tokenizer.ggml.pre", "default"))
         if name not in PRE_TYPES:
             raise UnsupportedError(
                 f"pre-tokenizer {name!r} is not supported; EdgeKV reads {', '.join(sorted(PRE_TYPES))}; "
                 "choose a model with one of these"
             )
-        pre = PRE_TYPES[str(name)]
+        pre = PRE_TYPES[name]
         vocab = read_vocab(metadata, default_bos=pre.has_bos)
         return cls(vocab, ByteLevel(vocab, metadata, pre), metadata, pre.add_bos)
 

@@ -137,7 +137,7 @@ def read_vocab(metadata: Mapping[str, MetaValue], default_bos: bool = True) -> V
     roles = {role: i for role, i in roles.items() if i < len(texts)}
     for key, role in _ROLE_KEYS.items():
         value = metadata.get(key)
-        if isinstance(value, int) and value < len(texts):
+        if isinstance(value, int) and 0 <= value < len(texts):
             roles[role] = value
     for role, names in _ROLE_TEXTS.items():
         found = next((ids[name] for name in names if name in ids), None)

@@ -138,3 +138,18 @@ def test_every_error_is_a_line_and_an_exit_code(
     assert left.value.code == kind.exit_code
     assert kind.exit_code in (1, 2, 3)
     assert capsys.readouterr().err == "edgekv: error: what happened; what to do\n"
+
+
+def test_a_path_that_cannot_be_looked_at_is_one_line(refused: Callable[..., str], tmp_path: Path) -> None:
+    name = "x" * 300
+    for command in (
+        ["inspect", name],
+        ["chat", name, "-p", "hi"],
+        ["compare", name],
+        ["eval", name, "--text", name],
+        ["plan", name, "--board", "pi-5"],
+        ["export", "gguf", name, "-o", "out.gguf"],
+        ["export", "gguf", tmp_path, "-o", name],
+        ["sweep", name],
+    ):
+        assert "File name too long" in refused(*command, cwd=tmp_path)

@@ -240,3 +240,13 @@ def test_choices_behind_a_window_are_scored_as_by_a_fresh_cache(tiny_gemma: Path
     task = read_task("arc_easy", write_rows(tmp_path / "rows.jsonl", rows), None)
     fast, slow = (measured(task, tiny_gemma, tmp_path / kind, kind)[0] for kind in ("llama.cpp", "reference"))
     np.testing.assert_allclose([score for score, _ in fast], [score for score, _ in slow], rtol=1e-3)
+
+
+def test_questions_in_another_form_are_told_what_is_missing(tmp_path: Path) -> None:
+    row = {"question": "Which is wet?", "choices": {"text": ["sea"], "label": ["A"]}, "answerKey": "A"}
+    path = write_rows(tmp_path / "hub.jsonl", [row])
+    with pytest.raises(InputError, match=r"line 1: not a question of arc_easy: it has no 'query'; wanted is"):
+        read_task("arc_easy", path, None)
+    path.write_text(json.dumps(ROWS["arc_easy"]))
+    with pytest.raises(InputError, match=r"it is no JSON object; .*, one object a line"):
+        read_task("arc_easy", path, None)

@@ -276,7 +276,7 @@ def test_wrong_input(tiny_llama: Path, smollm2: Path, letters: Path, tmp_path: P
     with pytest.raises(InputError, match="600 tokens, less than one window of 1024"):
         cut_windows(letters, tokenizer, 1024, None)
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9" * 99)
-    with pytest.raises(InputError, match="not UTF-8"):
+    with pytest.raises(InputError, match="not text in UTF-8"):
         cut_windows(tmp_path / "latin.txt", tokenizer, 8, None)
     with pytest.raises(InputError, match="different vocabularies"):
         CliRunner().invoke(

@@ -149,3 +149,15 @@ def _resident_nbytes(path: str, permissions: str) -> int:
         elif inside and fields[0] == "Rss:":
             nbytes += int(fields[1]) * 1024
     return nbytes
+
+
+def test_counts_that_are_none_are_left_out(tmp_path: Path) -> None:
+    root = system(tmp_path, 300)
+    with (root / "proc/meminfo").open("a") as meminfo:
+        meminfo.write("SwapTotal: some kB\nHugePages_Total: 3\nNode 0: kB\nA: -5 kB\n")
+    cgroup_v2(root, "a", f"{200 * MIB}", 50, 30)
+    (root / "sys/fs/cgroup/a/memory.stat").write_text("anon\nactive_file x\ninactive_file 1048576\n")
+    assert available_nbytes(root) == 151 * MIB
+    (root / "sys/fs/cgroup/a/memory.current").write_text("?")
+    (root / "sys/fs/cgroup/a/memory.max").write_text("\u00b2")
+    assert available_nbytes(root) == 300 * MIB

@@ -101,3 +101,24 @@ def test_a_quota_below_one_cpu_still_gives_a_thread(tmp_path: Path) -> None:
 )
 def test_a_quota_is_found_where_its_controller_is_mounted(tmp_path: Path, mounted: dict[str, str]) -> None:
     assert cpu_quota(write(tmp_path, {"proc/self/cgroup": "4:cpu,cpuacct:/"} | mounted)) == 2.0
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"proc/self/cgroup": "0\n\n:\n0::/"},
+        {"sys/fs/cgroup/cpu.max": "200000 0"},
+        {"sys/fs/cgroup/cpu.max": "nan 1"},
+        {"sys/fs/cgroup/cpu.max": "-5 100000"},
+        {"proc/self/cgroup": "3:cpu:/", "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "\u00b2"},
+        {"proc/self/cgroup": "0::/a\0b"},
+        {"proc/self/mountinfo": "30 23 0:26 / /a\\000b rw - cgroup2 cgroup2 rw"},
+        {"sys/devices/cpu_atom/cpus": "0-"},
+        cpu(0, topology__thread_siblings_list="zero"),
+        cpu(0, cpu_capacity="N/A", cpufreq__cpuinfo_max_freq="<unknown>"),
+    ],
+)
+def test_files_that_are_not_as_documented_count_as_missing(tmp_path: Path, files: dict[str, str]) -> None:
+    root = write(tmp_path, {"proc/self/cgroup": "0::/"} | files)
+    assert cpu_quota(root) is None
+    assert default_threads(root) == default_threads(tmp_path / "nothing")

@@ -45,6 +45,16 @@ def test_a_byte_order_mark_is_no_text(name: str, tmp_path: Path) -> None:
     assert next(documents(path)) == "one\r\ntwo\rthree"
 
 
+@pytest.mark.parametrize("name", ["text.txt", "text.txt.xz"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_a_byte_order_mark_tells_utf_16(encoding: str, name: str, tmp_path: Path) -> None:
+    """Windows PowerShell's `>` writes it."""
+    path, data = tmp_path / name, ("\ufeff" + TEXT).encode(encoding)
+    path.write_bytes(lzma.compress(data) if path.suffix == ".xz" else data)
+    assert read_hashed_text(path)[0] == TEXT
+    assert list(documents(path)) == ["one\r\ntwo\rthree", "größer\n"]
+
+
 def test_a_pipe_is_read_once() -> None:
     """A shell's <(command): it cannot be opened again."""
     read, write = os.pipe()
@@ -63,7 +73,7 @@ def test_what_cannot_be_read_is_an_input_error(read: object, option: str, tmp_pa
     (tmp_path / "empty.txt").touch()
     (tmp_path / "folder").mkdir()
     messages = {
-        "latin.txt": r"is not UTF-8 text .*; convert it, e.g. with iconv",
+        "latin.txt": r"is not text in UTF-8 or UTF-16 .*; convert it, e.g. with iconv",
         "cut.txt.xz": r"is damaged: .*; fetch it again",
         "plain.txt.xz": r"is damaged: .*; fetch it again",
         "empty.txt": r"is empty; give a file with text in it",

@@ -51,7 +51,7 @@ def test_a_break_across_two_reads_is_seen(tmp_path, monkeypatch):
 
 def test_unreadable_texts_are_input_errors(tmp_path):
     (tmp_path / "latin.txt").write_bytes("größer".encode("latin-1"))
-    with pytest.raises(InputError, match="not UTF-8"):
+    with pytest.raises(InputError, match="not text in UTF-8"):
         list(documents(tmp_path / "latin.txt"))
     (tmp_path / "cut.txt.xz").write_bytes(lzma.compress(TEXT.encode() * 99)[:-20])
     with pytest.raises(InputError, match="damaged"):

@@ -192,3 +192,13 @@ def test_token_types_are_gguf_pys() -> None:
 def test_tokens_that_stand_for_text() -> None:
     assert text_tokens({"tokenizer.ggml.token_type": [3, 1, 6, 1]}, 4) == [1, 3]
     assert text_tokens({}, 3) == [0, 1, 2]
+
+
+def test_keys_of_another_type_name_no_token() -> None:
+    """Not the last token, as -1 would be of a list, and no error of Python's."""
+    tokens = [*BYTE_OF_LETTER, "<|im_end|>"]
+    pairs = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": tokens}
+    for wrong in (-1, 2.0, "256", [256], 10**6):
+        assert read_vocab({**pairs, "tokenizer.ggml.eos_token_id": wrong}).stop_ids == {11, 256}
+    with pytest.raises(UnsupportedError, match="pre-tokenizer"):
+        Tokenizer.from_metadata({**pairs, "tokenizer.ggml.pre": ["smollm"]})

@@ -43,7 +43,7 @@ def show_answer(session: ChatSession, events: Iterator[Event], *, visible: bool 
                     click.echo(safe if to_terminal else event.text, nl=False)
                     sys.stdout.flush()
         finally:
-            if visible:
+            if visible and last is not None:
                 click.echo()
     assert last is not None
     if last.finish == "context":

@@ -24,6 +24,7 @@ from edgekv.source import Array
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
 _BYTE_ORDER_MARKS = (BOM_UTF8, BOM_UTF16_LE, BOM_UTF16_BE)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 CHUNK_VALUES = 2**17  # checked at once: they fit the processor's cache
@@ -185,6 +186,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ModelFileError(f"{path}: is not a JSON object; download it again")
     return found
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise UnsupportedError for an adapter (LoRA), alone or beside a model, to which transformers would add it."""
+    if (folder / ADAPTER).is_file():
+        raise UnsupportedError(
+            f"{folder}: holds an adapter ({ADAPTER}), which EdgeKV does not add to the model; merge it (PEFT: "
+            f"merge_and_unload, then save_pretrained), or remove {ADAPTER} if that is done"
+        )
 
 
 def _no_weights(folder: Path) -> ModelFileError | UnsupportedError:

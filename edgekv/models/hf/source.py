@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.errors import ModelFileError, UnsupportedError
-from edgekv.models.hf.checkpoint import DTYPES, Checkpoint, all_finite, widen
+from edgekv.models.hf.checkpoint import DTYPES, Checkpoint, all_finite, refuse_adapter, widen
 from edgekv.models.hf.config import read_spec
 from edgekv.models.hf.tensors import Recipe, recipes, with_stored_head
 from edgekv.source import Array
@@ -29,6 +29,7 @@ class HFSource:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        refuse_adapter(folder)
         spec = read_spec(folder)
         self._checkpoint = Checkpoint(folder)
         self._recipes, unknown = recipes(self._checkpoint, spec)

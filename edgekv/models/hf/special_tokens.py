@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 
@@ -109,21 +110,16 @@ def _ends(folder: Path, texts: list[str], pairs: Mapping[str, MetaValue]) -> dic
 def _templates(folder: Path) -> dict[str, str]:
     """Chat templates by name: of files of their own, which transformers reads first, or tokenizer_config.json."""
     try:
+        more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+        found = {path.stem: path.read_text(encoding="utf-8") for path in more}
         if (folder / "chat_template.jinja").is_file():
-            found = {"default": (folder / "chat_template.jinja").read_text(encoding="utf-8")}
-            for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-                found[path.stem] = path.read_text(encoding="utf-8")
+            found["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        if found:
             return found
         for name in ("tokenizer_config.json", "chat_template.json"):
             given = read_json(folder / name).get("chat_template") if (folder / name).is_file() else None
-            if isinstance(given, list):
-                given = {entry["name"]: entry["template"] for entry in given}
             if given is not None:
-                return (
-                    {str(k): str(v) for k, v in given.items()}
-                    if isinstance(given, dict)
-                    else {"": str(given)}
-                )
+                return _named_templates(given)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelFileError(
             f"{folder}: the chat template cannot be read: {error!r}; download its file again"
@@ -131,17 +127,26 @@ def _templates(folder: Path) -> dict[str, str]:
     return {}
 
 
+def _named_templates(given: Any) -> dict[str, str]:
+    """Templates by name, of a text, a list of names and texts, or an object of texts; ValueError for another."""
+    if isinstance(given, list):
+        given = {entry["name"]: entry["template"] for entry in given}
+    named = given if isinstance(given, dict) else {"default": given}
+    if not all(isinstance(text, str) for pair in named.items() for text in pair):
+        raise ValueError("it is no text")
+    return named
+
+
 def _template_pairs(named: Mapping[str, str]) -> dict[str, MetaValue]:
-    if len(named) == 1 and (only := named.get("", named.get("default"))) is not None:
-        return {gguf.Keys.Tokenizer.CHAT_TEMPLATE: only}
-    pairs: dict[str, MetaValue] = {
+    """Keys of the templates; one for tools or documents is never the default, as transformers has it too."""
+    default = named.get("default")
+    pairs: dict[str, MetaValue] = {} if default is None else {gguf.Keys.Tokenizer.CHAT_TEMPLATE: default}
+    if list(named) in ([], ["default"]):
+        return pairs
+    pairs[gguf.Keys.Tokenizer.CHAT_TEMPLATES] = list(named)
+    return pairs | {
         gguf.Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name): text for name, text in named.items()
     }
-    if named:
-        pairs[gguf.Keys.Tokenizer.CHAT_TEMPLATES] = list(named)
-    if default := named.get("default") or next(iter(named.values()), None):
-        pairs[gguf.Keys.Tokenizer.CHAT_TEMPLATE] = default
-    return pairs
 
 
 def proved(

@@ -68,11 +68,18 @@ def _read_json(path: Path, n_vocab: int) -> dict[str, MetaValue]:
         tokenizer = HFTokenizer.from_file(str(path))
     except Exception as error:  # the extension raises nothing narrower
         raise ModelFileError(f"{path}: is not a sound tokenizer: {error}; download it again") from None
+    tokenizer.no_truncation()  # left from training; transformers turns both off as well
+    tokenizer.no_padding()
     _with_config_tokens(tokenizer, path.parent)
     model = document.get("model") or {}
     if model.get("type") != "BPE":
         raise UnsupportedError(
             f"{path}: a {model.get('type')} tokenizer is not supported; EdgeKV reads byte-pair encodings"
+        )
+    if model.get("dropout"):
+        raise UnsupportedError(
+            f"{path}: merges at random (dropout is {model['dropout']}), llama.cpp does not; write null there, as for "
+            "every use of a trained model"
         )
     texts = _texts(tokenizer, n_vocab, path)
     pairs = (

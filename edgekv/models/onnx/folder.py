@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 MANIFEST, GRAPH, DATA, VOCABULARY = "edgekv.json", "model.onnx", "model.onnx.data", "vocab.gguf"
@@ -9,7 +10,9 @@ MANIFEST, GRAPH, DATA, VOCABULARY = "edgekv.json", "model.onnx", "model.onnx.dat
 
 def is_onnx_folder(path: Path) -> bool:
     """Whether this is a folder that `edgekv export onnx` wrote."""
-    return (path / MANIFEST).is_file()
+    with contextlib.suppress(OSError):  # what cannot be looked at gets its error from the reader of models
+        return (path / MANIFEST).is_file()
+    return False
 
 
 def language_file(model: Path) -> Path:

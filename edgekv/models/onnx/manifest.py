@@ -146,7 +146,10 @@ def check_folder(folder: Path) -> Manifest:
         if Path(name).name != name:
             raise ModelFileError(f"{folder / MANIFEST}: {name!r} is not a file name; do not use this folder")
         path = folder / name
-        size = path.stat().st_size if path.is_file() else None
+        try:
+            size = path.stat().st_size if path.is_file() else None
+        except OSError:  # a name that is too long
+            size = None
         if size != record.nbytes:
             found = (
                 "is missing" if size is None else f"has {size} bytes and was exported with {record.nbytes}"

@@ -198,3 +198,18 @@ def test_bytes_that_are_no_text(save: Save) -> None:
     path.write_bytes(path.read_bytes().replace(b"board", b"Intel\xae"))
     with pytest.raises(InputError, match="not text in UTF-8 "):
         load_sources([path])
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"model_size": 10**400},
+        {"n_threads": -4},
+        {"n_gen": 2**80},
+        {"avg_ts": 1e308, "samples_ts": [1e308, 1e308]},
+        {"samples_ts": [1.0, 1e300]},
+    ],
+)
+def test_numbers_that_no_machine_has(save: Save, field: Test) -> None:
+    with pytest.raises(InputError, match="llama-bench did not write it so"):
+        load_sources([save([timed(10.0) | field])])

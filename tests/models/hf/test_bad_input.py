@@ -304,3 +304,12 @@ def test_weights_that_are_not_finite(folder: Path, dtype: str, bad: float) -> No
     for read in (HFSource(folder).raw, HFSource(folder).load):
         with pytest.raises(ModelFileError, match="NaN or infinite"):
             read("blk.1.ffn_up.weight")
+
+
+def test_an_adapter_is_not_left_out_without_a_word(folder: Path, tmp_path: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    refused(folder, UnsupportedError, r"holds an adapter .*; merge it .*, or remove adapter_config.json if")
+    (tmp_path / "alone").mkdir()
+    (folder / "adapter_config.json").rename(tmp_path / "alone/adapter_config.json")
+    refused(tmp_path / "alone", UnsupportedError, "holds an adapter")
+    HFSource(folder)

@@ -192,3 +192,47 @@ def test_templates_by_name_and_none(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(ModelFileError, match="the chat template cannot be read"):
         read_tokenizer(tmp_path, 420)
+
+
+def test_what_training_left_in_tokenizer_json(tmp_path: Path) -> None:
+    """Truncation and padding are off wherever transformers is not asked for them; dropout is refused."""
+    plain = read_tokenizer(write(tmp_path), 420)
+    path = tmp_path / "tokenizer.json"
+    tokenizer = HFTokenizer.from_file(str(path))
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=900)
+    tokenizer.save(str(path))
+    assert read_tokenizer(tmp_path, 420) == plain
+    document = json.loads(path.read_text())
+    document["model"]["dropout"] = 0.1
+    path.write_text(json.dumps(document))
+    with pytest.raises(UnsupportedError, match=r"merges at random \(dropout is 0.1\).*; write null there"):
+        read_tokenizer(tmp_path, 420)
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "files"])
+def test_a_template_for_tools_is_not_the_default(place: str, tmp_path: Path) -> None:
+    """transformers then wants to be told which, and takes none by itself."""
+    from transformers import AutoTokenizer
+
+    if place == "files":
+        write(tmp_path, chat_template="OLD")
+        (tmp_path / "additional_chat_templates").mkdir()
+        (tmp_path / "additional_chat_templates/tool_use.jinja").write_text("TOOLS")
+    else:
+        write(tmp_path, chat_template=[{"name": "tool_use", "template": "TOOLS"}])
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.chat_template == {"tool_use": "TOOLS"}
+    with pytest.raises(ValueError, match="no default"):
+        theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    pairs = {key: value for key, value in read_tokenizer(tmp_path, 420).items() if "template" in key}
+    assert pairs == {
+        "tokenizer.chat_templates": ["tool_use"],
+        "tokenizer.chat_template.tool_use": "TOOLS",
+    }
+
+
+@pytest.mark.parametrize("template", [5, {"default": 5}, [{"name": 5, "template": "A"}], ["A"], True])
+def test_templates_that_are_no_text(template: object, tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="cannot be read"):
+        read_tokenizer(write(tmp_path, chat_template=template), 420)
