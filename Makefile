@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ROOMS := quant export devices
 
-.PHONY: demo test lint types arm clean
+.PHONY: demo test lint types fuzz arm clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -38,6 +38,10 @@ $(VENV)/.demo: $(VENV)/.base
 $(VENV)/.test: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --editable '.[llama,onnx,nvidia,plot,serve,test]'
 	touch $@
+
+# 2,000 damaged files for every kind of reader; a quarter of an hour.
+fuzz: $(VENV)/.test
+	$(BIN)/python tests/fuzz/run.py 2000
 
 # EdgeKV on emulated Raspberry Pi cores: benchmarks/arm/README.md. Debian, root rights; about half an hour.
 arm: $(VENV)/.base

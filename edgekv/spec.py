@@ -18,6 +18,9 @@ from edgekv.quant.cache_format import CacheFormat
 MetaValue = str | int | float | bool | list[str] | list[int] | list[float] | list[bool]
 Metadata = Mapping[str, MetaValue]  # GGUF key-value pairs
 RopeLayout = Literal["interleaved", "half"]
+MAX_ROPE_DIM = (
+    4096  # of a head: what a file may claim before its tensors are looked at; models have up to 256
+)
 
 
 @dataclass(frozen=True)

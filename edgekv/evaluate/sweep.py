@@ -78,7 +78,7 @@ def read_sweep(path: Path) -> SweepSpec:
         _check(spec)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; check the path") from error
-    except ValueError as error:  # SchemaError, TOMLDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # SchemaError, TOMLDecodeError and UnicodeDecodeError
         raise InputError(f"{path}: {error}; docs/eval.md shows a sweep file") from error
     return spec
 

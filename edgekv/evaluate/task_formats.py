@@ -100,14 +100,7 @@ def read_task(name: str, path: Path, limit: int | None) -> Task:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise TypeError("it is no JSON object")
-            question = TASKS[name](row)
-            if type(question.gold) is not int:
-                raise ValueError("gold is no whole number")
-            if not 0 <= question.gold < len(question.choices) or not all(c.length for c in question.choices):
-                raise ValueError("gold is no choice, or a choice is empty")
+            question = _question(name, json.loads(line))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             why = f"it has no {error}" if isinstance(error, KeyError) else error
             raise InputError(
@@ -118,6 +111,20 @@ def read_task(name: str, path: Path, limit: int | None) -> Task:
     if not questions:
         raise InputError(f"{path} is empty; it should hold questions of {name}: {_example(name)}")
     return Task(name, path.name, sha256, tuple(questions))
+
+
+def _question(name: str, row: Any) -> Question:
+    """The question of a row; any of the errors that `read_task` handles if it is none."""
+    if not isinstance(row, dict):
+        raise TypeError("it is no JSON object")
+    question = TASKS[name](row)
+    if type(question.gold) is not int:
+        raise ValueError("gold is no whole number")
+    if not all(isinstance(text, str) for text in (row.get("query", ""), *row.get("choices", ()))):
+        raise TypeError("the query or a choice is no text")
+    if not 0 <= question.gold < len(question.choices) or not all(c.length for c in question.choices):
+        raise ValueError("gold is no choice, or a choice is empty")
+    return question
 
 
 def _example(name: str) -> str:

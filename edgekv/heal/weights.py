@@ -161,6 +161,13 @@ def _storage_type(name: str, array: Array, storage: Storage) -> QuantType:
     return QuantType.BF16
 
 
+# What the readers of JSON, of safetensors and of gguf-py's blocks raise.
+_DAMAGE = (
+    *(SafetensorError, LookupError, TypeError, ValueError, AttributeError),
+    *(NotImplementedError, AssertionError, RecursionError),
+)
+
+
 def read_healed(path: Path) -> tuple[HealedRecord, dict[str, Array]]:
     """A file's record and its tensors in float32.
 
@@ -183,7 +190,7 @@ def read_healed(path: Path) -> tuple[HealedRecord, dict[str, Array]]:
             tensors = _unscaled(tensors)
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist; give a file that `edgekv heal` wrote") from error
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+    except (*_DAMAGE, OSError) as error:
         raise InputError(
             f"{path} is not a file of healed weights ({error}); `edgekv heal` writes them"
         ) from error
@@ -214,6 +221,8 @@ def _check_shapes(path: Path, record: HealedRecord, tensors: Tensors) -> None:
     for name in (*ATTENTION, MEAN_SQUARE):
         if name not in tensors:
             raise InputError(f"{path}: tensor {name} is missing; fetch the file again")
+    if tensors["q"].ndim != 3:
+        raise InputError(f"{path}: tensor q has {tensors['q'].ndim} axes, not 3; fetch the file again")
     n_layers, _, dim = tensors["q"].shape
     wanted = {**student_shapes(record.attention, n_layers, dim), MEAN_SQUARE: (n_layers,)}
     for name, shape in wanted.items():
@@ -246,6 +255,12 @@ def load_healed(path: Path, source: TensorSource) -> TensorSource:
     """
     record, tensors = read_healed(path)
     check_base(path, record, source)
+    n_layers, _, dim = tensors["q"].shape
+    if (n_layers, dim) != (source.spec.n_layers, source.spec.dim):
+        raise InputError(
+            f"{path} has {n_layers} layers of width {dim}, the model {source.spec.n_layers} of {source.spec.dim}; "
+            "fetch the file again"
+        )
     return healed_source(source, record.attention, tensors)
 
 

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import isfinite
+from math import inf
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 from edgekv.errors import ModelFileError, UnsupportedError
+
+
+def positive(value: Any) -> float | None:
+    """The value as a float, if it is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # JSON's whole numbers have no bounds
+        return None
+    return number if 0 < number < inf else None
 
 
 class Fields:
@@ -37,11 +48,10 @@ class Fields:
 
     def number(self, name: str, default: float | None = None) -> float:
         """A finite number above 0."""
-        value = self._get(name, default)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not (value > 0 and isfinite(value)):
+        number = positive(self._get(name, default))
+        if number is None:
             self.fail(name, "a positive number")
-        return float(value)
+        return number
 
     def optional(self, name: str) -> Any:
         """The value as it is, or None."""

@@ -221,6 +221,7 @@ ENTRY = '[[conversion]]\nname = "a"\n'
     ("text", "problem"),
     [
         ("model = ", "Invalid value"),
+        ("model = " + "[" * 5000, "recursion|nest"),
         ('text = "t"', "model: missing"),
         (GOOD + "windows = 5", "windows: unknown key"),
         (GOOD + "window = 3", "window: 3 tokens have no half"),

@@ -250,3 +250,11 @@ def test_questions_in_another_form_are_told_what_is_missing(tmp_path: Path) -> N
     path.write_text(json.dumps(ROWS["arc_easy"]))
     with pytest.raises(InputError, match=r"it is no JSON object; .*, one object a line"):
         read_task("arc_easy", path, None)
+
+
+@pytest.mark.parametrize("row", [{"query": 5}, {"choices": [["sea"], ["sand"]]}, {"choices": ["sea", None]}])
+def test_questions_that_are_no_text(row: dict[str, object], tmp_path: Path) -> None:
+    """Not asked as Python would print them."""
+    path = write_rows(tmp_path / "rows.jsonl", [ROWS["arc_easy"][0] | row])
+    with pytest.raises(InputError, match="line 1: not a question of arc_easy"):
+        read_task("arc_easy", path, None)

@@ -314,6 +314,30 @@ def test_the_files_that_come_with_edgekv_are_read(path):
     assert tensors["q"].shape[0] == 30
 
 
+def test_healed_weights_of_fewer_layers_than_their_original(tiny_gguf, unhealed, tmp_path):
+    record, tensors = read_healed(unhealed)
+    out = tmp_path / "out.safetensors"
+    write_healed(out, {name: array[:1] for name, array in tensors.items()}, record, "bf16", force=False)
+    with pytest.raises(
+        InputError, match=r"has 1 layers of width 64, the model 3 of 64; fetch the file again"
+    ):
+        load_healed(out, open_model(tiny_gguf))
+
+
+@pytest.mark.parametrize("what", ["nested", "tensors", "axes"])
+def test_records_that_are_not_as_written_are_input_errors(unhealed, tmp_path, what):
+    with safe_open(unhealed, framework="np") as file:
+        document = json.loads(file.metadata()["edgekv.heal"])
+    if what == "tensors":
+        document["tensors"] = []
+    elif what == "axes":
+        document["tensors"]["q"]["shape"] = [-1, 64]
+    text = "[" * 5000 if what == "nested" else json.dumps(document)
+    save_file(load_file(unhealed), tmp_path / "out.safetensors", {"edgekv.heal": text})
+    with pytest.raises(InputError):
+        read_healed(tmp_path / "out.safetensors")
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "other", "nan", "unscored"])
 def test_damaged_files_are_input_errors(unhealed, tmp_path, damage):
     out = tmp_path / "out.safetensors"

@@ -15,7 +15,7 @@ from edgekv.models.hf.config_fields import ConfigFields
 
 PATH = Path("model")
 VALUES: dict[str, Any] = {"a": 4, "zero": 0, "flag": True, "word": "x", "half": 0.5, "nan": float("nan")}
-VALUES |= {"huge": 2**31, "many": [1, 2], "null": None}
+VALUES |= {"huge": 2**31, "many": [1, 2], "null": None, "endless": 10**400, "inf": float("inf")}
 
 
 def keys() -> Fields:
@@ -52,7 +52,7 @@ def test_refusals_name_the_value_and_a_remedy(make: Callable[[], Fields], start:
         found = "missing" if name == "none" else repr(VALUES[name])
         wanted = f"{name} is {found}, a whole number of at least 1 was expected"
         assert str(caught.value).startswith(start + wanted + remedy)
-    for name in ("none", "zero", "flag", "word", "nan", "many"):
+    for name in ("none", "zero", "flag", "word", "nan", "many", "endless", "inf"):
         with pytest.raises(ModelFileError, match=f"{name} is .*, a positive number was expected"):
             make().number(name)
 
@@ -66,3 +66,19 @@ def test_a_sound_file_of_an_odd_model_is_not_to_be_downloaded_again() -> None:
     by_layer = Keys({"llama.attention.head_count": [1, 2], "llama.block_count": 2}, PATH, "llama")
     with pytest.raises(UnsupportedError, match=r"a different llama.attention.head_count in each layer"):
         by_layer.integer("attention.head_count")
+
+
+def test_lists_of_numbers() -> None:
+    for wrong in (
+        [1.0],
+        [1.0, 2.0, 3.0],
+        [1.0, 10**400],
+        [1.0, float("inf")],
+        [1.0, True],
+        [1.0, "2"],
+        1.0,
+        None,
+    ):
+        with pytest.raises(ModelFileError, match="a list of 2 positive numbers was expected"):
+            ConfigFields({"factors": wrong}, PATH).numbers("factors", 2)
+    assert ConfigFields({"factors": [1, 2.5]}, PATH).numbers("factors", 2) == (1.0, 2.5)

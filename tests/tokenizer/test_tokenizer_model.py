@@ -136,9 +136,10 @@ def test_what_does_not_fit_the_model(
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<extra>": 5000}))
     with pytest.raises(ModelFileError, match=f"adds a token 5000 and the model has {N_PIECES}; "):
         read_tokenizer(tmp_path, N_PIECES)
-    (tmp_path / "added_tokens.json").write_text(json.dumps({"<extra>": "x"}))
-    with pytest.raises(ModelFileError, match="cannot be read"):
-        read_tokenizer(tmp_path, N_PIECES)
+    for wrong in ({"<extra>": "x"}, {"<extra>": 4.0}, {"<extra>": float("inf")}, {"\ud800": 4}):
+        (tmp_path / "added_tokens.json").write_text(json.dumps(wrong))
+        with pytest.raises(ModelFileError, match="cannot be read"):
+            read_tokenizer(tmp_path, N_PIECES)
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a")
     with pytest.raises(ModelFileError, match=r"not a sound SentencePiece model.*; download it again"):
         read_tokenizer(tmp_path, N_PIECES)

@@ -11,7 +11,7 @@ from math import log, sqrt
 from types import MappingProxyType
 
 from edgekv.models.gguf.keys import Keys
-from edgekv.spec import GQA, MLA, Experts, LayerSpec, RopeLayout, RopeSpec, Yarn
+from edgekv.spec import GQA, MAX_ROPE_DIM, MLA, Experts, LayerSpec, RopeLayout, RopeSpec, Yarn
 
 Shapes = Mapping[str, tuple[int, ...]]
 Reader = Callable[[Keys, Shapes, int], LayerSpec]
@@ -111,6 +111,8 @@ def _gqa(keys: Keys, shapes: Shapes, layout: RopeLayout) -> GQA:
 
 def _rope(keys: Keys, dim: int, layout: RopeLayout) -> RopeSpec:
     """The plain rotary embedding, or what `rope.scaling` makes of it."""
+    if dim > MAX_ROPE_DIM:
+        keys.malformed(f"{dim} rotated dims in a head are more than the {MAX_ROPE_DIM} that any model has")
     plain = RopeSpec(keys.number("rope.freq_base", 10000.0), dim, layout)
     kind = keys.optional("rope.scaling.type") or "linear"
     name = "rope.scaling.factor" if keys.optional("rope.scaling.factor") else "rope.scale_linear"
@@ -141,9 +143,9 @@ def _mla(keys: Keys, shapes: Shapes, layer: int) -> LayerSpec:
     scale = 0.0
     if rope.factors:
         scale = linear_score_scale(rope.factors[0], head_dim)
-    multiplier = keys.optional("rope.scaling.yarn_log_multiplier")
-    if rope.yarn and isinstance(multiplier, float) and multiplier:
-        scale = (1 + multiplier * log(rope.yarn.factor)) ** 2 * head_dim**-0.5
+    if rope.yarn and keys.optional("rope.scaling.yarn_log_multiplier"):
+        mscale = 1 + keys.number("rope.scaling.yarn_log_multiplier") * log(rope.yarn.factor)
+        scale = mscale * mscale * head_dim**-0.5
     attention = MLA(
         n_heads=keys.integer("attention.head_count"),
         kv_lora_rank=rank,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgekv.models.fields import Fields
+from edgekv.models.fields import Fields, positive
 
 
 class ConfigFields(Fields):
@@ -15,10 +15,11 @@ class ConfigFields(Fields):
     def numbers(self, name: str, count: int) -> tuple[float, ...]:
         """A list of `count` numbers above 0."""
         values = self.optional(name)
-        ok = isinstance(values, list) and len(values) == count
-        if not ok or not all(isinstance(v, int | float) and v > 0 for v in values):
+        numbers = [positive(value) for value in values] if isinstance(values, list) else []
+        known = tuple(number for number in numbers if number is not None)
+        if len(known) != count or len(numbers) != count:
             self.fail(name, f"a list of {count} positive numbers")
-        return tuple(float(v) for v in values)
+        return known
 
     def flag(self, name: str, default: bool) -> bool:
         """True or false."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from math import log, pi, sqrt
 
 from edgekv.models.hf.config_fields import ConfigFields
-from edgekv.spec import RopeLayout, RopeSpec, Yarn
+from edgekv.spec import MAX_ROPE_DIM, RopeLayout, RopeSpec, Yarn
 
 
 def read_rope(
@@ -20,16 +20,16 @@ def read_rope(
         ModelFileError: a field is missing or impossible.
         UnsupportedError: the scaling is of a kind that EdgeKV does not compute.
     """
-    if dim % 2:
-        config.fail("head_dim", "an even number")
+    if dim % 2 or dim > MAX_ROPE_DIM:
+        config.fail("head_dim", f"an even number of at most {MAX_ROPE_DIM}")
     fields = _rope_fields(config, kind)
     for part in (config, fields) if fields else (config,):
         part.require("partial_rotary_factor", (1, 1.0), "a rotary embedding of a part of each head")
     outer = "rope_local_base_freq" if kind == "sliding_attention" else "rope_theta"
-    theta = config.number(outer, default_theta)
+    theta = _theta(config, outer, default_theta)
     if not fields:
         return RopeSpec(theta, dim, layout)
-    theta = fields.number("rope_theta", theta)
+    theta = _theta(fields, "rope_theta", theta)
     scaling = _scaling(fields)
     if scaling == "default":
         return RopeSpec(theta, dim, layout)
@@ -42,6 +42,14 @@ def read_rope(
     if scaling in ("longrope", "su"):
         return _longrope(config, fields, RopeSpec(theta, dim, layout))
     return fields.unsupported(f"RoPE scaling {scaling!r}")
+
+
+def _theta(fields: ConfigFields, name: str, default: float) -> float:
+    """The base of the frequencies; below 1 they would grow from pair to pair, without bounds."""
+    theta = fields.number(name, default)
+    if theta < 1:
+        fields.fail(name, "a number of at least 1")
+    return theta
 
 
 def trained_context(config: ConfigFields) -> int:
@@ -140,6 +148,8 @@ def _longrope(config: ConfigFields, fields: ConfigFields, plain: RopeSpec) -> Ro
     factors = fields.numbers("short_factor", plain.dim // 2)
     fields.numbers("long_factor", plain.dim // 2)
     original = _original_context(config, fields)
+    if original < 2:
+        fields.fail("original_max_position_embeddings", "more than one token")
     factor = fields.number("factor", config.integer("max_position_embeddings") / original)
     implied = sqrt(1 + log(factor) / log(original)) if factor > 1 else 1.0
     magnitude = fields.number("attention_factor", implied)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,7 +44,7 @@ def read_special(folder: Path, n_vocab: int, merges: bool) -> gguf.SpecialVocab:
             read_json(folder / name)  # says more of what is wrong
     try:
         return gguf.SpecialVocab(folder, load_merges=merges, n_vocab=n_vocab)
-    except (ValueError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ModelFileError(
             f"{folder}: tokenizer.json, tokenizer_config.json or the chat template cannot be read: {error!r}; download "
             "them again"

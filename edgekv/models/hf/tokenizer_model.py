@@ -127,7 +127,10 @@ def _added(folder: Path, n_vocab: int) -> dict[int, tuple[str, bool]]:
     try:
         if (folder / "added_tokens.json").is_file():
             for text, i in read_json(folder / "added_tokens.json").items():
-                found[int(i)] = (text, looks_special(text))
+                if type(i) is not int:
+                    raise TypeError(f"{i!r} is no token's number")
+                text.encode()  # JSON can spell halves of characters
+                found[i] = (text, looks_special(text))
     except (ValueError, TypeError) as error:
         raise ModelFileError(
             f"{folder}: added_tokens.json cannot be read: {error!r}; download it again"
@@ -148,7 +151,9 @@ def _config_tokens(folder: Path) -> dict[int, dict[str, Any]]:
     path = folder / "tokenizer_config.json"
     entries = (read_json(path).get("added_tokens_decoder") if path.is_file() else None) or {}
     try:
-        return {int(i): {"content": entry["content"], **entry} for i, entry in entries.items()}
+        for entry in entries.values():
+            entry["content"].encode()
+        return {int(i): dict(entry) for i, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelFileError(
             f"{path}: added_tokens_decoder cannot be read: {error!r}; download it again"

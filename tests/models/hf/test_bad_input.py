@@ -313,3 +313,22 @@ def test_an_adapter_is_not_left_out_without_a_word(folder: Path, tmp_path: Path)
     (folder / "adapter_config.json").rename(tmp_path / "alone/adapter_config.json")
     refused(tmp_path / "alone", UnsupportedError, "holds an adapter")
     HFSource(folder)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"head_dim": 2**30, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},  # gigabytes of factors
+        {"rope_theta": 5e-324, "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+        {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [1.0] * 16,
+                          "original_max_position_embeddings": 1, "factor": 4.0}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 10**400}},
+    ],
+)  # fmt: skip
+def test_rotary_embeddings_that_cannot_be_computed(
+    folder: Path, fields: dict[str, object], edit_config: Edit
+) -> None:
+    edit_config(folder, rope_parameters=None, **({"head_dim": 32} | fields))
+    with pytest.raises(ModelFileError, match="was expected"):
+        read_spec(folder)
