@@ -39,9 +39,10 @@ $(VENV)/.test: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --editable '.[llama,onnx,nvidia,plot,serve,test]'
 	touch $@
 
-# 2,000 damaged files for every kind of reader; a quarter of an hour.
+# 2,000 damaged files for every kind of reader, and 50 kills of commands that write; half an hour.
 fuzz: $(VENV)/.test
 	$(BIN)/python tests/fuzz/run.py 2000
+	EDGEKV_KILLS=50 $(BIN)/python -m pytest tests/test_kill.py
 
 # EdgeKV on emulated Raspberry Pi cores: benchmarks/arm/README.md. Debian, root rights; about half an hour.
 arm: $(VENV)/.base

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import functools
 import glob
@@ -13,12 +14,13 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from edgekv.errors import InputError, OutputError
 
 STALE_AFTER_S = 60  # a younger file may be about to be locked
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # renameat2(2)
 
 
 def check_output(path: Path, force: bool) -> None:
@@ -146,10 +148,16 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
 
 
 def _sweep(path: Path) -> None:
-    """Remove what killed processes left of `path`: partial files or folders, a minute old, that nobody has locked."""
-    for stale in path.absolute().parent.glob(f".{glob.escape(path.name)}.*.partial"):
+    """Remove what killed processes left of `path`."""
+    _remove_stale(path.absolute().parent.glob(f".{glob.escape(path.name)}.*.partial"))
+
+
+def _remove_stale(paths: Iterable[Path]) -> None:
+    """Remove this user's files and folders among these that are a minute old and that nobody has locked."""
+    for stale in paths:
         with contextlib.suppress(OSError), locked(stale, wait=False):
-            if time.time() - stale.stat().st_mtime <= STALE_AFTER_S:
+            found = stale.lstat()
+            if found.st_uid != os.getuid() or time.time() - found.st_mtime <= STALE_AFTER_S:
                 continue
             if stale.is_dir():
                 shutil.rmtree(stale)
@@ -185,10 +193,11 @@ def atomic_folder(folder: Path, force: bool, marker: str) -> Iterator[Path]:
             yield partial
         os.chmod(partial, _mode(folder, 0o777))
         if folder.exists():
-            old = partial.with_suffix(".old")
-            os.replace(folder, old)
-            os.replace(partial, folder)
-            shutil.rmtree(old)
+            if not _exchange(partial, folder):
+                old = partial.with_name(f"{partial.name.removesuffix('.partial')}.old.partial")
+                os.replace(folder, old)
+                os.replace(partial, folder)
+                shutil.rmtree(old)
         else:
             os.replace(partial, folder)
     except OSError as error:
@@ -198,6 +207,15 @@ def atomic_folder(folder: Path, force: bool, marker: str) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap what two paths name, in one step: renameat2(2). False where the system or its file system cannot."""
+    try:
+        swap = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):
+        return False
+    return bool(swap(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0)
 
 
 def check_output_folder(folder: Path, force: bool, marker: str) -> None:
@@ -215,18 +233,19 @@ def check_output_folder(folder: Path, force: bool, marker: str) -> None:
 
 @contextlib.contextmanager
 def temporary_folder(prefix: str) -> Iterator[Path]:
-    """A folder for temporary files, removed with all that is in it when the block ends.
+    """A folder for temporary files, removed with all that is in it when the block ends, or after a kill by the next.
 
     Raises:
         OutputError: there is no place for it.
     """
     try:
+        _remove_stale(Path(tempfile.gettempdir()).glob(f"{prefix}*"))
         folder = tempfile.TemporaryDirectory(prefix=prefix)
     except OSError as error:
         raise OutputError(
             f"temporary files cannot be written: {error.strerror}; let TMPDIR name a folder with room for them"
         ) from error
-    with folder as name:
+    with folder as name, locked(Path(name)):
         yield Path(name)
 
 

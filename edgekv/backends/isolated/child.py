@@ -6,9 +6,11 @@ or {"error": [class, message]}. A crash of native code ends only the child and i
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import json
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -163,12 +165,14 @@ class Child:
 class Parent:
     """The parent, reached by the child's standard input and output.
 
-    Output of native code goes to standard error, not between the lines of JSON.
+    Output of native code goes to standard error, not between the lines of JSON. Once the parent is gone, killed or
+    not, this process ends too, whatever native code is at.
     """
 
     def __init__(self) -> None:
         self._lines = os.fdopen(os.dup(1), "wb")
         os.dup2(2, 1)
+        _thread.start_new_thread(_end_with_parent, ())
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Send an object; ends this process if the parent is gone, as native code would lose an exception."""
@@ -191,6 +195,14 @@ class Parent:
             except Exception as error:
                 answer = {"error": to_wire(error)}
             self.send(answer)
+
+
+def _end_with_parent() -> None:
+    """Wait for the end of standard input, which stays open as long as the parent lives, and leave."""
+    ended = select.poll()
+    ended.register(0, 0)  # a hang-up is told in any case
+    ended.poll()
+    os._exit(1)
 
 
 def _line(message: Mapping[str, Any]) -> bytes:
