@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from msgspec import structs
 
 from edgekv.devices.bench.bandwidth import working_set_nbytes
-from edgekv.devices.bench.settings import BenchSettings, Candidate, check, labels, load_note
+from edgekv.devices.bench.settings import BenchSettings, Candidate, check, labels
 from edgekv.devices.bench.worker import WorkerProcess
 from edgekv.devices.boards.profile import known_memory
 from edgekv.devices.predict.model_info import (
@@ -36,6 +36,7 @@ from edgekv.devices.sensors.machine import probe, software
 from edgekv.devices.sensors.nvml import first_card
 from edgekv.devices.sensors.resident import split_memory
 from edgekv.errors import BackendError, InputError
+from edgekv.host.load import LoadMeter
 from edgekv.host.threads import allowed_cpus, big_cores, default_threads
 from edgekv.models.onnx.manifest import check_folder
 from edgekv.progress import Progress, ignore
@@ -87,7 +88,7 @@ class _Bench:
         self._progress = progress
         self._machine, self._notes = known_memory(*probe())
         self._energy, energy_notes = find_sources()
-        self._notes += energy_notes + load_note()
+        self._notes += energy_notes
         self._runs = self._describe()
         self._turns = self._all_fit_at_once()
         lanes = len(self._candidates)
@@ -98,7 +99,10 @@ class _Bench:
     def report(self, command: str) -> Report:
         everyone = list(zip(self._candidates, self._runs, strict=True))
         groups = [everyone] if self._turns else [[one] for one in everyone]
+        meter = LoadMeter(cpus=self._settings.cpus)
         runs = tuple(run for group in groups for run in self._measure(group))
+        if (load := meter.read()) and load.busy:  # the workers are done and count as this process's children
+            self._notes += (f"the machine was not the bench's own: {load.words()} while it ran",)
         if all(run.error for run in runs):
             raise BackendError(f"nothing could be measured: {runs[0].error}")
         s = self._settings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,15 +37,6 @@ class BenchSettings:
     def n_ctx(self) -> int:
         """Tokens of context to open: what the deepest point needs, or `context` if that is more."""
         return max(self.context, max(self.depths) + max(self.n_prompt, self.n_gen))
-
-
-def load_note() -> tuple[str, ...]:
-    """A note if other programs were using the CPUs."""
-    if not hasattr(os, "getloadavg"):
-        return ()
-    load = os.getloadavg()[0]
-    busy = load > 0.25 * len(allowed_cpus())
-    return (f"the machine was busy when the bench began: load average {load:.1f}",) if busy else ()
 
 
 def labels(candidates: Sequence[Candidate]) -> list[str]:

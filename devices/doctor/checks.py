@@ -18,6 +18,7 @@ from edgekv.devices.sensors.health import read_health
 from edgekv.devices.sensors.machine import meminfo, package_version, probe
 from edgekv.errors import BackendError
 from edgekv.host.isa import REBUILD, arm_flags_used, cpu_flags, engine_library, missing_features
+from edgekv.host.load import Load, load_now, waiting_share
 from edgekv.host.memory import memory_limit_nbytes
 from edgekv.host.threads import allowed_cpus, cpu_quota
 
@@ -28,7 +29,8 @@ HOT_C = 75.0
 def examine() -> list[Check]:
     """All checks, in the order in which trouble would show."""
     system = [check_python(), *check_packages(), check_wheels(), check_engine(), check_kernel()]
-    return [*system, *check_memory(), check_cores(), check_governor(), *check_heat(), check_comfort()]
+    cores = [check_cores(), check_load(load_now(), waiting_share()), check_governor()]
+    return [*system, *check_memory(), *cores, *check_heat(), check_comfort()]
 
 
 def check_python() -> Check:
@@ -166,6 +168,18 @@ def check_cores() -> Check:
         found = f"{kinds}; emulated by {machine.emulator}"
         return Check("cores", "warn", found, "do not take its times for a real board's")
     return Check("cores", "ok", f"{kinds}; {len(allowed_cpus())} usable")
+
+
+def check_load(load: Load | None, waiting: float | None) -> Check:
+    """Other work on the same cores, which slows llama.cpp's threads by more than its share."""
+    if load is None:
+        return Check("load", "unknown", "this machine does not tell what its CPUs do (/proc/stat)")
+    found = load.words() + (
+        "" if waiting is None else f"; a task waited for one {waiting:.0%} of the last 10 s"
+    )
+    if load.busy:
+        return Check("load", "warn", found, "end other programs: llama.cpp's threads wait for each other")
+    return Check("load", "ok", found)
 
 
 def check_governor() -> Check:

@@ -56,11 +56,14 @@ def command(
     edgekv bench small.gguf small-onnx -d 0,2048,7600
     edgekv compare run.json --html run.html
     """
-    from edgekv.workflows.bench import BenchRequest, BenchSettings, as_terminal, bench_models, dumps
+    from edgekv.workflows.bench import BenchRequest, BenchSettings, as_terminal, bench_models, dumps, load_now
 
     wanted |= {"context": ctx_size or 0, "threads": threads or 0}
     settings = options.build(BenchSettings, wanted)
     request = BenchRequest(models, settings=settings, command=command_line(), **wanted)
+    if (load := load_now()) and load.busy:
+        click.echo(f"warning: {load.words()}, and speeds will be theirs too; end them for figures that compare",
+                   err=True)  # fmt: skip
     report = bench_models(request, ProgressLine("bench"))
     if as_json:
         click.echo(dumps(report), nl=False)

@@ -121,18 +121,18 @@ def answer_once(chat: Chat, model: Path, question: str, *, stats: bool, as_json:
     from edgekv.cli.talk.answers import figures, show_answer, stats_line
 
     engine = chat.engine
-    answer = show_answer(chat.session, chat.ask(question), visible=not as_json)
+    answer = show_answer(chat.session, engine, chat.ask(question), visible=not as_json)
     if as_json:
         report = {
             "model": str(model),
             "backend": engine.name,
-            "text": answer.text,
-            "finish": answer.finish,
-            **figures(answer.timings, engine),
+            "text": answer.step.text,
+            "finish": answer.step.finish,
+            **figures(answer, engine),
         }
         escaped = not sys.stdout.encoding.lower().startswith("utf")  # nothing of the text may be lost
         click.echo(json.dumps(report, ensure_ascii=escaped, indent=2))
     if stats:
-        click.echo(stats_line(answer.timings, engine), err=True)
-    if answer.finish == "interrupted":
+        click.echo(stats_line(answer, engine), err=True)
+    if answer.step.finish == "interrupted":
         sys.exit(130)

@@ -71,7 +71,7 @@ def documents(path: Path, option: str = "") -> Iterator[str]:
 
 
 def _opened(path: Path) -> IO[str]:
-    file = cast("BufferedReader", lzma.open(path) if path.suffix == ".xz" else path.open("rb"))
+    file = cast("BufferedReader", (lzma.open if path.suffix == ".xz" else open)(path, "rb"))
     return TextIOWrapper(file, encoding=_encoding(file.peek(2)), newline="\n")
 
 

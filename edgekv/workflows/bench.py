@@ -13,10 +13,11 @@ from edgekv.devices.reporting import compare
 from edgekv.devices.reporting.report import Report, dumps
 from edgekv.devices.reporting.tables import Source
 from edgekv.files import atomic_path
+from edgekv.host.load import load_now
 from edgekv.progress import Progress, ignore
 from edgekv.workflows.request import Request
 
-__all__ = ["BenchRequest", "BenchSettings", "as_terminal", "bench_models", "dumps"]
+__all__ = ["BenchRequest", "BenchSettings", "as_terminal", "bench_models", "dumps", "load_now"]
 
 
 @dataclass(frozen=True)

@@ -8,25 +8,37 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import click
 
 from edgekv.backends.isolated.backend import IsolatedBackend
-from edgekv.chat.generate import Forgotten, Generator, Step, Timings
+from edgekv.chat.generate import Forgotten, Generator, Step
 from edgekv.chat.session import ChatSession, Dropped, Event, more_context
+from edgekv.host.load import Load, LoadMeter
 from edgekv.host.proc import peak_rss_nbytes
 
 # Escape sequences in a model's text could move the cursor, set the title or write the clipboard.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-def show_answer(session: ChatSession, events: Iterator[Event], *, visible: bool = True) -> Step:
-    """Print an answer as it comes, until its end or Ctrl-C; returns its last step, with all the text.
+@dataclass(frozen=True)
+class Answer:
+    """An answer's last step, with all the text, and what else used the CPUs meanwhile, where that is known."""
+
+    step: Step
+    load: Load | None
+
+
+def show_answer(
+    session: ChatSession, engine: IsolatedBackend, events: Iterator[Event], *, visible: bool = True
+) -> Answer:
+    """Print an answer as it comes, until its end or Ctrl-C.
 
     Raises:
         BackendError: the engine failed; the text printed so far ends with a line break.
     """
+    meter = LoadMeter([engine.pid])
     texts: list[str] = []
     last: Step | None = None
     to_terminal = sys.stdout.isatty()
@@ -49,7 +61,7 @@ def show_answer(session: ChatSession, events: Iterator[Event], *, visible: bool 
     if last.finish == "context":
         advice = more_context(session.generator.backend)
         notice(f"the context is full and no older turn is left to drop; {advice}")
-    return replace(last, text="".join(texts))
+    return Answer(replace(last, text="".join(texts)), meter.read())
 
 
 def _what_was_lost(event: Dropped | Forgotten) -> str:
@@ -74,8 +86,9 @@ def notice(text: str) -> None:
     click.secho(f"[{text}]", err=True, dim=True)
 
 
-def figures(timings: Timings, engine: IsolatedBackend) -> dict[str, float | int | str | None]:
+def figures(answer: Answer, engine: IsolatedBackend) -> dict[str, float | int | str | None]:
     """Figures of an answer under the names of the JSON output."""
+    timings, load = answer.step.timings, answer.load
     return {
         "n_reused": timings.n_reused,
         "n_prefilled": timings.n_prefilled,
@@ -89,11 +102,14 @@ def figures(timings: Timings, engine: IsolatedBackend) -> dict[str, float | int 
         "cache_nbytes": engine.cache_nbytes(),
         "engine_peak_rss_nbytes": engine.peak_rss_nbytes(),
         "chat_peak_rss_nbytes": peak_rss_nbytes(os.getpid()),
+        "others_cpu_share": None if load is None else round(load.others, 3),
+        "stolen_cpu_share": None if load is None else round(load.stolen, 3),
     }
 
 
-def stats_line(timings: Timings, engine: IsolatedBackend) -> str:
+def stats_line(answer: Answer, engine: IsolatedBackend) -> str:
     """The same figures for people, in one line."""
+    timings, load = answer.step.timings, answer.load
     peaks = {"engine": engine.peak_rss_nbytes(), "chat": peak_rss_nbytes(os.getpid())}
     rss = [f"{name} {nbytes / 1e6:.0f} MB" for name, nbytes in peaks.items() if nbytes is not None]
     reused = f" (+{timings.n_reused} in cache)" if timings.n_reused else ""
@@ -105,6 +121,7 @@ def stats_line(timings: Timings, engine: IsolatedBackend) -> str:
         f"tokens/s | cache {engine.cache_nbytes() / 1e6:.1f} MB for {engine.n_ctx} tokens"
         + kernel
         + (f" | peak RSS {', '.join(rss)}" if rss else "")
+        + (f" | not alone: {load.words()}" if load and load.busy else "")
         + "]",
         dim=True,
     )

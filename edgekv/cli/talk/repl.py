@@ -10,9 +10,8 @@ import click
 
 from edgekv.backends.base import KERNEL_VARIABLE
 from edgekv.backends.isolated.backend import IsolatedBackend
-from edgekv.chat.generate import Timings
 from edgekv.chat.session import ChatSession, Event
-from edgekv.cli.talk.answers import notice, show_answer, stats_line
+from edgekv.cli.talk.answers import Answer, notice, show_answer, stats_line
 from edgekv.cli.talk.line_input import MessageReader, history_path
 from edgekv.errors import BackendError, InputError
 
@@ -36,7 +35,7 @@ class Repl:
         self._session = session
         self._engine = engine
         self._always_stats = always_stats
-        self._last: Timings | None = None
+        self._last: Answer | None = None
         self._reader = MessageReader(history_path())
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": lambda _: click.echo(HELP),
@@ -80,7 +79,7 @@ class Repl:
     def _answer(self, events: Callable[[], Iterator[Event]]) -> None:
         """Print an answer; an error ends the answer and not the conversation."""
         try:
-            answer = show_answer(self._session, events())
+            answer = show_answer(self._session, self._engine, events())
         except InputError as error:
             click.echo(f"error: {error}", err=True)
             return
@@ -90,8 +89,8 @@ class Repl:
         except KeyboardInterrupt:  # before `show_answer` began to handle it
             notice("stopped")
             return
-        self._last = answer.timings
-        if answer.finish == "interrupted":
+        self._last = answer
+        if answer.step.finish == "interrupted":
             notice("stopped; /regen answers again")
         if self._always_stats:
             self._stats("")
