@@ -85,11 +85,13 @@ def test_the_cache_holds_all_that_it_promises_and_no_more(sequences: LlamaSequen
     for i in range(3):
         sequences.run([Piece(i, 0, [7] * 256, logits=False)])
     for i in range(3, 200):  # shared rows take no cells
-        sequences.share(0, i, 0, 256)
+        sequences.share(2, i, 0, 256)
+    sequences.trim(2, 0)
     with pytest.raises(BackendError, match="status 1"):
-        sequences.run([Piece(200, 0, [7], logits=True)])
-    sequences.trim(2, 255)
-    assert len(sequences.run([Piece(200, 0, [7], logits=True)])) == 1
+        sequences.run([Piece(2, 0, [7], logits=True)])
+    for i in range(3, 200):
+        sequences.trim(i, 255)
+    assert len(sequences.run([Piece(2, 0, [7], logits=True)])) == 1
 
 
 def test_other_engines_have_one_sequence(tiny_llama: Path) -> None:

@@ -63,7 +63,7 @@ def test_a_prompt_takes_the_longest_beginning_there_is(engine: LlamaSequences) -
     assert reused == 59
     prefixes.finish(again)
     on, reused, _ = run(engine, prefixes, head + two + text(4, 10))
-    assert (reused, on.sequence) == (60, second.sequence)  # goes on in place
+    assert (reused, on) == (60, second)  # goes on in place
     assert run(engine, prefixes, text(5, 30))[1] == 0
 
 

@@ -137,23 +137,11 @@ def test_openai_errors_have_their_class(client: openai.OpenAI) -> None:
 def test_the_llm_command(server: Server, tmp_path: Path) -> None:
     """PyPI's llm, with the OpenAI plug-in that comes with it."""
     (tmp_path / "extra-openai-models.yaml").write_text(
-        f"- model_id: here\n  model_name: tiny\n  api_base: {server.url}/v1\n  api_key_name: none\n"
+        f"- model_id: here\n  model_name: tiny\n  api_base: {server.url}/v1\n"
     )
-    command = [
-        sys.executable,
-        "-m",
-        "llm",
-        "-m",
-        "here",
-        "-o",
-        "max_tokens",
-        "4",
-        "-o",
-        "temperature",
-        "0",
-        "hi",
-    ]
-    env = os.environ | {"LLM_USER_PATH": str(tmp_path), "LLM_LOAD_PLUGINS": ""}
+    options = ("-o", "max_tokens", "4", "-o", "temperature", "0")
+    command = [sys.executable, "-m", "llm", "-m", "here", *options, "hi"]
+    env = os.environ | {"LLM_USER_PATH": str(tmp_path), "LLM_LOAD_PLUGINS": "", "OPENAI_API_KEY": "none"}
     done = subprocess.run(command, capture_output=True, env=env, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     expected = server.chat("hi", max_tokens=4).json()["choices"][0]["message"]["content"]
@@ -287,9 +275,15 @@ def test_malformed_requests_never_break_the_server(server: Server) -> None:
 # Load, leaving, dying
 
 
+def long(text: str, **fields: Any) -> dict[str, Any]:
+    """A body whose answer takes seconds: a random model might end any other one at once."""
+    schema = {"type": "string", "minLength": LONG}
+    format = {"type": "json_schema", "json_schema": {"schema": schema}}
+    return {"prompt": text, "max_tokens": LONG, "temperature": 0, "response_format": format, **fields}
+
+
 def long_stream(server: Server, text: str) -> Any:
-    body = {"prompt": text, "max_tokens": LONG, "temperature": 0, "stream": True}
-    return server.client.stream("POST", "/v1/completions", json=body)
+    return server.client.stream("POST", "/v1/completions", json=long(text, stream=True))
 
 
 def test_a_client_that_leaves_stops_its_work(server: Server) -> None:
@@ -299,9 +293,7 @@ def test_a_client_that_leaves_stops_its_work(server: Server) -> None:
     wait_until(lambda: server.figures()["running"] == 0)
     before = server.figures()["generated_tokens_total"]
     with pytest.raises(httpx.ReadTimeout):
-        server.client.post(
-            "/v1/completions", json={"prompt": "stay", "max_tokens": LONG, "temperature": 0}, timeout=0.5
-        )
+        server.client.post("/v1/completions", json=long("stay"), timeout=0.5)
     wait_until(lambda: server.figures()["running"] == 0, seconds=2)
     assert server.figures()["generated_tokens_total"] == before
     assert server.chat("next").status_code == 200
@@ -328,7 +320,7 @@ def test_an_engine_that_is_killed_is_started_again(server: Server) -> None:
     with ThreadPoolExecutor(2) as pool, long_stream(server, "die") as response:
         lines = response.iter_lines()
         next(lines)
-        whole = pool.submit(server.chat, "die too", max_tokens=LONG)
+        whole = pool.submit(server.client.post, "/v1/completions", json=long("die too"))
         wait_until(lambda: server.figures()["running"] == 2)
         waiting = pool.submit(server.chat, "I wait")
         wait_until(lambda: server.figures()["waiting"] == 1)

@@ -15,7 +15,7 @@ from edgekv.errors import BackendError
 from edgekv.source import Array
 
 MAX_SEQUENCES = (
-    256  # LLAMA_MAX_SEQ: a unified cache takes these ids whatever n_seq_max is (llama-context.cpp, decode)
+    256  # LLAMA_MAX_SEQ: the cache knows these ids whatever n_seq_max is, a batch only those below it
 )
 
 

@@ -45,7 +45,8 @@ class Prefixes:
 
     def __init__(self, engine: Sequences) -> None:
         self._engine = engine
-        self._free = list(range(engine.n_sequences - 1, -1, -1))
+        self._slots = list(range(engine.n_parallel))  # free sequences that can run
+        self._shelves = list(range(engine.n_parallel, engine.n_sequences))  # free ones that only keep rows
         self._running: list[Rows] = []
         self._kept: list[Rows] = []
         self._by_block: defaultdict[bytes, set[Rows]] = defaultdict(set)
@@ -66,14 +67,16 @@ class Prefixes:
     def begin(self, prompt: Sequence[int], blocks: Sequence[bytes]) -> Rows:
         """A running sequence that holds as much of the prompt, but for its last token, as the cache does."""
         source, count = self._find(prompt, blocks)
-        if source in self._kept and (count == len(source.tokens) or self._engine.n_sequences == 1):
-            rows = source  # taken over: no sequence is left beside it
+        if source in self._kept and (count == len(source.tokens) or not self._slots):
+            rows = source
             self._kept.remove(rows)
             self._cut(rows, count)
+            if rows.sequence >= self._engine.n_parallel:
+                self._move(rows, self._slots)
         else:
-            if not self._free:
-                self._drop_oldest(but=source)
-            rows = Rows(self._free.pop())
+            if not self._slots:
+                self._drop_oldest()
+            rows = Rows(self._slots.pop())
             if source is not None:
                 self._share(source, rows, count)
         self._running.append(rows)
@@ -109,6 +112,10 @@ class Prefixes:
         self._running.remove(rows)
         if keep and self._engine.can_trim and len(rows.tokens) >= BLOCK:
             rows.used_at = next(self._clock)
+            if self._engine.n_sequences > self._engine.n_parallel:
+                if not self._shelves:
+                    self._drop_oldest()
+                self._move(rows, self._shelves)
             self._kept.append(rows)
         else:
             self._release(rows)
@@ -159,12 +166,21 @@ class Prefixes:
                 del self._owners[cell]
         del rows.tokens[count:], rows.cells[count:], rows.blocks[count // BLOCK :]
 
+    def _move(self, rows: Rows, free: list[int]) -> None:
+        """Give rows to another sequence; nothing is copied."""
+        before, rows.sequence = rows.sequence, free.pop()
+        self._engine.share(before, rows.sequence, 0, len(rows.tokens))
+        self._give_back(before)
+
     def _release(self, rows: Rows) -> None:
         self._cut(rows, 0)
-        self._engine.trim(rows.sequence, 0)  # of a batch that failed there may be rows that nobody noted
-        self._free.append(rows.sequence)
+        self._give_back(rows.sequence)
 
-    def _drop_oldest(self, but: Rows | None) -> None:
-        oldest = min((rows for rows in self._kept if rows is not but), key=lambda rows: rows.used_at)
+    def _give_back(self, sequence: int) -> None:
+        self._engine.trim(sequence, 0)  # of a batch that failed there may be rows that nobody noted
+        (self._slots if sequence < self._engine.n_parallel else self._shelves).append(sequence)
+
+    def _drop_oldest(self) -> None:
+        oldest = min(self._kept, key=lambda rows: rows.used_at)
         self._kept.remove(oldest)
         self._release(oldest)
