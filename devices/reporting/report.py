@@ -220,7 +220,7 @@ def read_text(path: Path) -> str:
             raise InputError(f"{path} is larger than any report ({MAX_REPORT_NBYTES >> 20} MiB); wrong file?")
         content = path.read_bytes()
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+        raise InputError(f"cannot read {path}: {error.strerror or error}; check the path") from error
     encoding = json.detect_encoding(content)
     try:
         return content.decode(encoding).removeprefix("\ufeff")

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol, get_args
+from typing import Protocol
 
+from edgekv.backends.kernel_names import Kernel
 from edgekv.cache.rows import CacheRows, Layout, row_nbytes
 from edgekv.errors import BackendError, InputError
 from edgekv.quant.cache_format import CacheFormat
 from edgekv.source import Array
 
 DEFAULT_N_CTX = 4096  # the largest context that is opened unasked
-Kernel = Literal["edgekv", "stock"]  # attention of llama.cpp: edgekv.backends.llama_cpp.kernel or its own
-KERNELS: tuple[Kernel, ...] = get_args(Kernel)
-KERNEL_VARIABLE = (
-    "EDGEKV_KERNEL"  # of the environment: the kernel that a process and its children are to take
-)
 
 
 class Interrupted(Exception):

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from edgekv.backends.base import Backend, Kernel
+from edgekv.backends.base import Backend
+from edgekv.backends.kernel_names import Kernel
 from edgekv.source import Array
 from edgekv.tokenizer.language import Language
 

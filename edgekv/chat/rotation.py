@@ -6,7 +6,6 @@ one complex product per pair (Irminsul, arXiv 2605.05696).
 
 from __future__ import annotations
 
-import gguf
 import numpy as np
 
 from edgekv.cache.rows import Bytes, CacheRows, Layout, Plane
@@ -75,17 +74,16 @@ def turned(keys: Array, rope: RopeSpec, distance: int) -> Array:
 
 
 def _exact(stored: Bytes, plane: Plane) -> Array:
-    values = gguf.quants.dequantize(np.ascontiguousarray(stored), _kind(plane))
+    import gguf  # a minimal installation of an engine of its own does without
+
+    values = gguf.quants.dequantize(
+        np.ascontiguousarray(stored), gguf.GGMLQuantizationType[plane.cache_type.upper()]
+    )
     return np.asarray(values, np.float32)
 
 
 def _rounded(values: Array, plane: Plane) -> Bytes:
-    return (
-        np.ascontiguousarray(gguf.quants.quantize(values, _kind(plane)))
-        .view(np.uint8)
-        .reshape(len(values), -1)
-    )
+    import gguf
 
-
-def _kind(plane: Plane) -> gguf.GGMLQuantizationType:
-    return gguf.GGMLQuantizationType[plane.cache_type.upper()]
+    rounded = gguf.quants.quantize(values, gguf.GGMLQuantizationType[plane.cache_type.upper()])
+    return np.ascontiguousarray(rounded).view(np.uint8).reshape(len(values), -1)

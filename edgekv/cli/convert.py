@@ -93,16 +93,16 @@ def _show(result: ConvertResult) -> None:
 
 def _loss_table(losses: Sequence[LayerLoss]) -> None:
     biased = any(loss.bias_error for loss in losses)
-    elsewhere = any(loss.elsewhere_error is not None for loss in losses)
+    others = [f"{loss.elsewhere_error:.3f}" for loss in losses if loss.elsewhere_error is not None]
     split = any(loss.rope_dim for loss in losses)
     rows = (
         (str(x.layer), f"{x.rope_kept:.1%}", f"{x.latent_kept:.1%}", f"{x.output_error:.3f}")
-        + (f"{x.elsewhere_error:.3f}",) * elsewhere
+        + tuple(others[i : i + 1])
         + (f"{x.bias_error:.1%}",) * biased
         + (str(x.rope_dim),) * split
-        for x in losses
+        for i, x in enumerate(losses)
     )
-    optional = ["on other text"] * elsewhere + ["bias error"] * biased + ["rope dims"] * split
+    optional = ["on other text"] * bool(others) + ["bias error"] * biased + ["rope dims"] * split
     print_table(("layer", "rope key keeps", "latent keeps", "output error", *optional), rows)
     curve = {
         rank: sum(x.latent_kept_at[rank] for x in losses) / len(losses) for rank in losses[0].latent_kept_at

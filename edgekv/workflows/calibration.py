@@ -77,7 +77,8 @@ def _written(
     n_cores: int = 1,
 ) -> NDArray[np.int64]:
     nbytes = source.spec.kv_bytes_per_token(cache_type) * shape[1]
-    at_once = max(1, min(AT_ONCE, CACHE_NBYTES // nbytes))
+    halves = -(-shape[0] // 2)  # two batches at least, so that little text is written on two cores too
+    at_once = max(1, min(AT_ONCE, halves, CACHE_NBYTES // nbytes))
     n_workers = max(1, min(n_cores, CACHE_NBYTES // (nbytes * at_once)))
     tokenizer = readable_tokenizer(source)
     opening = opening_tokens(tokenizer) if tokenizer else []

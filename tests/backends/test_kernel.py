@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as GGMLType
 
-from edgekv.backends.base import KERNEL_VARIABLE
 from edgekv.backends.isolated.backend import IsolatedBackend
+from edgekv.backends.kernel_names import KERNEL_VARIABLE
 from edgekv.backends.llama_cpp.kernel import build as kernel_build
 from edgekv.backends.llama_cpp.kernel.build import FLAGS, HERE, build, build_path, built_path
 from edgekv.backends.llama_cpp.kernel.check import KINDS, relative_error

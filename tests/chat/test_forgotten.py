@@ -88,12 +88,12 @@ def test_the_user_is_told(tiny_gemma: Path, capsys: pytest.CaptureFixture[str]) 
 
     engine = IsolatedBackend(tiny_gemma, n_ctx=2048, n_threads=1)
     talk = session(Generator(engine, engine.language(), engine.interrupt))
-    show_answer(talk, talk.ask(f"abc {LONG}"))
+    show_answer(talk, engine, talk.ask(f"abc {LONG}"))
     talk.clear()
     capsys.readouterr()
-    answer = show_answer(talk, talk.ask(f"abd {LONG}"))
+    answer = show_answer(talk, engine, talk.ask(f"abd {LONG}"))
     n_prompt = len(engine.language().encode(f"abd {LONG}"))
     assert f"cannot go back that far: all {n_prompt} tokens are read again" in capsys.readouterr().err
-    assert f"prefill {n_prompt} tokens (1 again)" in stats_line(answer.timings, engine)
-    assert figures(answer.timings, engine)["n_forgotten"] == 1
+    assert f"prefill {n_prompt} tokens (1 again)" in stats_line(answer, engine)
+    assert figures(answer, engine)["n_forgotten"] == 1
     engine.close()

@@ -40,7 +40,8 @@ def test_they_are_closed(port: int, drops: bytes, requests_before: int) -> None:
             connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
             data = b""
             while not data.endswith(b"hi"):
-                assert (new := connection.recv(1000))
+                new = connection.recv(1000)
+                assert new
                 data += new
         if requests_before and not drops:
             return  # kept alive, for uvicorn's own time

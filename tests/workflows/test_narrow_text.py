@@ -34,7 +34,7 @@ def fit(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Co
     def run(text: str, **options: object) -> ConvertResult:
         calib = tmp_path / "calib.txt"
         calib.write_text(text)
-        sizes = {"kv_lora_rank": 48, "rope_dim": 32, "text": (calib,), "text_tokens": 2048, "weights": "f32"}
+        sizes = {"kv_lora_rank": 32, "rope_dim": 32, "text": (calib,), "text_tokens": 2048, "weights": "f32"}
         return edgekv.convert_model(ConvertRequest(tiny_llama, tmp_path / "out.gguf", **{**sizes, **options}))
 
     return run

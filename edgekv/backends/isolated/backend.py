@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from edgekv.backends.base import Backend, Interrupted, Kernel, require_loadable, require_room
+from edgekv.backends.base import Backend, Interrupted, require_loadable, require_room
 from edgekv.backends.isolated.child import Child
 from edgekv.backends.isolated.shared_logits import MAX_ROWS, SharedLogits
+from edgekv.backends.kernel_names import Kernel
 from edgekv.backends.open import Kind
 from edgekv.cache.rows import CacheRows, Layout, Plane
 from edgekv.documents import decode

@@ -6,7 +6,8 @@ import ctypes
 from pathlib import Path
 from typing import Any
 
-from edgekv.backends.base import DEFAULT_N_CTX, Kernel, require_cache_format, require_positive
+from edgekv.backends.base import DEFAULT_N_CTX, require_cache_format, require_positive
+from edgekv.backends.kernel_names import Kernel
 from edgekv.backends.llama_cpp.fits import require_memory
 from edgekv.backends.llama_cpp.footprint import default_ubatch
 from edgekv.backends.llama_cpp.kernel.load import use_kernel

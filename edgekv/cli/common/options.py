@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import click
 
-from edgekv.backends.base import KERNEL_VARIABLE, KERNELS
+from edgekv.backends.kernel_names import KERNEL_VARIABLE, KERNELS
 from edgekv.backends.open import KINDS
 from edgekv.quant.formats import CACHE_TYPES
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 
 import click
 
-from edgekv.backends.base import KERNEL_VARIABLE
 from edgekv.backends.isolated.backend import IsolatedBackend
+from edgekv.backends.kernel_names import KERNEL_VARIABLE
 from edgekv.chat.session import ChatSession, Event
 from edgekv.cli.talk.answers import Answer, notice, show_answer, stats_line
 from edgekv.cli.talk.line_input import MessageReader, history_path

@@ -10,7 +10,7 @@ import functools
 import os
 from pathlib import Path
 
-from edgekv.backends.base import KERNEL_VARIABLE, KERNELS, Kernel
+from edgekv.backends.kernel_names import KERNEL_VARIABLE, KERNELS, Kernel
 from edgekv.backends.llama_cpp.kernel.build import built_path
 from edgekv.backends.llama_cpp.kernel.ggml import ggml
 from edgekv.backends.llama_cpp.library import llama
