@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgekv.backends.llama_cpp.footprint import cache_nbytes
 from edgekv.backends.llama_cpp.sequences import LlamaSequences
 from edgekv.backends.open import open_backend, open_sequences
 from edgekv.backends.sequences import OneSequence, Piece, Sequences
 from edgekv.errors import BackendError, InputError
+from edgekv.models.open import open_model
 from edgekv.source import Array
 
 PROMPTS = [list(range(start, start + n)) for start, n in ((5, 40), (90, 3), (30, 17))]
@@ -104,4 +106,25 @@ def test_other_engines_have_one_sequence(tiny_llama: Path) -> None:
     assert opened.run([Piece(0, 20, PROMPTS[0][20:39], logits=False)]) == []
     (again,) = opened.run([Piece(0, 39, PROMPTS[0][39:], logits=True)])
     np.testing.assert_allclose(first, again, rtol=0, atol=ATOL)
+    opened.close()
+
+
+@pytest.mark.parametrize("n_parallel", [1, 2])
+def test_a_window_forgets_nothing_that_is_shared(tiny_gemma: Path, n_parallel: int) -> None:
+    """Of 900 tokens a cache that kept the window of 64 and a micro-batch would have let the first hundred go."""
+    tokens = np.random.default_rng(5).integers(0, 256, 900).tolist()
+    opened = open_sequences(tiny_gemma, n_parallel=n_parallel, n_ctx=1024, cache_type="f32", n_threads=1)
+    assert isinstance(opened, LlamaSequences)
+    spec = open_model(tiny_gemma).spec
+    assert opened.cache_nbytes() == 1024 * n_parallel * spec.kv_bytes_per_token("f32")
+    assert opened.cache_nbytes() == cache_nbytes(
+        spec, "f32", 1024 * n_parallel, opened.n_batch, keeps_all=True
+    )
+    for start in range(0, len(tokens), 300):
+        opened.run([Piece(0, start, tokens[start : start + 300], logits=False)])
+    opened.share(0, 5, 0, 100)
+    opened.trim(0, 0)
+    opened.share(5, 0, 0, 100)
+    (last,) = opened.run([Piece(0, 100, PROMPTS[1], logits=True)])
+    np.testing.assert_allclose(last, alone(tiny_gemma, tokens[:100] + PROMPTS[1])[0], rtol=0, atol=ATOL)
     opened.close()

@@ -262,7 +262,7 @@ class TestBadOptions:
 
     @pytest.mark.parametrize(("blocks", "full"), [(8, "writer.gguf"), (256, "out.gguf")])
     def test_a_full_disk(self, tiny_llama: Path, tmp_path: Path, blocks: int, full: str) -> None:
-        """A limit on the size of files stands for the disk: for the copy that writes calibration text, and for the output."""
+        """A limit on the size of files stands for the disk: for the model that writes text, and for the output."""
         out = tmp_path / "out.gguf"
         command = (
             f"ulimit -f {blocks}; {EDGEKV} convert {tiny_llama} -o {out} {' '.join(QUICK)} --weights f32"

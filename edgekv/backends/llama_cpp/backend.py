@@ -48,6 +48,7 @@ class LlamaCppBackend(LlamaContext, Backend):
             n_threads=n_threads,
             n_sequences=1,
             n_outputs=LOGITS_ROWS,
+            keeps_all=False,
             abort_flag=abort_flag,
         )
         self._encodings = LOG.cache_encodings()

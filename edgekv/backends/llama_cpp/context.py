@@ -47,6 +47,8 @@ class LlamaContext:
         n_threads: by default one per physical big core.
         n_sequences: how many may be decoded side by side; they share all cells.
         n_outputs: most rows of logits of one micro-batch.
+        keeps_all: layers with a window keep the whole context and not little more than the window, so that rows of any
+            position can be cut off or shared.
         abort_flag: two bytes, which may lie in shared memory; a call in progress ends when the first is set.
 
     Raises:
@@ -67,6 +69,7 @@ class LlamaContext:
         n_threads: int | None,
         n_sequences: int,
         n_outputs: int,
+        keeps_all: bool,
         abort_flag: ctypes.Array[ctypes.c_char] | None = None,
     ) -> None:
         require_positive(n_ctx=n_ctx, n_threads=n_threads)
@@ -80,7 +83,9 @@ class LlamaContext:
         self._api = llama()
         repack = repacking_is_safe()
         if not self._api.llama_supports_gpu_offload():
-            spare = require_memory(path, header, n_cells, cache_type, n_ubatch, n_sequences=n_sequences)
+            spare = require_memory(
+                path, header, n_cells, cache_type, n_ubatch, n_sequences=n_sequences, keeps_all=keeps_all
+            )
             repack &= spare is None or spare >= sum(tensor.nbytes for tensor in header.tensors)
         elif cache.cpu_only:
             raise InputError(
@@ -100,8 +105,7 @@ class LlamaContext:
         params.n_outputs_max = min(n_outputs, params.n_batch)  # 0 would reserve n_batch x vocab floats
         params.n_threads = params.n_threads_batch = n_threads or default_threads()
         params.type_k, params.type_v = cache.k.ggml_id, cache.v.ggml_id
-        # Layers with a window keep little more than it, unless several sequences share rows that came before.
-        params.swa_full = n_sequences > 1
+        params.swa_full = keeps_all
         self._context = self._open(path, params)
         self._memory = self._api.llama_get_memory(self._context)
         self._window = int(self._api.llama_model_n_swa(self._model))

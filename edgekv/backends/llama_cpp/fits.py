@@ -30,11 +30,13 @@ def require_memory(
     n_ubatch: int,
     root: Path = Path("/"),
     n_sequences: int = 1,
+    keeps_all: bool = False,
 ) -> int | None:
     """Bytes that are left beside weights, cache and buffers; None if free memory or the need is unknown.
 
     Args:
         n_ctx: cells of the whole cache, which `n_sequences` share.
+        keeps_all: layers with a window keep the whole context.
 
     Raises:
         InputError: the model does not fit; the message names what would.
@@ -44,12 +46,13 @@ def require_memory(
     weights = sum(tensor.nbytes for tensor in header.tensors)
     try:
         spec = spec_from_gguf(header.metadata, shapes, path)
-        cache = cache_nbytes(spec, cache_type, n_ctx, n_ubatch)
+        cache = cache_nbytes(spec, cache_type, n_ctx, n_ubatch, keeps_all)
     except (ModelFileError, UnsupportedError, ValueError):
         return None  # an architecture that only llama.cpp knows, or a cache type that llama.cpp will refuse
 
     def needed_nbytes(n_ctx: int, cache_type: str) -> int:
-        return footprint(spec, weights, cache_type, n_ctx, n_ubatch, runtime_nbytes=0).needed_nbytes
+        parts = footprint(spec, weights, cache_type, n_ctx, n_ubatch, runtime_nbytes=0, keeps_all=keeps_all)
+        return parts.needed_nbytes
 
     needed = needed_nbytes(n_ctx, cache_type)
     if left is None:

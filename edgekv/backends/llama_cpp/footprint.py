@@ -56,12 +56,14 @@ def footprint(
     repacked_nbytes: int = 0,
     depth: int | None = None,
     runtime_nbytes: int = RUNTIME_NBYTES,
+    keeps_all: bool = False,
 ) -> Footprint:
     """Memory of one process with one sequence.
 
     Args:
         depth: tokens in the cache; by default n_ctx.
         runtime_nbytes: memory of the process without a model, which differs between installations.
+        keeps_all: layers with a window keep the whole context.
 
     Raises:
         ValueError: the cache type does not fit the model's dims.
@@ -70,21 +72,22 @@ def footprint(
     return Footprint(
         weights_nbytes=weights_nbytes,
         repacked_nbytes=repacked_nbytes,
-        cache_nbytes=cache_nbytes(spec, cache_type, n_ctx, n_ubatch),
+        cache_nbytes=cache_nbytes(spec, cache_type, n_ctx, n_ubatch, keeps_all),
         compute_nbytes=compute_nbytes(spec, min(n_ubatch, filled), filled),
         runtime_nbytes=runtime_nbytes + ENGINE_NBYTES + VOCAB_NBYTES * spec.vocab,
     )
 
 
-def cache_nbytes(spec: ModelSpec, cache_type: str, n_ctx: int, n_ubatch: int) -> int:
-    """Bytes that llama.cpp allocates for keys and values.
+def cache_nbytes(spec: ModelSpec, cache_type: str, n_ctx: int, n_ubatch: int, keeps_all: bool = False) -> int:
+    """Bytes that llama.cpp allocates for keys and values; `keeps_all` as in `footprint`.
 
     Raises:
         ValueError: the cache type does not fit the model's dims.
     """
     attentions = [layer.attention for layer in spec.layers]
     return sum(
-        attention.kv_bytes_per_token(cache_type) * cells(graph_window(spec, attention), n_ctx, n_ubatch)
+        attention.kv_bytes_per_token(cache_type)
+        * cells(0 if keeps_all else graph_window(spec, attention), n_ctx, n_ubatch)
         for attention in attentions
     )
 

@@ -22,8 +22,9 @@ MAX_SEQUENCES = (
 class LlamaSequences(LlamaContext):
     """llama.cpp as Sequences: a LlamaContext of `n_parallel` sequences, with its other arguments and errors.
 
-    The rows of up to 256 sequences lie in n_parallel x n_ctx cells. Models with a recurrent state cannot share it or
-    go back in it, so theirs is dropped whole.
+    The rows of up to 256 sequences lie in n_parallel x n_ctx cells. Layers with a window keep all of them, as
+    later prompts begin anywhere. Models with a recurrent state cannot share it or go back in it, so theirs is dropped
+    whole.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class LlamaSequences(LlamaContext):
             n_threads=n_threads,
             n_sequences=n_parallel,
             n_outputs=n_parallel,
+            keeps_all=True,
         )
         api = self._api
         self.n_parallel = n_parallel
