@@ -6,8 +6,13 @@ import copy
 import json
 import struct
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from random import Random
 from typing import Any
+
+import numpy as np
+
+from edgekv.cache.blocks import NewBlock, read_blocks
 
 Mutator = Callable[[Random, bytes], bytes]
 NESTED = "[" * 3000 + "]" * 3000
@@ -75,6 +80,42 @@ def mutate_safetensors(rng: Random, data: bytes) -> bytes:
         return mutate_bytes(rng, data)
     header = _dumped(_with_nested_json(rng, json.loads(data[8 : 8 + length])))
     return len(header).to_bytes(8, "little") + header + data[8 + length :]
+
+
+def mutate_blocks(rng: Random, data: bytes) -> bytes:
+    """A file of sessions and packs: blocks whose checksums are made right; or bytes."""
+    if rng.randrange(3) == 0:
+        return mutate_bytes(rng, data)
+    blocks = read_blocks(np.frombuffer(data, np.uint8))
+    at, file = rng.randrange(len(blocks)), BytesIO()
+    for number, block in enumerate(blocks):
+        kind, numbers, payload = (
+            block.kind or 0,
+            block.numbers,
+            b"" if block.payload is None else bytes(block.payload),
+        )
+        if number == at:
+            change = rng.randrange(4)
+            numbers = (
+                rng.choice(((0, 0), (2**32 - 1, 2**32 - 1), (numbers[1], numbers[0])))
+                if change == 0
+                else numbers
+            )
+            kind = rng.choice((0, 1, 2, 3, 2**31)) if change == 1 else kind
+            if change > 1:
+                payload = (mutate_json if payload[:1] == b"{" else mutate_bytes)(rng, payload)
+        for _ in range(2 if number == at and rng.randrange(8) == 0 else 1):
+            NewBlock(kind, numbers, [np.frombuffer(payload, np.uint8)]).write(file)
+    return file.getvalue()
+
+
+def mutate_own_gguf(rng: Random, data: bytes) -> bytes:
+    """The JSON in the key of EdgeKV's own architecture, with its length made right."""
+    key = b"edgekv.spec" + struct.pack("<I", 8)
+    start = data.index(key) + len(key)
+    length = int.from_bytes(data[start : start + 8], "little")
+    text = mutate_json(rng, data[start + 8 : start + 8 + length])
+    return data[:start] + struct.pack("<Q", len(text)) + text + data[start + 8 + length :] + bytes(64)
 
 
 def mutate_words(words: Sequence[str]) -> Mutator:

@@ -12,11 +12,17 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from edgekv.cache.rows import CacheRows, Plane
+from edgekv.cache.rows_file import Header, write_rows_file
+from edgekv.chat.packs import PackNotes
+from edgekv.chat.saved import Notes
 from edgekv.export.gguf.write import write_gguf
 from edgekv.export.onnx.write import OnnxOptions, write_onnx
 from edgekv.heal.recipe import CurvePoint, DataRecord, Evaluation, HealedRecord, HealRecipe
 from edgekv.heal.weights import FORMAT, base_sha256, write_healed
+from edgekv.models.gguf.own import OWN_ARCH
 from edgekv.models.gguf.source import GGUFSource
+from edgekv.models.identity import ModelIdentity
 from edgekv.source import LazySource, TensorSource
 from edgekv.spec import GQA, MLA, LayerSpec, ModelSpec, RopeSpec
 from edgekv.tensors import layer_tensor_shapes
@@ -70,6 +76,11 @@ def write_seeds(folder: Path) -> None:
     write_onnx(source(), folder / "onnx", OnnxOptions(), False, lambda *_: None)
     _write_sentencepiece(folder / "sentencepiece")
     _write_healed(folder / "healed")
+    (folder / "own").mkdir()
+    own = source()
+    own.spec = replace(own.spec, arch=OWN_ARCH)
+    write_gguf(own, folder / "own/model.edgekv", "f32", {}, False, lambda *_: None)
+    _write_sessions(folder / "sessions")
     _write_reports(folder / "reports")
     _write_tasks(folder / "tasks")
     (folder / "sweep").mkdir()
@@ -208,6 +219,22 @@ def _record(model: TensorSource, mla: MLA) -> HealedRecord:
         made_with="edgekv",
     )
     return replace(first, earlier=first)
+
+
+def _write_sessions(folder: Path) -> None:
+    """A session and a pack, of two saves' worth of blocks."""
+    folder.mkdir()
+    layout = tuple(Plane(f"{i}.{kind}", "q4_0", 32) for i in range(2) for kind in ("key", "value"))
+    model = ModelIdentity("tiny", "0" * 64, (8, 8), (RopeSpec(10000.0, 8),) * 2)
+    tokens = list(range(300))
+    rows = CacheRows.empty(layout, len(tokens))
+    notes = Notes("Be brief.", (("hi", "Hello."),), None, (), 512)
+    for kind, name, noted in (
+        ("session", "a.session", notes),
+        ("pack", "a.pack", PackNotes(3, ("text.txt",))),
+    ):
+        header = Header.of(f"edgekv.{kind}", model, layout)  # type: ignore[arg-type]
+        write_rows_file(folder / name, header, tokens, rows, noted)
 
 
 def _write_reports(folder: Path) -> None:

@@ -8,15 +8,19 @@ from pathlib import Path
 
 from mutators import (
     Mutator,
+    mutate_blocks,
     mutate_bytes,
     mutate_gguf,
     mutate_json,
     mutate_lines_of_json,
+    mutate_own_gguf,
     mutate_safetensors,
     mutate_words,
 )
 from seeds import TOKENS
 
+from edgekv.chat.packs import read_pack
+from edgekv.chat.saved import read_session, require_same_model
 from edgekv.chat.template import ChatTemplate
 from edgekv.devices.reporting.compare import as_json, as_terminal, load_sources
 from edgekv.evaluate.sweep import read_sweep
@@ -113,6 +117,26 @@ def _read_healed(folder: Path, name: str) -> None:
     load_healed(folder / name, open_model(folder / "model.gguf"))
 
 
+def _open_own(folder: Path, name: str) -> None:
+    source = open_model(folder / name)
+    for tensor in source.names()[:3]:
+        source.load(tensor)
+
+
+def _read_session(folder: Path, name: str) -> None:
+    saved = read_session(folder / name)
+    assert saved is not None
+    require_same_model(
+        folder / name, saved.stored.header, saved.stored.header.model, saved.stored.header.layout
+    )
+    saved.stored.rows()
+
+
+def _read_pack(folder: Path, name: str) -> None:
+    pack = read_pack(folder / name)
+    pack.stored.rows()
+
+
 CONFIG = "config.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 SHARDS = tuple(f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
@@ -135,5 +159,8 @@ TARGETS: Mapping[str, Target] = {
     "sweep": Target("sweep", {"sweep.toml": mutate_words(TOML)}, lambda folder, name: read_sweep(folder / name)),
     "onnx": Target("onnx", {"edgekv.json": mutate_json, "model.onnx": mutate_bytes},
                    lambda folder, name: check_folder(folder)),
+    "own": Target("own", {"model.edgekv": mutate_own_gguf}, _open_own),
+    "session": Target("sessions", {"a.session": mutate_blocks}, _read_session),
+    "pack": Target("sessions", {"a.pack": mutate_blocks}, _read_pack),
     "healed": Target("healed", {"healed.safetensors": mutate_safetensors}, _read_healed),
 }  # fmt: skip
