@@ -59,7 +59,16 @@ def describe_onnx(manifest: Manifest, folder: Path, n_ctx: int) -> tuple[ModelIn
         flops_per_cached_token=about.flops_per_cached_token,
         context_length=about.context_length,
     )
-    return model, CacheInfo(about.cache_type, about.cache_values, about.cache_nbytes, n_ctx)
+    windowed = [layer for layer in about.layers if layer.window]
+    cache = CacheInfo(
+        type=about.cache_type,
+        values_per_token=about.cache_values,
+        nbytes_per_token=about.cache_nbytes,
+        n_ctx=n_ctx,
+        window=max((layer.window for layer in windowed), default=None),
+        window_nbytes_per_token=sum(layer.nbytes for layer in windowed) or None,
+    )
+    return model, cache
 
 
 def describe_cache(spec: ModelSpec, cache_type: str, n_ctx: int | None) -> CacheInfo:

@@ -13,6 +13,7 @@ import pytest
 from edgekv.backends.onnxruntime import OnnxBackend
 from edgekv.backends.open import open_backend
 from edgekv.backends.reference import ReferenceBackend
+from edgekv.devices.predict.model_info import describe_onnx
 from edgekv.errors import OutputError, UnsupportedError
 from edgekv.evaluate.verify import Comparison, compare
 from edgekv.export.gguf.write import write_gguf
@@ -150,11 +151,10 @@ def test_layers_that_differ(make_llama: Callable[..., LazySource], tmp_path: Pat
     about = read_manifest(folder).model
     assert [layer.window for layer in about.layers] == [0, 40, 0]
     assert [layer.slots(256) for layer in about.layers] == [256, 40 + WINDOW_SLACK, 256]
-    assert (
-        sum(layer.nbytes for layer in about.layers)
-        == about.cache_nbytes
-        == source.spec.kv_bytes_per_token("f32")
-    )
+    assert sum(layer.nbytes for layer in about.layers) == about.cache_nbytes
+    assert about.cache_nbytes == source.spec.kv_bytes_per_token("f32")
+    cache = describe_onnx(read_manifest(folder), folder, 256)[1]
+    assert (cache.window, cache.window_nbytes_per_token) == (40, about.cache_nbytes // 3)
 
 
 def test_native_mla_keeps_its_latent(native_mla: Path, tmp_path: Path) -> None:
