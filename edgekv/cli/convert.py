@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 @click.option("--cache-type", default="f32", show_default=True, type=click.Choice(("f32", "int8")),
               help="Number format of an ONNX folder's cache.")  # fmt: skip
 @options.text("Calibration text.  [default: the model writes it]", multiple=True)
-@options.text_tokens(32768, "Tokens to calibrate on.")
+@options.text_tokens(None, "Tokens to calibrate on.  [default: 32768, or 16384 that the model writes]")
 @options.seed("Seed of the calibration sample.")
 @click.option("--verify", is_flag=True, help="Reload in llama.cpp and compare with the NumPy reference.")
 @options.force()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 CALIBRATION_TOKENS = 16384  # for a start: phase 1 fits the same layers on the same kind of text, much further
 HELD_OUT = 32  # sequences kept for evaluation when no text is given for it
 MAX_STEPS = 10**9  # placeholder: as many steps as fit in `minutes`
+WRITTEN_LEN = 1024  # tokens of a sequence that the teacher writes: longer ones would be few at once, and slow
+CHAT_EVERY, CHAT_EVERY_WITH_TEXT = 2, 4  # one of so many sequences that the teacher writes is a chat
 SHAPE = ("n_heads", "kv_lora_rank", "rope_dim", "nope_dim", "value_dim", "rope_theta")
 
 
@@ -276,6 +278,7 @@ def self_written(
     tokenizer: Tokenizer,
     chat: Chat | None,
     n_tokens: int,
+    texts: Sequence[Shard],
     recipe: HealRecipe,
     device: str,
     progress: Progress,
@@ -284,20 +287,31 @@ def self_written(
 
     Args:
         chat: chats in the model's own template, drawn with the recipe's seed.
-        progress: counts sequences.
+        texts: what plain sequences go on from; without any they begin with a random token.
+        progress: counts tokens.
 
     Raises:
         InputError: PyTorch or the device is missing.
     """
     place = pick_device(device)
-    n_sequences = -(-n_tokens // recipe.seq_len)
-    key = f"{base_sha256(source)[:16]}-{place.type}-{n_sequences}x{recipe.seq_len}-{recipe.seed}"
+    length = min(recipe.seq_len, WRITTEN_LEN)
+    n_sequences = -(-n_tokens // length)
+    begun = "".join(f"-{shard.sha256[:8]}" for shard in texts)
+    key = f"{base_sha256(source)[:16]}-{place.type}-{n_sequences}x{length}-{recipe.seed}{begun}"
     path = cache_folder() / f"self-{key}.npy"
     if not path.exists():
-        from edgekv.heal.teacher_text import write_text
+        from edgekv.heal.teacher_text import OPENING_TOKENS, opening, write_text
 
-        openings = np.array([i for i in range(source.spec.vocab) if not tokenizer.is_control(i)])
-        rows = write_text(source, openings, chat, n_sequences, recipe.seq_len, recipe.seed, place, progress)
+        rng = np.random.default_rng(recipe.seed)
+        words = [i for i in range(source.spec.vocab) if not tokenizer.is_control(i)]
+
+        def openings() -> Iterator[list[int]]:
+            while True:
+                yield opening(texts, OPENING_TOKENS, rng) if texts else [int(rng.choice(words))]
+
+        every = CHAT_EVERY_WITH_TEXT if texts else CHAT_EVERY
+        shape = (n_sequences, length)
+        rows = write_text(source, openings(), chat, every, shape, recipe.seed, place, progress)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tokens(path, iter(rows.tolist()), source.spec.vocab)
     return load_shard(path, source, tokenizer.encode, ignore)

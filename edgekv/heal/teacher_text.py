@@ -1,19 +1,21 @@
-"""Text sampled from the teacher for training, for users without a corpus.
+"""Text sampled from the teacher for training: more of a corpus's kind, or all of it for users without one.
 
-Half of the sequences begin with a random token (LLM-QAT, arXiv 2305.17888, section 2.1), half are chats in
-the model's own template: when an answer ends, the next question of edgekv.text.chats follows.
-Everything else is drawn from the teacher at temperature 1, so the text is what the student must imitate.
+A plain sequence begins with some tokens of the corpus, or with one random token where there is none (LLM-QAT,
+arXiv 2305.17888, section 2.1). The others are chats in the model's own template: when an answer ends, the next
+question of edgekv.text.chats follows. Everything else is drawn from the teacher at temperature 1, so the text is what
+the student must imitate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edgekv.heal.teacher_student import load_teacher
 from edgekv.heal.torch_blocks import (
@@ -29,37 +31,52 @@ from edgekv.progress import Progress
 from edgekv.source import TensorSource
 from edgekv.spec import GQA
 from edgekv.text.chats import Chat
+from edgekv.text.shards import Shard
 
 CPU_SEQUENCES = 32
+MEMORY_SHARE = 0.6  # of a GPU's free memory for the cache; logits and their noise take most of the rest
+OPENING_TOKENS = 32
+
+
+def opening(shards: Sequence[Shard], n_tokens: int, rng: np.random.Generator) -> list[int]:
+    """Up to `n_tokens` tokens from a random place of the texts, each text as likely as it is long."""
+    sizes = np.array([len(shard.tokens) for shard in shards])
+    tokens = shards[int(rng.choice(len(shards), p=sizes / sizes.sum()))].tokens
+    start = int(rng.integers(max(1, len(tokens) - n_tokens)))
+    return [int(token) for token in tokens[start : start + n_tokens]]
 
 
 def write_text(
     source: TensorSource,
-    openings: NDArray[np.int64],
+    openings: Iterator[list[int]],
     chat: Chat | None,
-    n_sequences: int,
-    length: int,
+    chat_every: int,
+    shape: tuple[int, int],
     seed: int,
     device: torch.device,
     progress: Progress,
 ) -> NDArray[np.int64]:
-    """Sample (n_sequences, length) tokens from the teacher.
+    """Sample `shape` = (sequences, length) tokens from the teacher.
 
     Args:
-        openings: tokens that a plain sequence may begin with.
-        chat: the model's chats, every second sequence; without it all are plain.
+        openings: the first tokens of each plain sequence.
+        chat: the model's chats, one of `chat_every` sequences; without it all are plain.
+        progress: counts tokens.
     """
+    n_sequences, length = shape
     writer = Writer(source, length, device)
     generator = torch.Generator(device).manual_seed(seed)
-    rng = np.random.default_rng(seed)
     at_once = writer.sequences_at_once()
     batches = []
     for start in range(0, n_sequences, at_once):
         numbers = range(start, min(start + at_once, n_sequences))
-        talk = [chat is not None and number % 2 == 1 for number in numbers]
-        first = [chat.next() if chat and t else [int(rng.choice(openings))] for t in talk]
-        batches.append(writer.write(first, chat, generator))
-        progress(numbers[-1] + 1, n_sequences)
+        talk = [chat is not None and number % chat_every == chat_every - 1 for number in numbers]
+        first = [chat.next() if chat and t else next(openings) for t in talk]
+
+        def written(position: int, before: int = start * length, n: int = len(numbers)) -> None:
+            progress(before + position * n, n_sequences * length)
+
+        batches.append(writer.write(first, chat, generator, written))
     return np.concatenate(batches)
 
 
@@ -84,15 +101,21 @@ class Writer:
         if self.device.type != "cuda":
             return CPU_SEQUENCES
         per_token = 2 * len(self.weights) * self.spec.cache_values
-        return max(1, int(torch.cuda.mem_get_info(self.device)[0] * 0.5) // (per_token * self.length))
+        return max(
+            1, int(torch.cuda.mem_get_info(self.device)[0] * MEMORY_SHARE) // (per_token * self.length)
+        )
 
     @without_gradient
     def write(
-        self, first: Sequence[Sequence[int]], chat: Chat | None, generator: torch.Generator
+        self,
+        first: Sequence[Sequence[int]],
+        chat: Chat | None,
+        generator: torch.Generator,
+        written: Callable[[int], None],
     ) -> NDArray[np.int64]:
         """Sample (len(first), length) tokens; row i begins with first[i].
 
-        After a token that ends a turn the next question of `chat` is put in.
+        After a token that ends a turn the next question of `chat` is put in. `written` hears of each position.
         """
         n, a = len(first), self.spec
         shape = (len(self.weights), 2, n, self.length, a.n_kv_heads, a.head_dim)
@@ -107,12 +130,13 @@ class Writer:
                 elif chat is not None and drawn[i] in chat.ends:
                     queue.extend(chat.next())
             out[:, position] = drawn
-            logits = self._step(torch.from_numpy(drawn).to(self.device), cache, position)
+            written(position + 1)
+            logits = self.step(torch.from_numpy(drawn).to(self.device), cache, position)
             noise = torch.empty_like(logits).exponential_(generator=generator)
             drawn = (logits - noise.log()).argmax(-1).cpu().numpy()  # Gumbel-max: a draw from the softmax
         return out
 
-    def _step(self, tokens: Tensor, cache: Tensor, position: int) -> Tensor:
+    def step(self, tokens: Tensor, cache: Tensor, position: int) -> Tensor:
         """Append one token of every sequence; logits (B, vocab) in float32."""
         rope = Rope(*(table[position : position + 1] for table in self.rope))
         x = self.embedding[tokens][:, None]
@@ -127,10 +151,12 @@ class Writer:
         query, key, value = gqa_heads(x, w, rope, self.spec)
         keys, values = cache
         keys[:, position], values[:, position] = key[:, 0], value[:, 0]
-        mixed = F.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            keys[:, : position + 1].transpose(1, 2),
-            values[:, : position + 1].transpose(1, 2),
-            enable_gqa=self.spec.n_heads != self.spec.n_kv_heads,
-        )
-        return F.linear(mixed.transpose(1, 2).flatten(-2), w.output)
+        # The query heads of one KV head stand as rows of one matrix, so that a cached row is read once. A new length
+        # at every token: cuDNN would plan each anew.
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            mixed = F.scaled_dot_product_attention(
+                query[:, 0].unflatten(1, (self.spec.n_kv_heads, -1)),
+                keys[:, : position + 1].transpose(1, 2),
+                values[:, : position + 1].transpose(1, 2),
+            )
+        return F.linear(mixed.flatten(1)[:, None], w.output)

@@ -105,9 +105,7 @@ class EngineProcess:
             BackendError: the engine is not installed, failed, or crashed while it loaded.
         """
         remedy = "take fewer --parallel, a smaller --ctx-size or --cache-type q8_0"
-        child = Child(
-            "edgekv.serve.engine.child", out_of_memory=remedy, environment={"PYTHONMALLOC": "malloc"}
-        )
+        child = Child("edgekv.serve.engine.child", out_of_memory=remedy)
         try:
             self.about = child.ask("open", **asdict(self.options))
         except BaseException:

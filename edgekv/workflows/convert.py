@@ -37,6 +37,8 @@ from edgekv.workflows.verify import VerifyRequest, verify_models
 # KL of llama.cpp's own arithmetic to float32: it multiplies quantized weights by 8-bit activations.
 QUANTIZED_KL = 2e-2
 SELF_WRITTEN = "sampled from the model"
+TEXT_TOKENS = 32768
+WRITTEN_TOKENS = 16384  # writing a token takes as long as all else that is done with it
 LEAST_WRITTEN = 8192  # tokens, where text spans too little
 # Losses on text of other kinds that a fit to sound text does not have: this many times the loss on held-out text of
 # the same kind, and at least this share of the attention output's energy.
@@ -64,7 +66,7 @@ class ConvertRequest(Request):
             folder's are "int4" (also for "keep"), "int8" or "f32".
         cache_type: number format of an ONNX folder's cache.
         text: calibration text files; without any the model writes its own.
-        text_tokens: tokens to calibrate on.
+        text_tokens: tokens to calibrate on; by default TEXT_TOKENS of `text`, or WRITTEN_TOKENS that the model writes.
         verify: reload the file in llama.cpp and compare it with the NumPy reference.
     """
 
@@ -81,10 +83,17 @@ class ConvertRequest(Request):
     weights: str = KEEP
     cache_type: LatentCache = "f32"
     text: tuple[Path, ...] = ()
-    text_tokens: int = 32768
+    text_tokens: int | None = None
     seed: int = 0
     verify: bool = False
     force: bool = False
+
+    @property
+    def calibration_tokens(self) -> int:
+        """`text_tokens`, or its default."""
+        if self.text_tokens is not None:
+            return self.text_tokens
+        return TEXT_TOKENS if self.text else WRITTEN_TOKENS
 
 
 @dataclass(frozen=True)
@@ -223,7 +232,7 @@ def _fitted(source: TensorSource, request: ConvertRequest, spill: Path, progress
             f"--value-dim {target.value_dim} needs a method that refits the outputs; leave it out, or use "
             "--method edgekv"
         )
-    windows = calibration_windows(original, request, request.text_tokens, WINDOW, spill, progress)
+    windows = calibration_windows(original, request, request.calibration_tokens, WINDOW, spill, progress)
     tokenizer = readable_tokenizer(source)
     elsewhere = windows_of_other_kinds(tokenizer, windows.shape[1]) if tokenizer else None
     names, warnings = [path.name for path in request.text], []
@@ -231,7 +240,7 @@ def _fitted(source: TensorSource, request: ConvertRequest, spill: Path, progress
     try:
         converted = fit.run(windows, progress("converting"), wide=not request.text)
     except _TooNarrowError as narrow:
-        n_written = max(request.text_tokens // 2, LEAST_WRITTEN)
+        n_written = max(request.calibration_tokens // 2, LEAST_WRITTEN)
         written = written_windows(original, n_written, windows.shape[1], request.seed, spill, progress)
         windows = mixed(windows, written, request.seed)
         converted = fit.run(windows, progress("converting again, on more kinds of text"), wide=True)
@@ -316,7 +325,7 @@ def _from_healed(source: TensorSource, request: ConvertRequest, spill: Path, pro
     convertible_attention(source.spec)
     record, tensors = read_healed(healed)
     check_base(healed, record, source)
-    n_tokens = min(request.text_tokens, BASIS_TOKENS)
+    n_tokens = min(request.calibration_tokens, BASIS_TOKENS)
     windows = calibration_windows(source, request, n_tokens, BASIS_WINDOW, spill, progress)
     basis = progress("choosing the basis of the cache")
     tensors = in_best_basis(source, record.attention, tensors, windows, basis)

@@ -56,7 +56,7 @@ def encode(
         UnsupportedError: the model has MLA already.
     """
     target = encoded_target(source.spec, request.target, request.kv_lora_rank, request.rope_dim)
-    windows = calibration_windows(source, request, request.text_tokens, WINDOW, spill, progress)
+    windows = calibration_windows(source, request, request.calibration_tokens, WINDOW, spill, progress)
     losses: list[LayerLoss] = []
     advance = progress("converting")
 

@@ -118,7 +118,7 @@ def _job(request: HealRequest, progress: Stages) -> HealJob:
 
     shards = [shard(path, "--text") for path in request.text]
     if request.self_tokens:
-        shards.append(_written(source, tokenizer, request.self_tokens, request, progress))
+        shards.append(_written(source, tokenizer, request.self_tokens, tuple(shards), request, progress))
     return HealJob(
         source=source,
         attention=attention,
@@ -149,13 +149,18 @@ def _check(request: HealRequest) -> None:
 
 
 def _written(
-    source: TensorSource, tokenizer: Tokenizer, n_tokens: int, request: HealRequest, progress: Stages
+    source: TensorSource,
+    tokenizer: Tokenizer,
+    n_tokens: int,
+    texts: tuple[Shard, ...],
+    request: HealRequest,
+    progress: Stages,
 ) -> Shard:
-    """Text that the model writes, half of it chats if it has a template."""
+    """Text that the model writes, part of it chats if it has a template, the rest going on from `texts`."""
     form = PromptFormat.of_model(tokenizer, str(request.model), "give a text with --text instead of --self")
     chat = None
     if form.has_template:
         seed = request.recipe.seed
         chat = Chat(lambda question: form.tokens("", (), question), tokenizer.stop_ids, seed)
-    writing = progress("writing text, sequences")
-    return self_written(source, tokenizer, chat, n_tokens, request.recipe, request.device, writing)
+    writing = progress("writing text, tokens")
+    return self_written(source, tokenizer, chat, n_tokens, texts, request.recipe, request.device, writing)

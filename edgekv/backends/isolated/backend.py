@@ -152,13 +152,11 @@ class IsolatedBackend(Backend):
 
     def _start(self) -> None:
         shared = self._shared = SharedLogits.create()
-        # Python's own allocator would keep 3 MiB that reading the vocabulary took.
         self._child = Child(
             "edgekv.backends.isolated.engine_child",
             str(shared.fd),
             out_of_memory="take a smaller --ctx-size or --cache-type q8_0",
             pass_fds=(shared.fd,),
-            environment={"PYTHONMALLOC": "malloc"},
         )
         try:
             about = self.ask("open", **self._options)

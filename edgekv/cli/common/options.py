@@ -108,9 +108,12 @@ def text(help_text: str, multiple: bool = False) -> Option[Any]:
     return click.option("--text", type=PATH, multiple=multiple, metavar="FILE", help=help_text)
 
 
-def text_tokens(default: int, help_text: str) -> Option[Any]:
+def text_tokens(default: int | None, help_text: str) -> Option[Any]:
     """--text-tokens."""
-    return click.option("--text-tokens", default=default, show_default=True, metavar="N", help=help_text)
+    shown = default is not None
+    return click.option(
+        "--text-tokens", default=default, type=int, show_default=shown, metavar="N", help=help_text
+    )
 
 
 def seed(help_text: str, default: int | None = 0) -> Option[Any]:
