@@ -33,15 +33,6 @@ ARM_COMPILER = "aarch64-linux-gnu-g++"
 ARCHER = sorted(Path("/usr/lib").glob("llvm-*/lib/libarcher.so"))
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A build in a cache folder of its own."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    yield build()
-    patch.undo()
-
-
 @pytest.fixture(scope="module", autouse=True)
 def unloaded_in_the_end() -> Iterator[None]:
     """What this module loads would compute the attention of every later test in this process."""
@@ -286,19 +277,6 @@ class TestWhereItCannotBeHad:
             file.write(b"\1")
         assert not built_path(), "one byte is another"
         assert chosen_kernel() == "stock"
-
-    def test_another_ggml_is_left_alone(
-        self, built: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
-        """Compiled for a ggml of another version, the library declines, and ggml says that it was not loaded."""
-        defines = kernel_build._defines
-
-        def other() -> list[str]:
-            return [x.replace('EDGEKV_GGML_VERSION="', 'EDGEKV_GGML_VERSION="9.') for x in defines()]
-
-        monkeypatch.setattr(kernel_build, "_defines", other)
-        with pytest.raises(BackendError, match="the check of the attention kernel failed"):
-            build()
 
     def test_a_read_only_cache_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "edgekv").write_text("")

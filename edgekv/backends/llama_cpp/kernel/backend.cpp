@@ -2,10 +2,13 @@
 //
 // The structs of ggml's private header (ggml/src/ggml-backend-impl.h, API version 2) are declared here, since only public
 // headers are installed. A ggml of another build than the one compiled against is left alone: ggml_backend_init
-// returns nothing, and stock llama.cpp runs.
+// says so, returns nothing, and stock llama.cpp runs.
 #include "attention.h"
 
+#include <dlfcn.h>
+
 #include <atomic>
+#include <cstdio>
 #include <cstring>
 #include <exception>
 
@@ -225,12 +228,30 @@ void * reg_function(ggml_backend_reg_t, const char * name) {
     return std::strcmp(name, "ggml_backend_set_n_threads") == 0 ? reinterpret_cast<void *>(set_n_threads) : nullptr;
 }
 
+// Whether the code at an address belongs to a file that uses the same copy of ggml as this library. A program that was
+// linked with ggml holds one of its own, with another registry and other buffer types.
+bool same_ggml(const void * code) {
+    Dl_info where{};
+    void *  file = dladdr(code, &where) ? dlopen(where.dli_fname, RTLD_NOW | RTLD_NOLOAD) : nullptr;
+    if (!file) file = dlopen(nullptr, RTLD_NOW);  // the program itself
+    const bool same = file && dlsym(file, "ggml_version") == reinterpret_cast<void *>(&ggml_version);
+    if (file) dlclose(file);
+    return same;
+}
+
 }  // namespace
 
 extern "C" {
 
 __attribute__((visibility("default"))) ggml_backend_reg_t ggml_backend_init(void) {
     if (std::strcmp(ggml_version(), EDGEKV_GGML_VERSION) != 0 || ggml_tensor_overhead() != EDGEKV_TENSOR_OVERHEAD) {
+        std::fprintf(stderr, "EdgeKV's attention kernel was built for ggml %s and leaves this one, %s, alone\n", EDGEKV_GGML_VERSION,
+                     ggml_version());
+        return nullptr;
+    }
+    if (!same_ggml(__builtin_return_address(0))) {
+        std::fputs("EdgeKV's attention kernel leaves this program alone: it holds a ggml of its own, where one in shared libraries is needed\n",
+                   stderr);
         return nullptr;
     }
     static Reg reg = {API_VERSION, {reg_name, reg_device_count, reg_device, reg_function}, nullptr};

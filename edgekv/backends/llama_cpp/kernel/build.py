@@ -120,7 +120,7 @@ def _defines() -> list[str]:
 
 
 def _library() -> list[str]:
-    return [f"-L{Path(llama()._lib._name).parent}", "-lggml-base"]
+    return [f"-L{Path(llama()._lib._name).parent}", "-lggml-base", "-ldl"]
 
 
 def _run(command: list[str], what: str) -> None:
