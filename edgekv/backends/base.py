@@ -7,7 +7,7 @@ from typing import Protocol
 
 from edgekv.backends.kernel_names import Kernel
 from edgekv.cache.rows import CacheRows, Layout, row_nbytes
-from edgekv.errors import BackendError, InputError
+from edgekv.errors import BackendError, InputError, UnsupportedError
 from edgekv.quant.cache_format import CacheFormat
 from edgekv.source import Array
 
@@ -77,6 +77,27 @@ class Backend(Protocol):
             UnsupportedError: as `layout` does.
             BackendError: the engine refused them; the cache is empty then.
         """
+
+    def collect_attention(self, on: bool) -> None:
+        """Add up, from nothing, the attention that cached rows get from now on; or stop.
+
+        Costs a second look at every row for the tokens that run meanwhile, and nothing otherwise.
+
+        Raises:
+            UnsupportedError: the engine cannot tell.
+        """
+        raise UnsupportedError(
+            f"{self.name} does not tell which rows it attends to; take llama.cpp with EdgeKV's kernel (`edgekv kernel`)"
+        )
+
+    def attention_mass(self) -> Array:
+        """The attention that each cached row got, float32 (layers, n_past): its softmax weights, summed over the heads
+        and the tokens that ran since `collect_attention(True)`, which has to have been called.
+
+        Every such token gives each layer as much as there are heads. `trim` and `load` forget what the rows got
+        which they drop.
+        """
+        raise AssertionError("attention is not collected")
 
     def cache_nbytes(self) -> int:
         """Bytes that the engine allocated for its cache (all of n_ctx)."""

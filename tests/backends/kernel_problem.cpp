@@ -2,6 +2,7 @@
 //
 // Input: 13 numbers (sequences, H, G, T, S, K, V, type of K, of V, shared, mask's heads or 0, mask's sequences, threads) as
 // int64, scale and softcap as float32, then q, k, v unless shared, the mask, all contiguous, and a byte and H floats of sinks.
+// Output: whether queries are rounded, as a byte, the output and the mass of each row.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -48,10 +49,15 @@ int main() {
     if (!p.mask_heads) p.mask_heads = p.mask_seq = 1;
 
     std::vector<float> out(static_cast<size_t>(p.n_seq * p.n_tokens * p.n_heads * p.width_v));
-    p.out = out.data();
+    std::vector<float> mass(static_cast<size_t>(p.n_rows));
+    p.out  = out.data();
+    p.mass = mass.data();
     edgekv::Scratch scratch;
     edgekv::attention(p, static_cast<int>(n[12]), scratch);
     const bool rounds = p.rows_k->to_codes != nullptr;
-    if (std::fwrite(&rounds, 1, 1, stdout) != 1 || std::fwrite(out.data(), sizeof(float), out.size(), stdout) != out.size()) return 3;
+    if (std::fwrite(&rounds, 1, 1, stdout) != 1) return 3;
+    for (const auto & x : {out, mass}) {
+        if (std::fwrite(x.data(), sizeof(float), x.size(), stdout) != x.size()) return 3;
+    }
     return 0;
 }

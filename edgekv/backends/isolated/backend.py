@@ -103,6 +103,17 @@ class IsolatedBackend(Backend):
             self._shared.drop_bytes()
             self.n_past = self._shared.header.n_past
 
+    def collect_attention(self, on: bool) -> None:
+        self.ask("collect_attention", on=on)
+
+    def attention_mass(self) -> Array:
+        try:
+            n_layers = self.ask("attention_mass")
+            mass = self._shared.map_bytes(4 * n_layers * self.n_past).view(np.float32)
+            return mass.reshape(n_layers, self.n_past).copy()
+        finally:
+            self._shared.drop_bytes()
+
     def interrupt(self) -> None:
         """End the call in progress, if there is one, with Interrupted. For signal handlers and threads."""
         if self._calling:

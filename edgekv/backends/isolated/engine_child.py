@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edgekv.backends.base import Backend, Interrupted
 from edgekv.backends.isolated.child import Parent
 from edgekv.backends.isolated.shared_logits import SharedLogits
@@ -84,6 +86,16 @@ class Engine:
         finally:
             self._shared.header.n_past = self._backend.n_past
             _release_memory()
+
+    def collect_attention(self, on: bool) -> None:
+        """Add up the attention that cached rows get, or stop."""
+        self._backend.collect_attention(on)
+
+    def attention_mass(self) -> int:
+        """Write the attention mass (layers, n_past) to the shared memory; returns how many layers there are."""
+        mass = self._backend.attention_mass()
+        self._shared.map_bytes(mass.nbytes)[:] = mass.reshape(-1).view(np.uint8)
+        return len(mass)
 
     def language(self) -> dict[str, Any]:
         """The attributes of the model's edgekv.tokenizer.language.Language."""

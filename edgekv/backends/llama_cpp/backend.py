@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import numpy as np
 
 from edgekv.backends.base import Backend, Interrupted, require_loadable, require_room
 from edgekv.backends.llama_cpp.context import LlamaContext
+from edgekv.backends.llama_cpp.kernel.mass import AttentionMass
 from edgekv.backends.llama_cpp.library import LOG, logits_rows
 from edgekv.backends.llama_cpp.state import StateFormat, read_state, write_state
 from edgekv.cache.rows import Bytes, CacheRows, Layout
-from edgekv.errors import BackendError
+from edgekv.errors import BackendError, UnsupportedError
 from edgekv.source import Array
 
 # Rows of logits computed at once when every token's are wanted: 64 rows are 10 % slower than 256, more rows
@@ -53,6 +55,7 @@ class LlamaCppBackend(LlamaContext, Backend):
         )
         self._encodings = LOG.cache_encodings()
         self._format: StateFormat | None = None
+        self._mass: AttentionMass | None = None
         self.n_past = 0
         self._token = (ctypes.c_int32 * 1)()
         self._one_token = self._api.llama_batch(n_tokens=1, token=self._token)
@@ -88,6 +91,8 @@ class LlamaCppBackend(LlamaContext, Backend):
             api.llama_memory_clear(memory, False)
             n_past = 0
         self.n_past = n_past
+        if self._mass:
+            self._mass.rows[:, n_past:] = 0
 
     def layout(self) -> Layout:
         return self._state_format().layout
@@ -107,6 +112,21 @@ class LlamaCppBackend(LlamaContext, Backend):
         if self._api.llama_state_seq_set_data(self._context, _pointer(state), len(state), 0) != len(state):
             raise BackendError(f"llama.cpp refused {rows.n_tokens} cached rows: {LOG.cause()}")
         self.n_past = rows.n_tokens
+
+    def collect_attention(self, on: bool) -> None:
+        self._mass = None
+        if not on:
+            return
+        if self.kernel == "stock":
+            super().collect_attention(on)
+        if self._window:
+            raise UnsupportedError(
+                "layers with a sliding window let go of tokens by themselves, and attention is told by token"
+            )
+        self._mass = AttentionMass(int(self._api.llama_model_n_layer(self._model)), self.n_ctx)
+
+    def attention_mass(self) -> Array:
+        return self._mass.rows[:, : self.n_past].copy() if self._mass else super().attention_mass()
 
     def _remembers(self, n_past: int) -> bool:
         """Whether the cache holds all that a token at position `n_past` sees.
@@ -146,7 +166,8 @@ class LlamaCppBackend(LlamaContext, Backend):
         return batch
 
     def _run(self, batch: Any) -> None:
-        status = self._api.llama_decode(self._context, batch)
+        with self._mass.collecting() if self._mass else nullcontext():
+            status = self._api.llama_decode(self._context, batch)
         if status == 0:
             self.n_past += batch.n_tokens
             return

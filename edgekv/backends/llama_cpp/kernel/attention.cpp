@@ -193,6 +193,29 @@ public:
         }
     }
 
+    // Adds to p.mass what the rows from..to got from each query, of which `softmax` (sequences, T, H, 2) holds the largest
+    // score and one over the sum. The scores are made a second time: nobody kept them.
+    void add_mass(const Block & b, const float * softmax, int64_t from, int64_t to) {
+        read_queries(b);
+        for (int64_t start = from; start < to; start += TILE) {
+            const int64_t n = std::min(TILE, to - start);
+            if (!seen(b, start, n)) continue;
+            float total[TILE] = {};
+            for (int64_t h = 0; h < b.heads; h++) {
+                read_keys(b, h, start, n);
+                score(b, h, start, n, std::min(TILE, to - start - n));
+                for (int64_t r = h * b.rows; r < (h + 1) * b.rows; r++) {
+                    const float * x = softmax + 2 * ((b.seq * p_.n_tokens + token(b, r)) * p_.n_heads + head(b, r));
+                    masked_scores(b, r, start, n);
+                    for (int64_t i = 0; i < n && x[1] > 0; i += LANES) {
+                        store(total + i, load(total + i) + exp_negative(load(scores_ + r * TILE + i) - x[0]) * x[1]);
+                    }
+                }
+            }
+            for (int64_t i = 0; i < n; i++) p_.mass[start + i] += total[i];
+        }
+    }
+
 private:
     const Problem & p_;
     const Sizes &   s_;
@@ -266,6 +289,11 @@ private:
     }
 
     void read_rows(const Block & b, int64_t h, int64_t start, int64_t n) {
+        read_keys(b, h, start, n);
+        if (s_.apart) read_floats(*p_.rows_v, row(p_.v, b, h, start), p_.v.nb1, n, p_.width_v, v_, s_.stride_v, s_.width_v);
+    }
+
+    void read_keys(const Block & b, int64_t h, int64_t start, int64_t n) {
         if (s_.whole) {
             for (int64_t i = 0; i < n; i += LANES) {
                 const int64_t at = i * s_.n_blocks;
@@ -275,7 +303,6 @@ private:
         } else {
             read_floats(*p_.rows_k, row(p_.k, b, h, start), p_.k.nb1, n, p_.width_k, k_, s_.stride_k, s_.width_k);
         }
-        if (s_.apart) read_floats(*p_.rows_v, row(p_.v, b, h, start), p_.v.nb1, n, p_.width_v, v_, s_.stride_v, s_.width_v);
     }
 
     static void read_floats(const Rows & rows, const uint8_t * from, size_t step, int64_t n, int64_t width, float * to, int64_t stride, int64_t padded) {
@@ -313,8 +340,8 @@ private:
         }
     }
 
-    // Scores of one query to weights, and what it has so far to the new largest score (arXiv 2112.05682).
-    void weigh(const Block & b, int64_t r, int64_t start, int64_t n) {
+    // Scores of one query scaled, capped and masked, minus infinity behind them; the largest of all.
+    float masked_scores(const Block & b, int64_t r, int64_t start, int64_t n) {
         float *     s     = scores_ + r * TILE;
         const float scale = p_.softcap != 0 ? p_.scale / p_.softcap : p_.scale;
         if (r == 0 || p_.mask_heads > 1 || token(b, r) != token(b, r - 1)) read_mask(mask(b, r, start), n);
@@ -329,8 +356,15 @@ private:
             store(s + i, x);
             tops = x > tops ? x : tops;
         }
-        float top = b.largest[r];
+        float top = NOTHING;
         for (int j = 0; j < LANES; j++) top = std::max(top, tops[j]);
+        return top;
+    }
+
+    // Scores of one query to weights, and what it has so far to the new largest score (arXiv 2112.05682).
+    void weigh(const Block & b, int64_t r, int64_t start, int64_t n) {
+        float *     s   = scores_ + r * TILE;
+        const float top = std::max(b.largest[r], masked_scores(b, r, start, n));
         if (top == NOTHING) {
             std::fill(s, s + n, 0.0f);
             return;
@@ -373,13 +407,16 @@ private:
     }
 };
 
-// Parts of one block, each over a stretch of the cache and `step` floats behind the one before, as one row of the output.
-void finish(const Problem & p, const Sizes & s, const Block & b, int64_t n_parts, size_t step, int64_t r) {
+// Parts of one block, each over a stretch of the cache and `step` floats behind the one before, as one row of the output;
+// and of `softmax`, where it is wanted.
+void finish(const Problem & p, const Sizes & s, const Block & b, int64_t n_parts, size_t step, int64_t r, float * softmax) {
     const int64_t local = b.first + r % b.rows, token = local / s.group, head = (b.kv_head + r / b.rows) * s.group + local % s.group;
     float         top   = p.sinks ? p.sinks[head] : NOTHING;
     for (int64_t i = 0; i < n_parts; i++) top = std::max(top, b.largest[size_t(i) * step + size_t(r)]);
-    float * out = p.out + ((b.seq * p.n_tokens + token) * p.n_heads + head) * p.width_v;
+    const int64_t at_query = (b.seq * p.n_tokens + token) * p.n_heads + head;
+    float *       out      = p.out + at_query * p.width_v;
     std::fill(out, out + p.width_v, 0.0f);
+    if (softmax) softmax[2 * at_query] = softmax[2 * at_query + 1] = 0;
     if (top == NOTHING) return;
     float sum = p.sinks ? std::exp(p.sinks[head] - top) : 0.0f;
     for (int64_t i = 0; i < n_parts; i++) {
@@ -391,6 +428,7 @@ void finish(const Problem & p, const Sizes & s, const Block & b, int64_t n_parts
         for (int64_t c = 0; c < p.width_v; c++) out[c] += weight * from[c];
     }
     for (int64_t c = 0; c < p.width_v; c++) out[c] /= sum;
+    if (softmax) softmax[2 * at_query] = top, softmax[2 * at_query + 1] = 1 / sum;
 }
 
 }  // namespace
@@ -423,8 +461,10 @@ void attention(const Problem & p, int n_threads, Scratch & scratch) {
     const size_t  thread   = size_t(up(int64_t(s.floats()), 16));
     // With whole blocks a thread's part is used again; else all of them are kept until the end.
     const int64_t n_kept = n_parts > 1 ? n_blocks * n_parts : n_threads;
-    float *       memory = scratch.reserve(thread * size_t(n_threads) + part * size_t(n_kept));
-    float *       kept   = memory + thread * size_t(n_threads);
+    const size_t  queries = p.mass ? size_t(p.n_seq * p.n_tokens * p.n_heads) : 0;
+    float *       memory  = scratch.reserve(thread * size_t(n_threads) + part * size_t(n_kept) + 2 * queries);
+    float *       kept    = memory + thread * size_t(n_threads);
+    float *       softmax = p.mass ? kept + part * size_t(n_kept) : nullptr;
 
     auto block = [&](int64_t index, int64_t slot) {
         Block b;
@@ -452,7 +492,7 @@ void attention(const Problem & p, int n_threads, Scratch & scratch) {
             for (int64_t i = 0; i < n_blocks; i++) {
                 const Block b = block(i, me);
                 worker.run(b, 0, p.n_rows);
-                for (int64_t r = 0; r < b.count; r++) finish(p, s, b, 1, part, r);
+                for (int64_t r = 0; r < b.count; r++) finish(p, s, b, 1, part, r, softmax);
             }
         } else {
 #pragma omp for schedule(dynamic, 1)
@@ -463,7 +503,13 @@ void attention(const Problem & p, int n_threads, Scratch & scratch) {
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < n_blocks; i++) {
                 const Block b = block(i, i * n_parts);
-                for (int64_t r = 0; r < b.count; r++) finish(p, s, b, n_parts, part, r);
+                for (int64_t r = 0; r < b.count; r++) finish(p, s, b, n_parts, part, r, softmax);
+            }
+        }
+        if (p.mass) {
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t from = 0; from < p.n_rows; from += CHUNK) {
+                for (int64_t i = 0; i < n_blocks; i++) worker.add_mass(block(i, 0), softmax, from, std::min(from + CHUNK, p.n_rows));
             }
         }
     }

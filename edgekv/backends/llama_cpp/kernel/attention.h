@@ -29,6 +29,7 @@ struct Problem {
     const Rows *  rows_v;
     bool          shared;
     float         scale, softcap;  // softcap 0: none
+    float *       mass;            // (S) to which the softmax weights that each row got from all queries are added, or null
 };
 
 // Threads' scratch memory, kept from call to call.

@@ -9,6 +9,7 @@
 
 #include <atomic>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
 
@@ -80,6 +81,13 @@ struct Context {
 
 std::atomic<int64_t> n_computed{0};
 
+// Where the nodes that this thread computes add what each cached row gets.
+struct Mass {
+    float * rows;
+    int64_t n_layers, n_rows;
+};
+thread_local Mass mass{};
+
 const edgekv::Rows * rows_of(const ggml_tensor * x) { return edgekv::rows_of(static_cast<edgekv::Type>(x->type)); }
 
 bool rows_contiguous(const ggml_tensor * x) { return x->nb[0] == ggml_type_size(x->type); }
@@ -99,6 +107,15 @@ bool computes(const ggml_tensor * op) {
 
 edgekv::View view(const ggml_tensor * x) {
     return x ? edgekv::View{static_cast<const char *>(x->data), x->nb[1], x->nb[2], x->nb[3]} : edgekv::View{};
+}
+
+// The layer's rows of the mass, by the name that llama.cpp gives its cache: cache_k_l7. Null: nobody wants it.
+float * mass_of(const ggml_tensor * k) {
+    if (!mass.rows || k->ne[3] != 1 || k->ne[1] > mass.n_rows) return nullptr;
+    const char * name  = (k->view_src ? k->view_src : k)->name;
+    const char * layer = std::strstr(name, "_l");
+    const long   i     = layer ? std::strtol(layer + 2, nullptr, 10) : -1;
+    return i >= 0 && i < mass.n_layers ? mass.rows + i * mass.n_rows : nullptr;
 }
 
 void compute(Context & context, ggml_tensor * op) {
@@ -124,6 +141,7 @@ void compute(Context & context, ggml_tensor * op) {
     // A latent's values are the first of the cached row that its keys are.
     p.shared = k->data == v->data && k->type == v->type && v->ne[0] <= k->ne[0] && k->nb[1] == v->nb[1] &&
                k->nb[2] == v->nb[2] && k->nb[3] == v->nb[3];
+    p.mass = mass_of(k);
     std::memcpy(&p.scale, op->op_params, sizeof p.scale);
     std::memcpy(&p.softcap, op->op_params + 2, sizeof p.softcap);
     edgekv::attention(p, context.n_threads, context.scratch);
@@ -224,8 +242,14 @@ ggml_backend_dev_t reg_device(ggml_backend_reg_t reg, size_t) {
     return reinterpret_cast<ggml_backend_dev_t>(&device);
 }
 
+// From here on attention that llama.cpp computes on the calling thread adds the softmax weights which each cell of the cache
+// gets, from all tokens and heads, to rows (layers, cells) float32; null: no longer.
+void collect_mass(float * rows, int64_t n_layers, int64_t n_cells) { mass = {rows, n_layers, n_cells}; }
+
 void * reg_function(ggml_backend_reg_t, const char * name) {
-    return std::strcmp(name, "ggml_backend_set_n_threads") == 0 ? reinterpret_cast<void *>(set_n_threads) : nullptr;
+    if (std::strcmp(name, "ggml_backend_set_n_threads") == 0) return reinterpret_cast<void *>(set_n_threads);
+    if (std::strcmp(name, "edgekv_collect_mass") == 0) return reinterpret_cast<void *>(collect_mass);
+    return nullptr;
 }
 
 // Whether the code at an address belongs to a file that uses the same copy of ggml as this library. A program that was

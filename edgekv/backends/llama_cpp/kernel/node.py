@@ -139,7 +139,14 @@ def twin(node: Node) -> np.ndarray[Any, np.dtype[np.float64]]:
     group = node.q.shape[1] // node.k.shape[1]
     k = as_stored(node.k, node.type_k)
     v = k[..., : node.width_v] if node.v is None else as_stored(node.v, node.type_v)
-    keys, values = (np.repeat(x.astype(np.float64), group, axis=1) for x in (k, v))
+    values = np.repeat(v.astype(np.float64), group, axis=1)
+    return np.asarray((softmax_twin(node) @ values).swapaxes(1, 2))
+
+
+def softmax_twin(node: Node) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The node's softmax weights (n, H, T, S) in NumPy's float64, of the keys as they are stored."""
+    group = node.q.shape[1] // node.k.shape[1]
+    keys = np.repeat(as_stored(node.k, node.type_k).astype(np.float64), group, axis=1)
     scores = node.q.astype(np.float64) @ keys.swapaxes(-1, -2) * node.scale
     if node.softcap:
         scores = node.softcap * np.tanh(scores / node.softcap)
@@ -150,4 +157,4 @@ def twin(node: Node) -> np.ndarray[Any, np.dtype[np.float64]]:
         scores = np.concatenate([scores, sinks], axis=-1)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    return np.asarray((weights[..., : values.shape[2]] @ values).swapaxes(1, 2))
+    return np.asarray(weights[..., : keys.shape[2]])
