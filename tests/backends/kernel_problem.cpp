@@ -1,7 +1,8 @@
 // One attention problem from standard input to standard output: for sanitizers and for other CPUs, without ggml.
 //
-// Input: 13 numbers (sequences, H, G, T, S, K, V, type of K, of V, shared, mask's heads or 0, mask's sequences, threads) as
-// int64, scale and softcap as float32, then q, k, v unless shared, the mask, all contiguous, and a byte and H floats of sinks.
+// Input: 14 numbers (sequences, H, G, T, S, K, V, type of K, of V, shared, mask's heads or 0, mask's sequences, threads,
+// whether the mass of rows is wanted) as int64, scale and softcap as float32, then q, k, v unless shared, the mask, all
+// contiguous, and a byte and H floats of sinks.
 // Output: whether queries are rounded, as a byte, the output and the mass of each row.
 #include <cstdint>
 #include <cstdio>
@@ -25,7 +26,7 @@ static View view(const void * data, size_t row, int64_t rows, int64_t heads) {
 
 int main() {
     edgekv::Problem p{};
-    const auto      n       = read<int64_t>(13);
+    const auto      n       = read<int64_t>(14);
     const auto      factors = read<float>(2);
     p.n_seq = n[0], p.n_heads = n[1], p.n_kv_heads = n[2], p.n_tokens = n[3], p.n_rows = n[4], p.width_k = n[5], p.width_v = n[6];
     p.rows_k = edgekv::rows_of(static_cast<edgekv::Type>(n[7]));
@@ -51,7 +52,7 @@ int main() {
     std::vector<float> out(static_cast<size_t>(p.n_seq * p.n_tokens * p.n_heads * p.width_v));
     std::vector<float> mass(static_cast<size_t>(p.n_rows));
     p.out  = out.data();
-    p.mass = mass.data();
+    p.mass = n[13] ? mass.data() : nullptr;
     edgekv::Scratch scratch;
     edgekv::attention(p, static_cast<int>(n[12]), scratch);
     const bool rounds = p.rows_k->to_codes != nullptr;
