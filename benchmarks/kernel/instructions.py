@@ -4,13 +4,16 @@
 
 The difference of two runs of the tests' driver with S and 2 S rows, by a QEMU plug-in that counts: whatever does not
 depend on rows falls out. One layer, 192+64 with 9 heads and the original's 3 KV heads of 64 values for 9 heads;
-decode of 1 token, and prefill of 64 per token. FLOPs are those of attention, so that FLOPs per instruction say how much
-of the vector units' width is used.
+decode of 1 token, and prefill of 64 per token. FLOPs are those of attention, so that FLOPs per instruction say how
+much of the vector units' width is used. Behind the table: what `edgekv plan` takes from it for each kind of machine
+(devices/predict/kernel.json), at an assumed number of instructions per cycle.
 """
 
 from __future__ import annotations
 
+import json
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,12 +24,14 @@ import numpy as np
 from gguf import GGMLQuantizationType as GGMLType
 
 from edgekv.backends.llama_cpp.kernel.node import Node
+from edgekv.devices.predict.kernel import shared_by
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "tests" / "backends"))
 from test_kernel import ARM_COMPILER, compiled_program, problem  # noqa: E402
 
 BUILDS = {"plain NEON (Pi 3, 4, Zero 2 W)": "armv8-a", "dotprod (Pi 5)": "armv8.2-a+dotprod"}
+KINDS = {"plain NEON (Pi 3, 4, Zero 2 W)": ("arm", 1.0), "dotprod (Pi 5)": ("arm-dotprod", 2.0)}  # per cycle
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")
 ROWS = 512
 
@@ -64,8 +69,29 @@ def nodes(kind: GGMLType, tokens: int) -> dict[str, Node]:
     return {"192+64": latent, "original": Node(noise(1, 9, tokens, 64), k, v, kind, kind, 64)}
 
 
+def coefficients(counts: dict[tuple[str, str], list[float]], ipc: float) -> dict[str, dict[str, float]]:
+    """FLOPs per cycle by kind of attention and cycles per value by cache type, of decode's and prefill's counts."""
+    flops: dict[str, list[float]] = {}
+    cycles: dict[str, list[float]] = {}
+    for (model, cache), (decode, prefill) in counts.items():
+        kind, values, all_flops, group = {"192+64": ("mla", 256, 8064, 9), "original": ("gqa", 384, 2304, 3)}[
+            model
+        ]
+        reading = (decode - prefill) / (1 - 1 / shared_by(64, group))
+        flops.setdefault(kind, []).append(all_flops / (decode - reading) * ipc)
+        cycles.setdefault(cache, []).append(reading / values / ipc)
+    by_type = {
+        cache: statistics.mean(found) for cache, found in cycles.items() if cache not in ("f32", "bf16")
+    }
+    by_type["quantized"] = max(cost for cache, cost in by_type.items() if cache != "f16")
+    return {
+        "flops_per_cycle": {kind: float(f"{statistics.median(x):.3g}") for kind, x in flops.items()},
+        "cycles_per_value": {cache: float(f"{x:.3g}") for cache, x in by_type.items()},
+    }
+
+
 def main() -> None:
-    """Print a table."""
+    """Print the table and the coefficients."""
     with tempfile.TemporaryDirectory() as folder:
         counter = Path(folder) / "count.so"
         source = str(HERE / "count_instructions.c")
@@ -74,6 +100,7 @@ def main() -> None:
         print("| --- | --- | --- | ---: | ---: | ---: | ---: |")
         for build, arch in BUILDS.items():
             program = compiled_program(Path(folder), ARM_COMPILER, f"-march={arch}", "-static")
+            counts: dict[tuple[str, str], list[float]] = {}
             command = ["qemu-aarch64", "-plugin", str(counter), str(program)]
             for name in TYPES:
                 by_tokens = [nodes(GGMLType[name], tokens) for tokens in (1, 64)]
@@ -81,9 +108,12 @@ def main() -> None:
                     cells = []
                     for node in (found[model] for found in by_tokens):
                         count = per_row(command, node)
+                        counts.setdefault((model, name.lower()), []).append(count)
                         flops = 2 * node.q.shape[1] * (node.q.shape[3] + node.width_v)
                         cells += [f"{count:,.0f}", f"{flops / count:.2f}"]
                     print("|", " | ".join([build, model, name.lower(), *cells]), "|", flush=True)
+            kind, ipc = KINDS[build]
+            print(f"\n{kind}, {ipc:g} instructions per cycle:", json.dumps(coefficients(counts, ipc)), "\n")
 
 
 if __name__ == "__main__":

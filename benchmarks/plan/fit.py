@@ -80,7 +80,7 @@ def _row(line: dict[str, str], boards: Mapping[str, Board]) -> Row:
         weights=line["weights"],
         cache_nbytes=float(line["cache_nbytes"]),
         attention_flops=float(line["attention_flops"]),
-        quantized_cache=line["cache_type"] != "f16",
+        cache_type=line["cache_type"],
     )
     return Row(
         board=boards[line["board"]],

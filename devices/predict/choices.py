@@ -16,7 +16,7 @@ from edgekv.export.gguf.write import stored_nbytes
 from edgekv.quant.cache_format import CacheFormat
 from edgekv.quant.formats import COMMON_CACHES, KEEP
 from edgekv.source import SizedSource
-from edgekv.spec import ModelSpec
+from edgekv.spec import GQA, MLA, ModelSpec
 from edgekv.tensors import model_tensor_shapes, read_nbytes, weight_flops
 
 TARGETS = (0.5, 1 / 3, 0.25)  # shares of the cache that a conversion may keep
@@ -69,9 +69,16 @@ class Option:
             weights=self.quantization,
             cache_nbytes=sum(map(mul, shares, (a.kv_bytes_per_token(self.cache_type) for a in attentions))),
             attention_flops=sum(map(mul, shares, (a.flops_per_cached_token for a in attentions))),
-            quantized_cache=CacheFormat.parse(self.cache_type).quantized,
+            cache_type=self.cache_type,
+            cache_values=sum(map(mul, shares, (a.cache_values for a in attentions))),
+            group=query_group(attentions[0]),
             latent=spec.layers[0].attention.kind == "MLA",
         )
+
+
+def query_group(attention: GQA | MLA) -> int:
+    """Query heads that share a cached row."""
+    return attention.n_heads if isinstance(attention, MLA) else attention.n_heads // attention.n_kv_heads
 
 
 def option(source: SizedSource, keep: float | None, cache_type: str, weights: str) -> Option:

@@ -19,6 +19,7 @@ from edgekv.devices.bench.bandwidth import working_set_nbytes
 from edgekv.devices.bench.worker import WorkerProcess
 from edgekv.devices.boards.profile import Board, match_board
 from edgekv.devices.predict.choices import Option
+from edgekv.devices.predict.kernel import kernel_decode_s, kernel_prefill_s, load_kernel_coefficients
 from edgekv.devices.predict.speed import Coefficients, decode_s, load_coefficients, prefill_s, weight_family
 from edgekv.devices.reporting.report import Machine
 from edgekv.devices.sensors.machine import probe
@@ -32,12 +33,18 @@ PROMPT = 512  # tokens of the prompt that prefill speed and TTFT are given for
 
 @dataclass(frozen=True)
 class SpeedAt:
-    """Predicted speed with `depth` tokens in the cache; prefill is unknown for some GPUs."""
+    """Predicted speed with `depth` tokens in the cache; prefill is unknown for some GPUs.
+
+    The first three with llama.cpp's own attention, the others with EdgeKV's kernel, which GPUs do not run.
+    """
 
     depth: int
     decode_tps: float
     prefill_tps: float | None
     ttft_s: float | None
+    kernel_decode_tps: float | None = None
+    kernel_prefill_tps: float | None = None
+    kernel_ttft_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,17 @@ def _speeds(board: Board, option: Option, context: int, threads: int, c: Coeffic
         decode = decode_s(work, board, threads, depth, c)
         prefill = prefill_s(work, board, threads, PROMPT, depth, c)
         known = (PROMPT / prefill, prefill + decode) if prefill else (None, None)
-        found.append(SpeedAt(depth, 1 / decode, *known))
+        speed = SpeedAt(depth, 1 / decode, *known)
+        k_decode = kernel_decode_s(work, board, threads, depth, c)
+        k_prefill = kernel_prefill_s(work, board, threads, PROMPT, depth, c)
+        if k_decode and k_prefill:
+            speed = replace(
+                speed,
+                kernel_decode_tps=1 / k_decode,
+                kernel_prefill_tps=PROMPT / k_prefill,
+                kernel_ttft_s=k_prefill + k_decode,
+            )
+        found.append(speed)
     return tuple(found)
 
 
@@ -133,6 +150,8 @@ def _notes(board: Board, option: Option, threads: int, c: Coefficients) -> tuple
     assumed = [name for name, source in board.sources.items() if source.startswith("assumption")]
     if assumed:
         notes.append(f"assumed in the profile of {board.name}: {', '.join(assumed)}")
+    if kernel := load_kernel_coefficients().get(board.kind):
+        notes.append(f"speeds with EdgeKV's kernel: {kernel.source}")
     if weight_family(option.quantization) == "low":
         notes.append("2- and 3-bit weights cost extra compute; the error is larger for them")
     if not board.is_gpu:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from edgekv.devices.boards.profile import Board
 from edgekv.documents import Document, decode, parse
+from edgekv.quant.cache_format import CacheFormat
 from edgekv.quant.formats import UNQUANTIZED
 
 COEFFICIENTS = Path(__file__).with_name("speed.json")
@@ -56,8 +57,15 @@ class Workload:
     weights: str  # GGML type that holds the most bytes
     cache_nbytes: float  # per cached token, all layers
     attention_flops: float  # per cached token, all layers
-    quantized_cache: bool = False
+    cache_type: str = "f16"
+    cache_values: float = 0.0  # per cached token, all layers
+    group: int = 1  # query heads that share a cached row
     latent: bool = False  # MLA
+
+    @property
+    def quantized_cache(self) -> bool:
+        """Whether K, V or both are quantized."""
+        return CacheFormat.parse(self.cache_type).quantized
 
     @property
     def attention(self) -> str:
@@ -91,7 +99,7 @@ def decode_s(work: Workload, board: Board, threads: int, depth: float, c: Coeffi
 def weights_s(work: Workload, board: Board, threads: int, c: Coefficients) -> float:
     """The part of a decoded token that does not depend on the cache."""
     cost = c.low_bit_cost if weight_family(work.weights) == "low" else 1.0
-    traffic_s = work.read_nbytes / _bytes_per_s(board, threads, c)
+    traffic_s = work.read_nbytes / bytes_per_s(board, threads, c)
     fixed_s = work.n_layers * c.layer_s
     if board.is_gpu:
         return traffic_s * cost + fixed_s
@@ -101,7 +109,7 @@ def weights_s(work: Workload, board: Board, threads: int, c: Coefficients) -> fl
 
 def cached_token_s(work: Workload, board: Board, threads: int, c: Coefficients) -> float:
     """What one token in the cache adds to the time of a decoded token."""
-    traffic_s = work.cache_nbytes / _bytes_per_s(board, threads, c)
+    traffic_s = work.cache_nbytes / bytes_per_s(board, threads, c)
     if board.is_gpu:
         return traffic_s * c.attention_passes
     rate = _flops_per_s(board, threads, c.attention_flops_per_cycle[work.attention])
@@ -112,10 +120,7 @@ def prefill_s(
     work: Workload, board: Board, threads: int, n: int, depth: float, c: Coefficients
 ) -> float | None:
     """Seconds to prefill `n` tokens after `depth` ones; None for a GPU whose prefill rate is not known."""
-    if board.is_gpu:
-        rate = (board.prefill_gflops or 0.0) * 1e9
-    else:
-        rate = _flops_per_s(board, threads, c.prefill_flops_per_cycle[weight_family(work.weights)])
+    rate = _prefill_flops_per_s(work, board, threads, c)
     if not rate:
         return None
     cost = c.quantized_prefill_cost if work.quantized_cache else 1.0
@@ -123,7 +128,20 @@ def prefill_s(
     return n * (work.weight_flops / rate + attention_s)
 
 
-def _bytes_per_s(board: Board, threads: int, c: Coefficients) -> float:
+def prefill_weights_s(work: Workload, board: Board, threads: int, c: Coefficients) -> float | None:
+    """The part of a prefilled token that does not depend on the cache; None where the rate is not known."""
+    rate = _prefill_flops_per_s(work, board, threads, c)
+    return work.weight_flops / rate if rate else None
+
+
+def _prefill_flops_per_s(work: Workload, board: Board, threads: int, c: Coefficients) -> float:
+    if board.is_gpu:
+        return (board.prefill_gflops or 0.0) * 1e9
+    return _flops_per_s(board, threads, c.prefill_flops_per_cycle[weight_family(work.weights)])
+
+
+def bytes_per_s(board: Board, threads: int, c: Coefficients) -> float:
+    """Bytes that `threads` read together."""
     return board.bandwidth_gb_s(threads) * 1e9 * c.bandwidth_share
 
 

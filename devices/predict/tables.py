@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from edgekv.devices.boards.profile import Board, load_boards
 from edgekv.devices.predict.choices import Option
 from edgekv.devices.predict.model_info import describe_cache
-from edgekv.devices.predict.plan import MIB, PROMPT, Plan
+from edgekv.devices.predict.plan import MIB, PROMPT, Plan, SpeedAt
 from edgekv.devices.reporting.report import (
     FORMAT,
     VERSION,
@@ -63,12 +63,22 @@ def speed_table(plan: Plan) -> Table:
             "decode t/s": f"{speed.decode_tps:.3g}",
             f"prefill t/s ({PROMPT})": short(speed.prefill_tps),
             f"TTFT ({PROMPT})": seconds(speed.ttft_s),
+            **({} if plan.board.is_gpu else _with_kernel(speed)),
         }
         for speed in plan.speeds
     ]
     plural = "" if plan.threads == 1 else "s"
     where = "" if plan.board.is_gpu else f", {plan.threads} thread{plural}"
     return Table.of(f"Speed{where} (projected)", "tokens in the cache", rows)
+
+
+def _with_kernel(speed: SpeedAt) -> dict[str, str]:
+    """The same with EdgeKV's attention kernel."""
+    return {
+        "with the kernel: decode": short(speed.kernel_decode_tps),
+        "prefill": short(speed.kernel_prefill_tps),
+        "TTFT": seconds(speed.kernel_ttft_s),
+    }
 
 
 def plans_table(title: str, plans: Sequence[Plan], first: str) -> Table:
@@ -83,6 +93,7 @@ def plans_table(title: str, plans: Sequence[Plan], first: str) -> Table:
             "sessions": whole(plan.sessions),
             "decode t/s": f"{plan.speeds[0].decode_tps:.3g}",
             "at depth": f"{plan.speeds[-1].decode_tps:.3g}",
+            "kernel, at depth": short(plan.speeds[-1].kernel_decode_tps),
             "prefill t/s": short(plan.speeds[0].prefill_tps),
             "t/J": f"{plan.tokens_per_joule:.2g}" if plan.tokens_per_joule else UNKNOWN,
         }
