@@ -36,7 +36,7 @@ $(VENV)/.demo: $(VENV)/.base
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(BIN)/python -m pip install --quiet --editable '.[llama,onnx,nvidia,plot,serve,test]'
+	$(BIN)/python -m pip install --quiet --editable '.[llama,hub,onnx,nvidia,plot,serve,test]'
 	touch $@
 
 # 2,000 damaged files for every kind of reader, and 50 kills of commands that write; half an hour.

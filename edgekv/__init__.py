@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         export_model,
     )
     from edgekv.workflows.heal import HealRequest, heal_model
+    from edgekv.workflows.hub.pull import PullRequest, pull_model
     from edgekv.workflows.pack import CheckPacksRequest, PackRequest, check_packs, pack_documents
     from edgekv.workflows.plan import PlanRequest, plan_board
     from edgekv.workflows.quantize import QuantizeRequest, quantize_model
@@ -55,6 +56,7 @@ __all__ = [
     "Measurements",
     "PackRequest",
     "PlanRequest",
+    "PullRequest",
     "QuantizeRequest",
     "SweepRequest",
     "VerifyRequest",
@@ -69,6 +71,7 @@ __all__ = [
     "open_model",
     "pack_documents",
     "plan_board",
+    "pull_model",
     "quantize_model",
     "sweep_models",
     "verify_models",
@@ -91,6 +94,7 @@ _HOMES = MappingProxyType(
         "edgekv.workflows.heal": ("HealRequest", "heal_model"),
         "edgekv.workflows.pack": ("CheckPacksRequest", "PackRequest", "check_packs", "pack_documents"),
         "edgekv.workflows.plan": ("PlanRequest", "plan_board"),
+        "edgekv.workflows.hub.pull": ("PullRequest", "pull_model"),
         "edgekv.workflows.quantize": ("QuantizeRequest", "quantize_model"),
         "edgekv.workflows.sweep": ("SweepRequest", "sweep_models"),
         "edgekv.workflows.verify": ("VerifyRequest", "verify_models"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,3 +158,41 @@ def tiny_mla(
     path = tmp_path_factory.mktemp("tiny") / "tiny-mla.gguf"
     write_gguf(make_mla(open_model(tiny_llama), 32, 32), path, "f32", {}, False, lambda *_: None)
     return path
+
+
+@pytest.fixture
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A Hub on loopback without models, that this process and those it starts ask; caches and token are its own."""
+    path = Path(__file__).parent / "models/hub/server.py"
+    spec = importlib.util.spec_from_file_location("hub_server", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules["hub_server"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    server = module.Hub()
+    server.Repo = module.Repo
+    home = tmp_path_factory.mktemp("hub")
+    constants = importlib.import_module("huggingface_hub.constants")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "ENDPOINT": server.address,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.address + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(home / "hf/hub"),
+            "HF_TOKEN_PATH": str(home / "hf/token"),
+            "HF_STORED_TOKENS_PATH": str(home / "hf/stored_tokens"),
+            "HF_HUB_OFFLINE": False,
+            "DOWNLOAD_CHUNK_SIZE": 2**16,
+        }.items():
+            patch.setattr(constants, name, value)
+        for name, value in {
+            "HF_ENDPOINT": server.address,
+            "HF_HOME": str(home / "hf"),
+            "XDG_CACHE_HOME": str(home / "cache"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }.items():
+            patch.setenv(name, value)
+        for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGING_FACE_HUB_TOKEN"):
+            patch.delenv(name, raising=False)
+        yield server
+    server.shutdown()
+    server.server_close()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -51,6 +52,7 @@ PUBLIC = [
     "Measurements",
     "PackRequest",
     "PlanRequest",
+    "PullRequest",
     "QuantizeRequest",
     "SweepRequest",
     "VerifyRequest",
@@ -65,12 +67,13 @@ PUBLIC = [
     "open_model",
     "pack_documents",
     "plan_board",
+    "pull_model",
     "quantize_model",
     "sweep_models",
     "verify_models",
 ]
 FUNCTIONS = [name for name in PUBLIC if inspect.isfunction(getattr(edgekv, name))]
-HEAVY = ("gguf", "llama_cpp", "matplotlib", "numpy", "onnxruntime", "tokenizers", "torch")
+HEAVY = ("gguf", "huggingface_hub", "llama_cpp", "matplotlib", "numpy", "onnxruntime", "tokenizers", "torch")
 IMPORT_CPU_S = 0.15
 
 
@@ -276,8 +279,9 @@ def folder(tiny_llama: Path, tiny_mla: Path, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture
-def place(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of those files, to write beside."""
+def place(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: Any) -> Path:
+    """A copy of those files, to write beside; the model is on a Hub of this machine too."""
+    hub.repos["OWNER/NAME"] = hub.Repo({"model-q4_k_m.gguf": (folder / "model.gguf").read_bytes()})
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("cache"))
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -35,6 +35,7 @@ LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 # Heavy or optional libraries, and the only places that may import them.
 HOMES = {
     "click": ("edgekv/cli/",),
+    "huggingface_hub": ("edgekv/models/hub/",),
     "llama_cpp": ("edgekv/backends/",),
     "onnxruntime": ("edgekv/backends/",),
     "onnx": ("export/onnx/",),

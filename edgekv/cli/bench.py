@@ -23,7 +23,7 @@ def parse_depths(text: str) -> tuple[int, ...]:
 
 
 @options.command("bench")
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...", type=options.PATH)
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...", type=options.LOADED_MODEL)
 @click.option("--cache-type", "cache_types", default="", metavar="TYPES",
               callback=options.parsed(options.parse_words),
               help="Cache types, with commas: f16,q8_0/q4_0; an ONNX folder has its own.  [default: f16]")  # fmt: skip

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @options.command("chat")
-@options.model()
+@options.model(loads=True)
 @click.option("-p", "--prompt", help="Ask this one thing, print the answer, and leave.")
 @click.option(
     "-f",

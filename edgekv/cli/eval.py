@@ -33,9 +33,11 @@ def parse_tasks(values: tuple[str, ...]) -> tuple[tuple[str, Path], ...]:
 
 
 @options.command("eval")
-@options.model()
+@options.model(loads=True)
 @options.text("Text to measure on.")
-@click.option("--against", type=options.PATH, help="Reference model: adds KL, argmax agreement and changes.")
+@click.option(
+    "--against", type=options.LOADED_MODEL, help="Reference model: adds KL, argmax agreement and changes."
+)
 @click.option("--task", "tasks", multiple=True, metavar="NAME=FILE",
               callback=options.parsed(parse_tasks),
               help="lambada, arc_easy, piqa, winogrande or hellaswag, with a file of questions.")  # fmt: skip

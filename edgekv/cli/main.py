@@ -13,7 +13,9 @@ from edgekv.cli.common.lazy import LazyGroup
 from edgekv.cli.common.streams import flush_output, is_lost_output, prepare_streams, report_lost_output
 from edgekv.errors import EdgeKVError, InputError
 
-COMMANDS = {  # name: one line for `edgekv --help`; the command lives in edgekv/cli/<name>.py as `command`
+COMMANDS = {  # name: one line for `edgekv --help`; the command lives in edgekv/cli/<name>.py as `command`, or in HUB
+    "pull": "Fetch a model of the Hugging Face Hub, for any command.",
+    "models": "List the models that were fetched.",
     "inspect": "What a model is, what its cache costs, what it could become.",
     "convert": "Turn a GQA model into an MLA GGUF with a small cache.",
     "heal": "Distil the original into the converted model, to lose less.",
@@ -32,11 +34,17 @@ COMMANDS = {  # name: one line for `edgekv --help`; the command lives in edgekv/
     "doctor": "Check whether this machine is ready, and what would make it so.",
 }
 
+HUB = {
+    "pull": "edgekv.cli.hub.pull",
+    "models": "edgekv.cli.hub.models",
+}  # modules of commands in a folder of theirs
+
 
 @click.group(
     cls=LazyGroup,
     modules="edgekv.cli.",
     lines=COMMANDS,
+    elsewhere=HUB,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(__version__, prog_name="edgekv")
@@ -47,6 +55,7 @@ def cli() -> None:
     edgekv inspect model.gguf                         what it is and what its cache costs
     edgekv convert model.gguf -o small.gguf --target 0.5
     edgekv chat small.gguf
+    edgekv chat hf:OWNER/NAME                         MODEL may be on the Hugging Face Hub
     """
 
 

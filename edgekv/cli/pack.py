@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 @options.command("pack")
 @click.argument("files", type=options.PATH, nargs=-1, required=True)
-@click.option("-m", "--model", type=options.PATH, required=True, help="The model that will read them.")
+@click.option(
+    "-m", "--model", type=options.LOADED_MODEL, required=True, help="The model that will read them."
+)
 @options.output("The pack.", required=False)
 @click.option("--check", is_flag=True, help="FILES are packs: measure what they lose behind each other.")
 @click.option("-q", "--question", help="--check: what is asked.  [default: to sum them up]")

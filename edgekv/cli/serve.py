@@ -12,7 +12,7 @@ from edgekv.cli.common import options
 
 
 @options.command("serve")
-@options.model()
+@options.model(loads=True)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=8080, show_default=True, help="0 takes one that is free.")
 @click.option(

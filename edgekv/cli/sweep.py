@@ -12,6 +12,7 @@ from edgekv.cli.common import options
 from edgekv.cli.common.output import command_line
 from edgekv.cli.common.progress import begin
 from edgekv.errors import InputError
+from edgekv.models.hub.names import is_hub_name
 
 if TYPE_CHECKING:
     from edgekv.evaluate.sweep import Conversion, SweepSpec
@@ -39,7 +40,7 @@ def command(
     """
     from edgekv.workflows.sweep import Effort, SweepRequest, read_sweep, sweep_models
 
-    spec = read_sweep(file)
+    spec = _fetched(read_sweep(file), as_json)
     request = SweepRequest(
         spec=spec,
         folder=file.parent,
@@ -53,6 +54,15 @@ def command(
     report = sweep_models(request, begin, lambda line: click.echo(line, err=as_json))
     if as_json:
         click.echo(report.to_json(), nl=False)
+
+
+def _fetched(spec: SweepSpec, quiet: bool) -> SweepSpec:
+    """The sweep with the path of a model that it names on the Hub."""
+    if not is_hub_name(spec.model):
+        return spec
+    import msgspec
+
+    return msgspec.structs.replace(spec, model=str(options.local_model(Path(spec.model), quiet).absolute()))
 
 
 def conversions(spec: SweepSpec, folder: Path) -> dict[str, ConvertRequest]:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 @options.command("verify")
-@click.argument("a", type=options.PATH)
-@click.argument("b", type=options.PATH, required=False)
+@click.argument("a", type=options.LOADED_MODEL)
+@click.argument("b", type=options.LOADED_MODEL, required=False)
 @options.backend("Engine of A.", "--backend-a", "reference")
 @options.backend("Engine of B.  [default: the one for B's format]", "--backend-b")
 @options.cache_type("llama.cpp's cache type.", default="f32")

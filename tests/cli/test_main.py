@@ -14,7 +14,7 @@ import click
 import pytest
 
 from edgekv.cli.export import FORMATS
-from edgekv.cli.main import COMMANDS, cli
+from edgekv.cli.main import COMMANDS, HUB, cli
 from edgekv.errors import EdgeKVError
 
 Result = subprocess.CompletedProcess[str]
@@ -53,11 +53,12 @@ def test_help_imports_nothing_heavy(what: str) -> None:
     loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.split())
     assert "click" in loaded
     assert not loaded & {"numpy", "gguf", "torch", "llama_cpp", "onnxruntime", "rich", "jinja2", "tokenizers"}
+    assert not loaded & {"huggingface_hub", "socket", "ssl"}  # nor anything that could ask a network
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_teaches_by_example(name: str) -> None:
-    command = importlib.import_module(f"edgekv.cli.{name}").command
+    command = cli.get_command(click.Context(cli), name)
     assert isinstance(command, click.Command)
     text = command.get_help(click.Context(command, info_name=f"edgekv {name}"))
     assert f"\n  edgekv {name} " in text, "an example"
@@ -72,7 +73,8 @@ def test_every_command_module_is_listed() -> None:
     def declared(place: Path) -> set[str]:
         return {p.stem for p in place.glob("*.py") if declares.search(p.read_text(encoding="utf-8"))}
 
-    assert declared(folder) == {*COMMANDS} - {"export"}
+    assert declared(folder) == {*COMMANDS} - {"export", *HUB}
+    assert declared(folder / "hub") == {*HUB}
     assert declared(folder / "export") == {*FORMATS}
 
 

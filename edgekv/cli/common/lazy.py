@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import click
@@ -15,12 +16,21 @@ class LazyGroup(click.Group):
     Args:
         modules: what stands before the name, such as "edgekv.cli.".
         lines: one line of help for each name; help lists them without importing anything.
+        elsewhere: the modules of names that have another.
     """
 
-    def __init__(self, *args: Any, modules: str, lines: Mapping[str, str], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        modules: str,
+        lines: Mapping[str, str],
+        elsewhere: Mapping[str, str] = MappingProxyType({}),
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._modules = modules
         self._lines = lines
+        self._elsewhere = elsewhere
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self._lines)
@@ -28,7 +38,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self._lines:
             return None
-        command = importlib.import_module(self._modules + cmd_name).command
+        command = importlib.import_module(self._elsewhere.get(cmd_name, self._modules + cmd_name)).command
         assert isinstance(command, click.Command)
         return command
 

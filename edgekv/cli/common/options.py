@@ -18,6 +18,7 @@ import click
 
 from edgekv.backends.kernel_names import KERNEL_VARIABLE, KERNELS
 from edgekv.backends.open import KINDS
+from edgekv.models.hub.names import is_hub_name
 from edgekv.quant.formats import CACHE_TYPES
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -25,6 +26,22 @@ Option = Callable[[Function], Function]
 T = TypeVar("T")
 
 PATH = click.Path(path_type=Path)
+
+
+class ModelPath(click.Path):
+    """A path, or a name on the Hub: hf:OWNER/NAME[:QUANT or FILE], which is fetched before the command runs.
+
+    Args:
+        loads: whether the command keeps the weights in memory.
+    """
+
+    def __init__(self, loads: bool = False) -> None:
+        super().__init__(path_type=Path)
+        self.loads = loads
+
+
+MODEL = ModelPath()
+LOADED_MODEL = ModelPath(loads=True)
 RENAMED: Mapping[str, str] = MappingProxyType(
     {
         "--cache": "--cache-type",
@@ -75,6 +92,31 @@ class Command(click.Command):
                 raise click.NoSuchOption(error.option_name, message, ctx=ctx) from error
             raise
 
+    def invoke(self, ctx: click.Context) -> Any:
+        for param in self.params:
+            if param.name and isinstance(param.type, ModelPath) and (given := ctx.params.get(param.name)):
+                ctx.params[param.name] = _local(given, param.type, bool(ctx.params.get("as_json")))
+        return super().invoke(ctx)
+
+
+def local_model(given: Path, quiet: bool) -> Path:
+    """Where a model lies that a file names, as for MODEL."""
+    found = _local(given, LOADED_MODEL, quiet)
+    assert isinstance(found, Path)
+    return found
+
+
+def _local(given: Path | tuple[Path, ...], kind: ModelPath, quiet: bool) -> Path | tuple[Path, ...]:
+    """Where models lie: a path as it is, a name on the Hub fetched into its cache."""
+    if isinstance(given, tuple):
+        return tuple(_local(each, kind, quiet) for each in given)  # type: ignore[misc]
+    if not is_hub_name(given):
+        return given
+    from edgekv.cli.common.progress import stages
+    from edgekv.models.hub.pull import pull
+
+    return pull(given, stages(quiet), kind.loads).path
+
 
 def command(name: str) -> Callable[[Callable[..., Any]], Command]:
     """A subcommand of `edgekv`."""
@@ -83,9 +125,9 @@ def command(name: str) -> Callable[[Callable[..., Any]], Command]:
     )
 
 
-def model(required: bool = True) -> Option[Any]:
-    """The argument MODEL."""
-    return click.argument("model", type=PATH, required=required)
+def model(required: bool = True, loads: bool = False) -> Option[Any]:
+    """The argument MODEL. `loads`: the command keeps its weights in memory."""
+    return click.argument("model", type=LOADED_MODEL if loads else MODEL, required=required)
 
 
 def output(help_text: str, required: bool = True) -> Option[Any]:

@@ -163,6 +163,15 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     }
 
 
+def folder_name(folder: Path) -> str:
+    """What a model is called: its folder, or in huggingface_hub's cache (models--OWNER--NAME/snapshots/COMMIT) NAME."""
+    place = folder.resolve()
+    repo = place.parent.parent.name
+    if place.parent.name == "snapshots" and repo.startswith("models--"):
+        return repo.rpartition("--")[2]
+    return place.name
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a model folder.
 

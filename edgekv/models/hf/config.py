@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from edgekv.models.gguf.architectures import LOCAL_EVERY, is_local
 from edgekv.models.gguf.spec import MAX_LAYERS
+from edgekv.models.hf.checkpoint import folder_name
 from edgekv.models.hf.config_fields import ConfigFields
 from edgekv.models.hf.rope import attention_scale_of_yarn, read_rope, trained_context
 from edgekv.models.hf.unsupported import why_not
@@ -49,7 +50,7 @@ def read_spec(folder: Path) -> ModelSpec:
     layers = tuple(read(config, i) for i in range(n_layers))
     spec = ModelSpec(
         arch=arch,
-        name=folder.resolve().name,
+        name=folder_name(folder),
         layers=layers,
         dim=config.integer("hidden_size"),
         vocab=config.integer("vocab_size"),

@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 
 from edgekv.errors import EdgeKVError, ModelFileError, UnsupportedError
-from edgekv.models.hf.checkpoint import read_json
+from edgekv.models.hf.checkpoint import folder_name, read_json
 from edgekv.spec import MetaValue
 from edgekv.tokenizer.tokenizer import Tokenizer
 from edgekv.tokenizer.vocab import END_TEXTS
@@ -179,7 +179,7 @@ def proved(
             f"{path.parent}: more ends of text (eos_token_id) than a GGUF has keys for, llama.cpp would not stop at "
             f"token {min(lost)}; leave those that the model does not write out of generation_config.json"
         )
-    return pairs if name == path.parent.resolve().name else pairs | {"general.name": name}
+    return pairs if name == folder_name(path.parent) else pairs | {"general.name": name}
 
 
 def _named(pairs: Mapping[str, MetaValue], path: Path, swallowing: frozenset[int]) -> tuple[str, Tokenizer]:
@@ -187,7 +187,7 @@ def _named(pairs: Mapping[str, MetaValue], path: Path, swallowing: frozenset[int
 
     llama.cpp (llama_vocab::impl::load) does not load a model named Phi-3 without all of _PHI3's tokens.
     """
-    name = path.parent.resolve().name
+    name = folder_name(path.parent)
     other = re.sub("(?i)(phi)-?3", r"\1_3", name)
     texts = pairs["tokenizer.ggml.tokens"]
     assert isinstance(texts, list)

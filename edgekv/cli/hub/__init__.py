@@ -1,0 +1,1 @@
+"""Commands for models of the Hugging Face Hub."""

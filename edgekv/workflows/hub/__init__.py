@@ -1,0 +1,1 @@
+"""Workflows of the Hugging Face Hub."""
