@@ -258,6 +258,7 @@ def test_a_data_file_that_is_a_link_outwards_is_refused(copied: Path) -> None:
         (lambda text: text.replace('"version": 2', '"version": 9'), "upgrade"),
         (lambda text: text.replace('"n_layers": 3', '"n_layers": 4'), "damaged"),
         (lambda text: text.replace('"window": 0', '"window": -1'), "damaged"),
+        (lambda text: text.replace('"window": 0', '"window": 999999999999'), "damaged"),
         (lambda text: text.replace('"vocab.gguf"', '"../vocab.gguf"'), "does not list"),
         (lambda text: text.replace('"generation_config.json"', '"../generation.json"'), "file name"),
     ],

@@ -26,6 +26,7 @@ VERSION = 2  # 1 has no `layers`
 # Slots behind a window: rows move to the front only when they are full, and as many tokens can be taken back.
 WINDOW_SLACK = 64
 MAX_MANIFEST_NBYTES = 2**20
+MAX_WINDOW = 2**20  # tokens; a cache is allocated for whole windows, and models have up to 2^18
 
 
 class FileRecord(Document, frozen=True):
@@ -43,7 +44,7 @@ class LayerRecord(Document, frozen=True):
 
     kind: Literal["GQA", "MLA"]
     nbytes: Annotated[int, Meta(ge=0)]
-    window: Annotated[int, Meta(ge=0)] = 0
+    window: Annotated[int, Meta(ge=0, le=MAX_WINDOW)] = 0
 
     def slots(self, n_ctx: int) -> int:
         """Rows that a context of `n_ctx` tokens fills."""
@@ -82,7 +83,7 @@ class ModelRecord(Document, frozen=True):
 
 def ring_window(attention: AttentionSpec, context_length: int) -> int:
     """The window of a layer whose cache lets go of what is behind it; 0 for a layer that keeps everything."""
-    return attention.window if attention.window < context_length else 0
+    return attention.window if attention.window < min(context_length, MAX_WINDOW + 1) else 0
 
 
 class Manifest(Document, frozen=True):
