@@ -18,7 +18,13 @@ import numpy as np
 from edgekv.source import Array, TensorSource, scaled, with_tensors
 from edgekv.spec import MLA
 
-_BEFORE_A_NORM = ("attn_q_a.weight", "attn_output.weight", "ffn_down.weight")
+_BEFORE_A_NORM = (
+    "attn_q_a.weight",
+    "attn_output.weight",
+    "ffn_down.weight",
+    "attn_q_a.bias",
+    "attn_output.bias",
+)
 
 
 def with_norm_eps(source: TensorSource, eps: float) -> TensorSource:
@@ -30,8 +36,8 @@ def with_norm_eps(source: TensorSource, eps: float) -> TensorSource:
         computed["output_norm.weight"] = scaled(source, "output_norm.weight", 1 / scale)
     for i, layer in enumerate(spec.layers):
         assert isinstance(layer.attention, MLA)
-        kv_a = f"blk.{i}.attn_kv_a_mqa.weight"
-        computed[kv_a] = partial(_with_scaled_latent, source, kv_a, layer.attention.kv_lora_rank, scale)
+        for kv_a in (f"blk.{i}.attn_kv_a_mqa.weight", f"blk.{i}.attn_kv_a_mqa.bias"):
+            computed[kv_a] = partial(_with_scaled_latent, source, kv_a, layer.attention.kv_lora_rank, scale)
         computed |= {
             name: scaled(source, name, scale) for name in (f"blk.{i}.{tensor}" for tensor in _BEFORE_A_NORM)
         }
@@ -39,5 +45,5 @@ def with_norm_eps(source: TensorSource, eps: float) -> TensorSource:
 
 
 def _with_scaled_latent(source: TensorSource, name: str, rank: int, scale: float) -> Array:
-    rows = source.load(name)  # (R + P, D)
+    rows = source.load(name)  # (R + P, D), or (R + P,)
     return np.concatenate([rows[:rank] * np.float32(scale), rows[rank:]])

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from edgekv.errors import UnsupportedError
+from edgekv.export.deepseek.encoded import folded, folded_attention, is_encoded
 from edgekv.export.deepseek.safetensors_file import DType, LazyTensor
 from edgekv.rewrite.norm_eps import with_norm_eps
 from edgekv.rewrite.norm_trick import is_folded
 from edgekv.rewrite.value_scales import with_balanced_values
 from edgekv.source import Array, TensorSource, scaled, with_tensors
-from edgekv.spec import MLA, LayerSpec, ModelSpec
+from edgekv.spec import ENCODED, MLA, LayerSpec, ModelSpec, RopeSpec
 from edgekv.tensors import joint_kv_b
 
 NORM_EPS = 1e-6
@@ -54,17 +55,28 @@ def check_exportable(spec: ModelSpec) -> tuple[MLA, LayerSpec]:
     attention = layer.attention
     if not isinstance(attention, MLA):
         raise UnsupportedError(
-            f"{spec.name} has {attention.kind} attention, a DeepseekV3 checkpoint has MLA; "
-            "run `edgekv convert` first, or add --healed"
+            f"{spec.name} has {attention.kind} attention, a DeepseekV3 checkpoint has MLA; run `edgekv convert` first "
+            "(to NAME.edgekv with --kv-lora-rank, if it has biases or scaled RoPE), or add --healed"
         )
-    odd = [what for what in spec.peculiarities if what != "low-rank queries"]
+    held = {"low-rank queries"}
+    remedy = "keep it as GGUF"
+    if attention.encoder:
+        held |= {ENCODED, "scaled RoPE frequencies", "a score scale of its own"}
+        remedy = "`edgekv export onnx` writes a graph that can"
+    odd = [what for what in spec.peculiarities if what not in held]
+    if odd == ["layers that differ"] and attention.encoder:
+        remedy = (
+            f"convert with --kv-lora-rank instead of --target, which gives all layers one shape, or {remedy}"
+        )
+    if attention.encoder and attention.encoder.qk_norm:
+        odd.append("QK-norm")
     if attention.rope.layout != "interleaved":
         odd.append("rope pairs half a head apart")
     if odd:
         raise UnsupportedError(
-            f"{spec.name} has {', '.join(odd)}, which this DeepseekV3 checkpoint cannot hold; keep it as GGUF"
+            f"{spec.name} has {', '.join(odd)}, which this DeepseekV3 checkpoint cannot hold; {remedy}"
         )
-    return attention, layer
+    return (folded_attention(attention) if attention.encoder else attention), layer
 
 
 def config(spec: ModelSpec, dtype: DType, bos_id: int | None, eos_id: int | None) -> dict[str, Any]:
@@ -95,10 +107,10 @@ def config(spec: ModelSpec, dtype: DType, bos_id: int | None, eos_id: int | None
         "qk_nope_head_dim": attention.nope_dim,
         "qk_rope_head_dim": attention.rope.dim,
         "v_head_dim": attention.value_dim,
-        "attention_bias": False,
+        "attention_bias": layer.attention != attention,  # of an encoder: queries, cached rows and outputs
         "rope_interleave": True,
         "rope_theta": attention.rope.theta,
-        "rope_scaling": None,
+        "rope_scaling": _rope_scaling(attention.rope, spec.context_length),
         "first_k_dense_replace": spec.n_layers,
         "num_nextn_predict_layers": 0,
         "moe_intermediate_size": layer.ffn_dim,
@@ -115,13 +127,34 @@ def config(spec: ModelSpec, dtype: DType, bos_id: int | None, eos_id: int | None
     }
 
 
+def _rope_scaling(rope: RopeSpec, context_length: int) -> dict[str, Any] | None:
+    """Frequencies that theta alone does not set, as LongRoPE's factors, which are the same for every length."""
+    if not rope.factors:
+        return None
+    factors = list(rope.factors)
+    return {
+        "rope_type": "longrope",
+        "short_factor": factors,
+        "long_factor": factors,
+        "factor": 1.0,
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": context_length,
+    }
+
+
 def tensors(source: TensorSource, dtype: DType) -> list[LazyTensor]:
     """The checkpoint's tensors, computed as they are written.
 
     Raises:
-        UnsupportedError: see `check_exportable`.
+        UnsupportedError: see `check_exportable`; or `dtype` has not the range for an encoder.
     """
     check_exportable(source.spec)
+    if is_encoded(source):
+        if dtype == "f16":
+            raise UnsupportedError(
+                f"{source.spec.name} does not fit f16 in this format; take --weights bf16 or f32"
+            )
+        source = folded(source)
     if dtype == "f16":
         source = _lifted(with_balanced_values(source))
     source = with_norm_eps(source, NORM_EPS)
@@ -132,9 +165,10 @@ def tensors(source: TensorSource, dtype: DType) -> list[LazyTensor]:
         names |= {f"blk.{i}.{ours}": f"model.layers.{i}.{theirs}" for ours, theirs in _BLOCK.items()}
     present = frozenset(source.names())
     return [
-        _tensor(source, f"{ours}.weight", f"{theirs}.weight")
+        _tensor(source, f"{ours}.{part}", f"{theirs}.{part}")
         for ours, theirs in names.items()
-        if f"{ours}.weight" in present
+        for part in ("weight", "bias")
+        if f"{ours}.{part}" in present
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from safetensors.numpy import load_file
 
 from edgekv.chat.template import ChatTemplate
+from edgekv.convert.encoded.layers import EncodedTarget, convert_encoded
 from edgekv.errors import InputError, OutputError, UnsupportedError
 from edgekv.export.deepseek.safetensors_file import LazyTensor, write_safetensors
 from edgekv.export.deepseek.tensors import TORCH_NAMES
@@ -99,6 +101,94 @@ def test_transformers_computes_the_converted_model(
     error, kl = difference(source, export(source, tmp_path / "out"))
     assert error < 1e-3
     assert kl < 1e-6
+
+
+@pytest.fixture(scope="module")
+def make_encoded(
+    make_llama: Callable[..., LazySource], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., TensorSource]:
+    """Converts a model with large biases, as Qwen2.5 has: (rope, traits) -> source of encoded latents."""
+
+    def make(rope: RopeSpec, width: int = 96, rope_dim: int | None = 32, **traits: Any) -> TensorSource:
+        plain = make_llama(bias=True, **traits)
+        layers = tuple(
+            replace(layer, attention=replace(layer.attention, rope=rope)) for layer in plain.spec.layers
+        )
+        source = LazySource(replace(plain.spec, layers=layers), plain.metadata)
+        for name in plain.names():
+            source.add_array(name, plain.load(name) * np.float32(20 if name.endswith("k.bias") else 1))
+        windows = np.random.default_rng(1).integers(0, 256, (6, 64))
+        target = EncodedTarget((width,) * 3, rope_dim)
+        return convert_encoded(source, target, windows, tmp_path_factory.mktemp("spill"), lambda _: None)
+
+    return make
+
+
+LLAMA3 = RopeSpec(500000.0, 32, "half", tuple(float(1 + 7 * (j > 8)) for j in range(16)))
+ENCODED_ROPES = {"qwen": RopeSpec(1e6, 32, "half"), "scaled": LLAMA3}
+
+
+@pytest.mark.parametrize("name", ENCODED_ROPES)
+def test_biases_and_scaled_rope_of_an_encoded_latent(
+    make_encoded: Callable[..., TensorSource], name: str, tmp_path: Path
+) -> None:
+    """Unmodified transformers computes them exactly: attention_bias, a bottleneck for queries, LongRoPE's factors."""
+    source = make_encoded(ENCODED_ROPES[name])
+    folder = export(source, tmp_path / "out")
+    error, kl = difference(source, folder)
+    assert error < 2e-3
+    assert kl < 1e-7
+    config = json.loads((folder / "config.json").read_text())
+    assert config["attention_bias"] is True
+    assert (config["kv_lora_rank"], config["qk_rope_head_dim"]) == (64, 32)
+    assert (config["rope_theta"], config["rope_scaling"]) == (1e6, None) or name == "scaled"
+
+
+def test_an_encoded_latent_token_by_token(make_encoded: Callable[..., TensorSource], tmp_path: Path) -> None:
+    """transformers caches the latent and the rope key, and nothing more."""
+    source = make_encoded(ENCODED_ROPES["scaled"])
+    model = load(export(source, tmp_path / "out"))
+    cache, logits = None, []
+    with torch.no_grad():
+        for token in TOKENS[:12]:
+            found = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+            cache, logits = found.past_key_values, [*logits, found.logits[0, 0].numpy()]
+    assert cache.layers[0].keys.shape[-1] + cache.layers[0].values.shape[-1] == 96
+    np.testing.assert_allclose(np.array(logits), reference_logits(source)[:12], atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        ({"qk_norm": True}, r"has QK-norm.*cannot hold; `edgekv export onnx` writes a graph that can"),
+        (
+            {"width": 80, "rope_dim": None, "differ": True},
+            "layers that differ.*convert with --kv-lora-rank instead",
+        ),
+        ({"window": 16}, "has a sliding window.*`edgekv export onnx`"),
+    ],
+)
+def test_encoded_latents_that_it_cannot_hold(
+    make_encoded: Callable[..., TensorSource], made: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    differ = made.pop("differ", False)
+    source = make_encoded(ENCODED_ROPES["qwen"], **made)
+    if differ:
+        first = source.spec.layers[0]
+        rope = replace(first.attention.rope, factors=first.attention.rope.factors[::-1])
+        other = replace(first, attention=replace(first.attention, rope=rope))
+        source = LazySource(replace(source.spec, layers=(other, *source.spec.layers[1:])), source.metadata)
+    with pytest.raises(UnsupportedError, match=words):
+        export(source, tmp_path / "out")
+
+
+def test_an_encoded_latent_does_not_fit_float16(
+    make_encoded: Callable[..., TensorSource], tmp_path: Path
+) -> None:
+    source = make_encoded(ENCODED_ROPES["qwen"])
+    with pytest.raises(UnsupportedError, match="take --weights bf16 or f32"):
+        export(source, tmp_path / "out", "f16")
+    assert difference(source, export(source, tmp_path / "out", "bf16"))[1] < 2e-2
 
 
 def test_another_epsilon_and_low_rank_queries(tmp_path: Path) -> None:
