@@ -7,7 +7,7 @@ import numpy as np
 from edgekv.export.onnx.attention import AttentionNodes, GroupedAttention, GroupedInputs, skip_norm
 from edgekv.export.onnx.graph import GraphWriter, Value
 from edgekv.export.onnx.latent import Int8LatentAttention, LatentAttention, LatentInputs
-from edgekv.export.onnx.weights import Bits, Embedding, LatentCache, Weights, linear
+from edgekv.export.onnx.weights import Bits, Embedding, LatentCache, Weights, at_least_8, linear
 from edgekv.progress import Progress
 from edgekv.reference.model import BlockWeights, load_block
 from edgekv.rewrite.int8_rows import RowBalance
@@ -34,7 +34,7 @@ def add_decoder(
     kept = g.optional_input("num_logits_to_keep", np.array([ALL_LOGITS], np.int64))
     attentions = _attentions(g, spec, cache, mask, position_ids)
     # The token table and the head feel 4 bits most and are used by every token: 8, as llama.cpp's presets do.
-    table_bits: Bits = 32 if bits == 32 else 8
+    table_bits = at_least_8(bits)
     table = Embedding(g, "embedding", source.load("token_embd.weight"), table_bits)
     x = table.look_up(ids)
     if spec.embedding_scale != 1.0:

@@ -6,9 +6,9 @@ import numpy as np
 
 from edgekv.export.onnx.attention import rotate
 from edgekv.export.onnx.graph import GraphWriter, Value
-from edgekv.export.onnx.weights import Bits, linear
+from edgekv.export.onnx.weights import Bits, at_least_8, linear
 from edgekv.reference.model import BlockWeights
-from edgekv.spec import MLA
+from edgekv.spec import MLA, Encoder
 
 Tables = tuple[Value, Value]
 
@@ -25,26 +25,20 @@ def encoded_queries_and_row(
 ) -> tuple[Value, Value]:
     """Absorbed queries (1, H, T, W), scaled, and what is cached, (1, 1, T, W), of normed hidden states (1, T, D).
 
-    The maps between heads and rows stay in float32: they are small, and MatMulNBits would round what goes into them
-    to 8 bits, where keys have biases (Qwen2.5) that are tens of times what varies.
+    Where nothing is normed between the hidden states and the row, one matrix makes it. The maps between heads and
+    rows, which are small, stay in float32.
     """
     encoder = spec.encoder
     assert encoder is not None
-    kv_width = encoder.n_kv_heads * encoder.head_dim
-    joint = np.concatenate([w[f"attn_{kind}.weight"] for kind in "qkv"])
-    qkv = linear(g, x, f"{name}.qkv", joint, bits)
+    queries = linear(g, x, f"{name}.q", w["attn_q.weight"], bits)
     if encoder.bias:
-        bias = np.concatenate([w["attn_q.bias"], w["attn_k.bias"], np.zeros(kv_width, np.float32)])
-        qkv = g.op("Add", qkv, g.weight(f"{name}.qkv_bias", bias))
-    widths = g.ints(spec.n_heads * spec.head_dim, kv_width, kv_width)
-    queries, keys, values = g.ops("Split", qkv, widths, n_outputs=3, axis=-1)
+        queries = g.op("Add", queries, g.weight(f"{name}.q_bias", w["attn_q.bias"]))
     heads = _heads(g, spec, eps, queries, w, name, "q", spec.n_heads)  # (1, T, H, K)
     if encoder.qk_norm:
-        keys = _heads(g, spec, eps, keys, w, name, "k", encoder.n_kv_heads)
-        keys = g.op("Reshape", keys, g.ints(1, -1, kv_width))
-    made = g.op("Unsqueeze", g.op("Concat", keys, values, axis=-1), g.ints(0))  # (1, 1, T, 2 * G * K)
-    row = g.op("MatMul", made, g.weight(f"{name}.kv_enc", w["attn_kv_enc.weight"].T))
-    row = g.op("Add", row, g.weight(f"{name}.kv_enc_bias", w["attn_kv_enc.bias"]))
+        row = _write_normed(g, spec, eps, x, w, name, bits)
+    else:
+        row = _write_folded(g, encoder, x, w, name, bits)
+    row = g.op("Unsqueeze", row, g.ints(0))  # (1, 1, T, W)
     scale = np.float32(spec.score_scale / (spec.softcap or 1.0))
     query_map = g.weight(f"{name}.q_map", w["attn_q_map.weight"].swapaxes(1, 2) * scale)  # (H, K, W)
     reading = g.op("MatMul", g.op("Transpose", heads, perm=[0, 2, 1, 3]), query_map)
@@ -52,6 +46,45 @@ def encoded_queries_and_row(
         _rotate_behind(g, spec, reading, tables, spec.n_heads),
         _rotate_behind(g, spec, row, tables, 1),
     )
+
+
+def _write_folded(
+    g: GraphWriter, encoder: Encoder, x: Value, w: BlockWeights, name: str, bits: Bits
+) -> Value:
+    """What is cached, (1, T, W), by the encoder times what makes keys and values."""
+    keys_and_values = np.concatenate([w["attn_k.weight"], w["attn_v.weight"]])
+    write, offset = w["attn_kv_enc.weight"].astype(np.float64), w["attn_kv_enc.bias"]
+    if encoder.bias:
+        offset = offset + write[:, : len(w["attn_k.bias"])] @ w["attn_k.bias"]
+    row = linear(g, x, f"{name}.kv", (write @ keys_and_values).astype(np.float32), at_least_8(bits))
+    return g.op("Add", row, g.weight(f"{name}.kv_bias", offset.astype(np.float32)))
+
+
+def _write_normed(
+    g: GraphWriter, spec: MLA, eps: float, x: Value, w: BlockWeights, name: str, bits: Bits
+) -> Value:
+    """What is cached, (1, T, W), of keys that pass a norm first."""
+    encoder = spec.encoder
+    assert encoder is not None
+    kv_width = encoder.n_kv_heads * encoder.head_dim
+    joint = np.concatenate([w["attn_k.weight"], w["attn_v.weight"]])
+    keys, values = g.ops(
+        "Split",
+        linear(g, x, f"{name}.kv", joint, at_least_8(bits)),
+        g.ints(kv_width, kv_width),
+        n_outputs=2,
+        axis=-1,
+    )
+    if encoder.bias:
+        keys = g.op("Add", keys, g.weight(f"{name}.k_bias", w["attn_k.bias"]))
+    keys = _heads(g, spec, eps, keys, w, name, "k", encoder.n_kv_heads)
+    keys = g.op("Reshape", keys, g.ints(1, -1, kv_width))
+    row = g.op(
+        "MatMul",
+        g.op("Concat", keys, values, axis=-1),
+        g.weight(f"{name}.kv_enc", w["attn_kv_enc.weight"].T),
+    )
+    return g.op("Add", row, g.weight(f"{name}.kv_enc_bias", w["attn_kv_enc.bias"]))
 
 
 def _heads(

@@ -13,7 +13,7 @@ import numpy as np
 from edgekv.export.onnx.attention import CACHE_LENGTH, rotate, rotation
 from edgekv.export.onnx.encoded import encoded_queries_and_row
 from edgekv.export.onnx.graph import GraphWriter, Value
-from edgekv.export.onnx.weights import Bits, linear
+from edgekv.export.onnx.weights import Bits, at_least_8, linear
 from edgekv.models.onnx.manifest import ring_window
 from edgekv.reference.model import BlockWeights
 from edgekv.spec import MLA, RopeSpec
@@ -138,7 +138,7 @@ class LatentAttention:
         Its weights keep 8 bits at least: every head and all later tokens see their error.
         """
         g, spec = self._g, self._spec
-        kv = linear(g, x, f"{name}.kv_a", w["attn_kv_a_mqa.weight"], 32 if bits == 32 else 8)
+        kv = linear(g, x, f"{name}.kv_a", w["attn_kv_a_mqa.weight"], at_least_8(bits))
         widths = g.ints(spec.kv_lora_rank, spec.rope.dim)
         latent, key = g.ops("Split", g.op("Unsqueeze", kv, g.ints(0)), widths, n_outputs=2, axis=-1)
         norm = g.weight(f"{name}.kv_a_norm", w["attn_kv_a_norm.weight"])

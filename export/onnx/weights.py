@@ -51,6 +51,11 @@ def quantize_blocks(matrix: Array, bits: int) -> Blocks:
     return Blocks(bits, packed, scales[..., 0])
 
 
+def at_least_8(bits: Bits) -> Bits:
+    """The bits of what all later tokens read: 4 are too few."""
+    return 8 if bits == 4 else bits
+
+
 def linear(g: GraphWriter, x: Value, name: str, matrix: Array, bits: Bits) -> Value:
     """x (..., K) times a weight (N, K) transposed."""
     if bits == 32:

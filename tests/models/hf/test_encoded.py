@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from edgekv.backends.onnxruntime import OnnxBackend
@@ -14,11 +15,12 @@ from edgekv.convert.encoded.layers import EncodedTarget, convert_encoded
 from edgekv.export.gguf.write import write_gguf
 from edgekv.export.onnx.write import OnnxOptions, write_onnx
 from edgekv.models.gguf.own import SUFFIX
+from edgekv.models.onnx.folder import GRAPH
 from edgekv.models.onnx.manifest import WINDOW_SLACK
 from edgekv.models.open import open_model
 from edgekv.reference.ops import kl_rows, log_softmax
 from edgekv.source import TensorSource
-from edgekv.spec import GQA
+from edgekv.spec import GQA, MLA
 
 from .conftest import MODELS, N_VOCAB, TOKENS, Zoo
 
@@ -115,3 +117,21 @@ def test_windows_are_rings(zoo: Zoo, name: str, tmp_path: Path) -> None:
         engine = OnnxBackend(tmp_path / "out", n_ctx=n_ctx, n_threads=1)
         assert lost(0, engine.prefill_all(tokens[:n_ctx].tolist())) <= 1e-6
         engine.close()
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_what_makes_rows_keeps_8_bits(zoo: Zoo, name: str, tmp_path: Path) -> None:
+    """Without QK-norm one matrix makes a row of the hidden states; behind it there is none of keys and values."""
+    small = encoded(open_model(zoo.folder(name)), 0.75, None, tmp_path)
+    write_onnx(small, tmp_path / "out", OnnxOptions("int4"), False, lambda *_: None)
+    graph = onnx.load(tmp_path / "out" / GRAPH, load_external_data=False).graph
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    attention = small.spec.layers[0].attention
+    assert isinstance(attention, MLA)
+    assert attention.encoder
+    encoder = attention.encoder
+    n_rows = 2 * encoder.n_kv_heads * encoder.head_dim if encoder.qk_norm else attention.cache_values
+    blocks = small.spec.dim // 32
+    assert shapes["layers.0.attn.kv.packed"] == (n_rows, blocks, 32)
+    assert shapes["layers.0.attn.q.packed"] == (attention.n_heads * encoder.head_dim, blocks, 16)
+    assert ("layers.0.attn.kv_enc" in shapes) == encoder.qk_norm
