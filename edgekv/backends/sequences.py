@@ -8,6 +8,7 @@ from typing import Protocol
 
 from edgekv.backends.base import Backend
 from edgekv.backends.kernel_names import Kernel
+from edgekv.cache.rows import CacheRows, Layout
 from edgekv.source import Array
 from edgekv.tokenizer.language import Language
 
@@ -58,6 +59,23 @@ class Sequences(Protocol):
     def trim(self, sequence: int, n_past: int) -> None:
         """Drop a sequence's rows from position `n_past` on."""
 
+    def layout(self) -> Layout:
+        """What the cache holds of every token: the layout of what `save` returns and `load` takes.
+
+        Raises:
+            UnsupportedError: the engine keeps more of this model than rows of tokens.
+        """
+
+    def save(self, sequence: int, start: int = 0) -> CacheRows:
+        """A copy of a sequence's rows from position `start` on; it holds one at least. Raises as `layout` does."""
+
+    def load(self, sequence: int, rows: CacheRows) -> None:
+        """Put rows of the engine's layout into an empty sequence, from position 0 on.
+
+        Raises:
+            BackendError: the cache has no room for them, or the engine refused them; the sequence is empty then.
+        """
+
     def cache_nbytes(self) -> int:
         """Bytes that the engine allocated for its cache (all cells)."""
 
@@ -88,6 +106,15 @@ class OneSequence:
 
     def trim(self, sequence: int, n_past: int) -> None:
         self._backend.trim(n_past)
+
+    def layout(self) -> Layout:
+        return self._backend.layout()
+
+    def save(self, sequence: int, start: int = 0) -> CacheRows:
+        return self._backend.save(start)
+
+    def load(self, sequence: int, rows: CacheRows) -> None:
+        self._backend.load(rows)
 
     def cache_nbytes(self) -> int:
         return self._backend.cache_nbytes()

@@ -128,3 +128,31 @@ def test_a_window_forgets_nothing_that_is_shared(tiny_gemma: Path, n_parallel: i
     (last,) = opened.run([Piece(0, 100, PROMPTS[1], logits=True)])
     np.testing.assert_allclose(last, alone(tiny_gemma, tokens[:100] + PROMPTS[1])[0], rtol=0, atol=ATOL)
     opened.close()
+
+
+def test_rows_of_one_go_to_another_through_holes(model: Path, sequences: LlamaSequences) -> None:
+    """Rows that lie apart, of a sequence that only keeps them, are put where only holes are free."""
+    texts = [[int(token) for token in np.random.default_rng(i).integers(0, 256, 250)] for i in range(3)]
+    for start in range(0, 250, 10):  # turn by turn, so that the cells of each lie apart
+        sequences.run([Piece(i, start, text[start : start + 10], False) for i, text in enumerate(texts)])
+    sequences.share(1, 200, 0, 250)
+    sequences.trim(1, 0)
+    saved = sequences.save(200)
+    assert saved.layout == sequences.layout()
+    part = sequences.save(200, 100)
+    assert [a.tobytes() for a in part.planes()] == [a[100:].tobytes() for a in saved.planes()]
+    sequences.trim(2, 0)
+    for target in (1, 201):
+        sequences.load(target, saved)
+        with pytest.raises(BackendError):
+            sequences.load(2, saved)  # there is no room for a third one
+        sequences.trim(2, 0)
+        assert [a.tobytes() for a in sequences.save(target).planes()] == [a.tobytes() for a in saved.planes()]
+        if target != 1:
+            sequences.share(target, 1, 0, 250)
+        (logits,) = sequences.run([Piece(1, 250, [7], True)])
+        lone = open_backend(model, n_ctx=256, cache_type="f32", n_threads=1)
+        np.testing.assert_allclose(logits, lone.prefill([*texts[1], 7]), rtol=0, atol=2 * ATOL)
+        lone.close()
+        sequences.trim(1, 0)
+        sequences.trim(target, 0)

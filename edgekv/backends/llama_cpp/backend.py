@@ -18,8 +18,8 @@ from edgekv.backends.base import Backend, Interrupted, require_loadable, require
 from edgekv.backends.llama_cpp.context import LlamaContext
 from edgekv.backends.llama_cpp.kernel.mass import AttentionMass
 from edgekv.backends.llama_cpp.library import LOG, logits_rows
-from edgekv.backends.llama_cpp.state import StateFormat, read_state, write_state
-from edgekv.cache.rows import Bytes, CacheRows, Layout
+from edgekv.backends.llama_cpp.state import StateFormat
+from edgekv.cache.rows import CacheRows, Layout
 from edgekv.errors import BackendError, UnsupportedError
 from edgekv.source import Array
 
@@ -53,7 +53,6 @@ class LlamaCppBackend(LlamaContext, Backend):
             keeps_all=False,
             abort_flag=abort_flag,
         )
-        self._encodings = LOG.cache_encodings()
         self._format: StateFormat | None = None
         self._mass: AttentionMass | None = None
         self.n_past = 0
@@ -101,17 +100,14 @@ class LlamaCppBackend(LlamaContext, Backend):
         assert 0 <= start <= self.n_past, (start, self.n_past)
         if start == self.n_past:
             return CacheRows.empty(self.layout(), 0)
-        return read_state(self._state(), self._encodings, start)[1]
+        return self._read_rows(0, start)[1]
 
     def load(self, rows: CacheRows) -> None:
         require_loadable(self, rows)
         self.trim(0)
-        if not rows.n_tokens:
-            return
-        state = write_state(self._state_format(), rows)
-        if self._api.llama_state_seq_set_data(self._context, _pointer(state), len(state), 0) != len(state):
-            raise BackendError(f"llama.cpp refused {rows.n_tokens} cached rows: {LOG.cause()}")
-        self.n_past = rows.n_tokens
+        if rows.n_tokens:
+            self._write_rows(self._state_format(), 0, rows)
+            self.n_past = rows.n_tokens
 
     def collect_attention(self, on: bool) -> None:
         self._mass = None
@@ -140,21 +136,12 @@ class LlamaCppBackend(LlamaContext, Backend):
     def _state_format(self) -> StateFormat:
         """How this context writes its states: read off the first one, of one token if the cache is empty."""
         if self._format is None:
-            if self.n_past:
-                state = self._state()
-            else:
+            if empty := not self.n_past:
                 self.decode(0)
-                state = self._state()
+            self._format = self._read_rows(0)[0]
+            if empty:
                 self.trim(0)
-            self._format = read_state(state, self._encodings)[0]
         return self._format
-
-    def _state(self) -> Bytes:
-        """The state of the sequence as llama.cpp writes it."""
-        state = np.empty(self._api.llama_state_seq_get_size(self._context, 0), np.uint8)
-        if self._api.llama_state_seq_get_data(self._context, _pointer(state), len(state), 0) != len(state):
-            raise BackendError(f"llama.cpp could not save its cache: {LOG.cause()}")
-        return state
 
     def _batch(self, tokens: Sequence[int], every: bool) -> Any:
         """A llama_batch that continues sequence 0, with logits of every token or of the last."""
@@ -181,7 +168,3 @@ class LlamaCppBackend(LlamaContext, Backend):
 
     def _last_logits(self) -> Array:
         return logits_rows(self._context, -1, 1, self.n_vocab).reshape(-1).copy()
-
-
-def _pointer(array: Bytes) -> Any:
-    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))

@@ -6,6 +6,8 @@ import ctypes
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edgekv.backends.base import DEFAULT_N_CTX, require_cache_format, require_positive
 from edgekv.backends.kernel_names import Kernel
 from edgekv.backends.llama_cpp.fits import require_memory
@@ -22,6 +24,8 @@ from edgekv.backends.llama_cpp.library import (
     repacking_is_safe,
     require_one_row,
 )
+from edgekv.backends.llama_cpp.state import StateFormat, read_state, write_state
+from edgekv.cache.rows import Bytes, CacheRows
 from edgekv.errors import BackendError, InputError
 from edgekv.host.memory import machine_nbytes
 from edgekv.host.threads import default_threads
@@ -109,6 +113,7 @@ class LlamaContext:
         self._context = self._open(path, params)
         self._memory = self._api.llama_get_memory(self._context)
         self._window = int(self._api.llama_model_n_swa(self._model))
+        self._encodings = LOG.cache_encodings()
         self._cache_nbytes = exact_cache_nbytes(self._memory) or LOG.cache_nbytes()
         self.n_ctx = int(self._api.llama_n_ctx(self._context))
         self.n_ubatch = int(self._api.llama_n_ubatch(self._context))
@@ -132,6 +137,29 @@ class LlamaContext:
             self._api.llama_model_free(self._model)
             self._model = None
 
+    def _read_rows(self, sequence: int, start: int = 0) -> tuple[StateFormat, CacheRows]:
+        """How this context writes its states, and a sequence's rows from position `start` on; it holds one at least.
+
+        Raises:
+            UnsupportedError: llama.cpp keeps more of this model than one plain cache.
+            BackendError: it could not write them.
+        """
+        return read_state(self._state(sequence), self._encodings, start)
+
+    def _state(self, sequence: int) -> Bytes:
+        state = np.empty(self._api.llama_state_seq_get_size(self._context, sequence), np.uint8)
+        pointer = _pointer(state)
+        if self._api.llama_state_seq_get_data(self._context, pointer, len(state), sequence) != len(state):
+            raise BackendError(f"llama.cpp could not save its cache: {LOG.cause()}")
+        return state
+
+    def _write_rows(self, form: StateFormat, sequence: int, rows: CacheRows) -> None:
+        """Put rows into an empty sequence; raises BackendError if llama.cpp refuses them."""
+        state = write_state(form, rows)
+        pointer = _pointer(state)
+        if self._api.llama_state_seq_set_data(self._context, pointer, len(state), sequence) != len(state):
+            raise BackendError(f"llama.cpp refused {rows.n_tokens} cached rows: {LOG.cause()}")
+
     def _open(self, path: Path, params: Any) -> Any:
         choices = (self._api.LLAMA_FLASH_ATTN_TYPE_ENABLED, self._api.LLAMA_FLASH_ATTN_TYPE_AUTO)
         params.flash_attn_type = choices[self._api.llama_supports_gpu_offload()]
@@ -147,3 +175,7 @@ class LlamaContext:
                 f"llama.cpp loaded {path} but could not open a context of {params.n_ctx} tokens: {cause}"
             )
         return context
+
+
+def _pointer(array: Bytes) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import numpy as np
 
 from edgekv.backends.llama_cpp.context import LlamaContext
 from edgekv.backends.llama_cpp.library import LOG, logits_rows
+from edgekv.backends.llama_cpp.state import StateFormat
 from edgekv.backends.sequences import Piece
+from edgekv.cache.rows import CacheRows, Layout
 from edgekv.errors import BackendError
 from edgekv.source import Array
 
@@ -80,6 +83,16 @@ class LlamaSequences(LlamaContext):
             raise BackendError(f"llama.cpp failed with status {status} on {count} tokens: {LOG.cause()}")
         return [logits_rows(self._context, row, 1, self.n_vocab).reshape(-1).copy() for row in rows]
 
+    def layout(self) -> Layout:
+        return self._state_format.layout
+
+    def save(self, sequence: int, start: int = 0) -> CacheRows:
+        return self._read_rows(sequence, start)[1]
+
+    def load(self, sequence: int, rows: CacheRows) -> None:
+        assert rows.layout == self.layout()
+        self._write_rows(self._state_format, sequence, rows)
+
     def share(self, source: int, target: int, start: int, stop: int) -> None:
         self._api.llama_memory_seq_cp(self._memory, source, target, start, stop)
 
@@ -87,3 +100,15 @@ class LlamaSequences(LlamaContext):
         assert self.can_trim or n_past == 0
         if not self._api.llama_memory_seq_rm(self._memory, sequence, n_past, -1):
             raise BackendError(f"llama.cpp cannot trim a sequence of this model's cache to {n_past} tokens")
+
+    @functools.cached_property
+    def _state_format(self) -> StateFormat:
+        """How this context writes its states: read off sequence 0, which gets a token for it if it has none."""
+        empty = int(self._api.llama_memory_seq_pos_max(self._memory, 0)) < 0
+        if empty:
+            self.run([Piece(0, 0, [0], logits=False)])
+        try:
+            return self._read_rows(0)[0]
+        finally:
+            if empty:
+                self.trim(0, 0)

@@ -15,8 +15,11 @@ import numpy as np
 from edgekv.cache.rows import Bytes, CacheRows, Layout, Plane
 from edgekv.errors import UnsupportedError
 from edgekv.quant.formats import BY_GGML_ID, FORMATS, Format
+from edgekv.source import Array
 
 CELL = np.dtype([("position", "<i4"), ("n_sequences", "<u4"), ("sequence", "<i4")])
+# Of sequences whose number is n_seq_max or more, which a batch does not know: llama.cpp does not write the number.
+SHORT_CELL = np.dtype([("position", "<i4"), ("n_sequences", "<u4")])
 _HEADER = struct.Struct("<IiII")  # magic number, sequence, streams, cells
 _LAYERS = struct.Struct("<II")  # whether values are transposed, layers
 _ROWS = struct.Struct("<iQ")  # ggml type, bytes per row
@@ -52,6 +55,12 @@ class _Reader:
         self._at += nbytes
         return self._state[self._at - nbytes : self._at]
 
+    def peek(self, kind: np.dtype[np.void], count: int) -> Array:
+        """The first of `count` records, without taking it."""
+        if not 0 < count * kind.itemsize <= self.left:
+            raise ValueError("the state ends early")
+        return np.frombuffer(self._state[self._at : self._at + kind.itemsize], kind)
+
     @property
     def left(self) -> int:
         return len(self._state) - self._at
@@ -81,9 +90,7 @@ def _read(state: Bytes, encodings: tuple[str, str], start: int) -> tuple[StateFo
     magic, _, n_streams, n_cells = reader.unpack(_HEADER)
     if n_streams != 1:
         raise ValueError(f"it has {n_streams} streams")
-    cells = np.frombuffer(reader.take(n_cells * CELL.itemsize), CELL)
-    if not (cells["position"] == np.arange(n_cells)).all() or not (cells["n_sequences"] == 1).all():
-        raise ValueError("its tokens do not lie at positions 0, 1, 2 and so on")
+    order = _order(reader, n_cells)
     transposed, n_layers = reader.unpack(_LAYERS)
     names = [f"{i}.key" for i in range(n_layers)]
     taken = [_take_rows(reader, name, n_cells) for name in names]
@@ -99,8 +106,23 @@ def _read(state: Bytes, encodings: tuple[str, str], start: int) -> tuple[StateFo
     )
     rows = CacheRows.empty(layout, n_cells - start)
     for target, (*_, array) in zip(rows.planes(), taken, strict=True):
-        target[:] = array[start:]
+        target[:] = array[start:] if order is None else array[order[start:]]
     return StateFormat(magic, bool(transposed), layout), rows
+
+
+def _order(reader: _Reader, n_cells: int) -> Array | None:
+    """The cells by position, which in a cache of several sequences lie anywhere; None where they are in order."""
+    n_sequences = reader.peek(SHORT_CELL, n_cells)["n_sequences"][0]
+    kind = CELL if n_sequences else SHORT_CELL
+    cells = np.frombuffer(reader.take(n_cells * kind.itemsize), kind)
+    positions, expected = cells["position"], np.arange(n_cells)
+    same = n_sequences <= 1 and (cells["n_sequences"] == n_sequences).all()
+    if same and (positions == expected).all():
+        return None
+    order = np.argsort(positions, kind="stable")
+    if not same or not (positions[order] == expected).all():
+        raise ValueError("its tokens do not lie at positions 0, 1, 2 and so on")
+    return order
 
 
 Taken = tuple[str, Format, int, Bytes]  # a plane's name, format, values per token, and rows
@@ -125,7 +147,7 @@ def _take_columns(reader: _Reader, name: str, n_cells: int) -> Taken:
 
 
 def write_state(form: StateFormat, rows: CacheRows) -> Bytes:
-    """The bytes for llama_state_seq_set_data that put rows at positions 0, 1, 2 and so on of sequence 0."""
+    """The bytes for llama_state_seq_set_data that put rows at positions 0, 1, 2 and so on of any sequence."""
     n = rows.n_tokens
     cells = np.zeros(n, CELL)
     cells["position"], cells["n_sequences"] = np.arange(n), 1
