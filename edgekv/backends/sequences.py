@@ -125,3 +125,28 @@ class OneSequence:
 
     def close(self) -> None:
         self._backend.close()
+
+
+class SequenceCache:
+    """One sequence of several, with the methods of a Backend that fill its cache; it is empty at first."""
+
+    def __init__(self, engine: Sequences, sequence: int) -> None:
+        self._engine, self._sequence = engine, sequence
+        self.n_ctx, self.n_past = engine.n_ctx, 0
+
+    def layout(self) -> Layout:
+        return self._engine.layout()
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        for start in range(0, len(tokens), self._engine.n_batch):
+            piece = tokens[start : start + self._engine.n_batch]
+            self._engine.run([Piece(self._sequence, self.n_past, piece, logits=False)])
+            self.n_past += len(piece)
+
+    def save(self, start: int = 0) -> CacheRows:
+        return self._engine.save(self._sequence, start)
+
+    def load(self, rows: CacheRows) -> None:
+        self._engine.trim(self._sequence, 0)
+        self._engine.load(self._sequence, rows)
+        self.n_past = rows.n_tokens

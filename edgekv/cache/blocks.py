@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import IO
 
@@ -27,7 +27,8 @@ from edgekv.cache.rows import Bytes
 
 MAGIC = b"EKVB"
 _HEADER = struct.Struct("<4sIQIIII")
-_CHECKED = _HEADER.size - 4
+HEADER_NBYTES = _HEADER.size
+_CHECKED = HEADER_NBYTES - 4
 _WINDOW = 2**16  # bytes searched at once
 
 
@@ -66,10 +67,13 @@ class NewBlock:
             file.write(part.data)
 
 
-def read_blocks(data: Bytes) -> list[Block]:
+def read_blocks(data: Bytes, unchecked: Collection[int] = ()) -> list[Block]:
     """All blocks of a file but one that the end of the file cuts off; damaged ones too.
 
     Behind a damaged header the next sound one is searched for.
+
+    Args:
+        unchecked: kinds whose payloads are not read, and so are taken as sound.
     """
     blocks: list[Block] = []
     at = 0
@@ -85,7 +89,7 @@ def read_blocks(data: Bytes) -> list[Block]:
         if stop > len(data):
             break
         payload = data[at + _HEADER.size : stop]
-        sound = zlib.crc32(payload.data) == checksum
+        sound = kind in unchecked or zlib.crc32(payload.data) == checksum
         blocks.append(Block(kind, numbers, payload if sound else None, at, stop))
         at = stop
     return blocks

@@ -1,7 +1,8 @@
 """Files of cached rows: tokens, what the engine cached of them, and what their owner notes beside it.
 
-Sessions and packs are such files (docs/sessions.md). The first block is the header; then come blocks of rows, and after
-those of each save one block of notes, which makes them count. Rows from a token on take the place of earlier ones.
+Sessions, packs and what a server keeps on disk are such files (docs/sessions.md). The first block is the header; then
+come blocks of rows, and after those of each save one block of notes, which makes them count. Rows from a token on take
+the place of earlier ones.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from edgekv import __version__
-from edgekv.cache.blocks import MAGIC, Block, NewBlock, read_blocks
+from edgekv.cache.blocks import HEADER_NBYTES, MAGIC, Block, NewBlock, read_blocks
 from edgekv.cache.rows import CacheRows, Layout, row_nbytes
 from edgekv.documents import Document, SchemaError, decode, dumps, parse
 from edgekv.errors import InputError, OutputError
@@ -28,7 +29,7 @@ VERSION = 1
 HEADER, ROWS, NOTES = 1, 2, 3  # kinds of blocks
 TOKENS_PER_BLOCK = 256  # what a flipped bit costs, at least
 MAX_JSON_NBYTES = 64 * 2**20
-Format = Literal["edgekv.session", "edgekv.pack"]
+Format = Literal["edgekv.session", "edgekv.pack", "edgekv.prefix"]
 
 
 class Header(Document, frozen=True):
@@ -76,22 +77,26 @@ class Stored:
     size: int
     _pieces: tuple[_Piece, ...]
 
-    def rows(self) -> CacheRows:
-        """The rows of all tokens."""
-        rows = CacheRows.empty(self.header.layout, len(self.tokens))
-        for piece in self._pieces:
+    def rows(self, count: int | None = None) -> CacheRows:
+        """The rows of the first `count` tokens, or of all."""
+        count = len(self.tokens) if count is None else count
+        rows = CacheRows.empty(self.header.layout, count)
+        for piece in _cut(self._pieces, count):
             assert piece.block.payload is not None
-            count = piece.block.numbers[1]
-            block = CacheRows(self.header.layout, count, piece.block.payload[4 * count :])
-            for target, stored in zip(rows.planes(), block.planes(), strict=True):
-                target[piece.start : piece.stop] = stored[
+            stored = piece.block.numbers[1]
+            block = CacheRows(self.header.layout, stored, piece.block.payload[4 * stored :])
+            for target, source in zip(rows.planes(), block.planes(), strict=True):
+                target[piece.start : piece.stop] = source[
                     piece.start - piece.first : piece.stop - piece.first
                 ]
         return rows
 
 
-def read_rows_file(path: Path, kind: Format) -> Stored:
+def read_rows_file(path: Path, kind: Format, check_rows: bool = True) -> Stored:
     """Read a file of rows; it is mapped, so rows are copied once, when they are asked for.
+
+    Args:
+        check_rows: off to learn the tokens without reading all of the file; no rows may be taken then.
 
     Raises:
         InputError: it is none of this kind, of another version, or damaged past use.
@@ -103,7 +108,7 @@ def read_rows_file(path: Path, kind: Format) -> Stored:
             mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b""
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; check the path") from error
-    blocks = read_blocks(np.frombuffer(mapped, np.uint8))
+    blocks = read_blocks(np.frombuffer(mapped, np.uint8), () if check_rows else (ROWS,))
     if not blocks or blocks[0].kind != HEADER:
         reason = "its header is damaged" if mapped[:4] == MAGIC else f"it is no {what} of EdgeKV"
         raise InputError(f"{path}: {reason}; name another file, or remove it to begin anew")
@@ -219,6 +224,13 @@ def write_rows_file(
         file.flush()
         os.fsync(file.fileno())
         return file.tell()
+
+
+def file_nbytes(header: Header | None, layout: Layout, n_tokens: int, notes: Any) -> int:
+    """Bytes of a whole file, or without a header of what one save appends."""
+    rows = n_tokens * (4 + row_nbytes(layout)) + -(-n_tokens // TOKENS_PER_BLOCK) * HEADER_NBYTES
+    jsons = [_json_block(NOTES, (0, 0), notes)] + ([_json_block(HEADER, (0, 0), header)] if header else [])
+    return rows + sum(block.nbytes for block in jsons)
 
 
 def append_rows(path: Path, end: int, start: int, tokens: Sequence[int], rows: CacheRows, notes: Any) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from edgekv.backends.base import Backend
 from edgekv.cache.rows import CacheRows, Layout
@@ -109,8 +110,24 @@ def write_pack(
     return write_rows_file(path, header, tokens, backend.save(), notes, force=force)
 
 
+class Cache(Protocol):
+    """What packs are put into: a Backend, or one of several sequences, with those methods of Backend."""
+
+    @property
+    def n_ctx(self) -> int: ...
+    def layout(self) -> Layout: ...
+    def prefill(self, tokens: Sequence[int]) -> object: ...
+    def save(self, start: int = 0) -> CacheRows: ...
+    def load(self, rows: CacheRows) -> None: ...
+
+
+def is_exact(packs: Sequence[Pack], before: Sequence[int]) -> bool:
+    """Whether packs behind these tokens are just what a prefill computes."""
+    return len(packs) == 1 and packs[0].before == list(before)
+
+
 def place_packs(
-    backend: Backend, model: ModelIdentity, packs: Sequence[Pack], before: Sequence[int], heads: int = HEADS
+    backend: Cache, model: ModelIdentity, packs: Sequence[Pack], before: Sequence[int], heads: int = HEADS
 ) -> list[int]:
     """Put packs into an empty cache, one behind the other; returns the tokens that are cached then.
 
@@ -158,7 +175,7 @@ def place_packs(
 class _Placed:
     """Rows in the order of a prompt, some of them computed by the engine where they stand."""
 
-    def __init__(self, backend: Backend, layout: Layout) -> None:
+    def __init__(self, backend: Cache, layout: Layout) -> None:
         self._backend = backend
         self._rows = CacheRows.empty(layout, 0)
         self.tokens: list[int] = []

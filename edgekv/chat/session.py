@@ -89,25 +89,18 @@ class PromptFormat:
         if self._template is None:
             text = system + "".join(turn.question + turn.answer for turn in turns) + question
             return [*self._bos, *self.documents, *self._tokenizer.encode(text)]
-        if self.documents:
-            system = DOCUMENTS + system
         messages = [{"role": "system", "content": system}] if system else []
         for turn in turns:
             messages.append({"role": "user", "content": turn.question})
             messages.append({"role": "assistant", "content": turn.answer})
         messages.append({"role": "user", "content": question})
-        if not self.documents:
-            return self.of_messages(messages)
-        stand_ins = self._hide_control_names(messages)
-        before, after = self._around_documents(messages)
-        return [
-            *self._encode(before, stand_ins),
-            *self.documents,
-            *self._encode(after, stand_ins, goes_on=True),
-        ]
+        return self.of_messages(messages, self.documents)
 
-    def of_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def of_messages(self, messages: Sequence[Mapping[str, str]], documents: Sequence[int] = ()) -> list[int]:
         """The prompt that asks for the assistant's next message, of {"role": ..., "content": ...} in order.
+
+        Args:
+            documents: tokens that the system message begins with, which is made if the first one is none.
 
         Raises:
             InputError: the model has no chat template.
@@ -117,7 +110,17 @@ class PromptFormat:
             raise InputError("this model has no chat template; send its prompt as text")
         written = [dict(message) for message in messages]
         stand_ins = self._hide_control_names(written)
-        return self._encode(self._render(written), stand_ins)
+        if not documents:
+            return self._encode(self._render(written), stand_ins)
+        if written[0]["role"] != "system":
+            written.insert(0, {"role": "system", "content": ""})
+        written[0]["content"] = DOCUMENTS + written[0]["content"]
+        before, after = self._around_documents(written)
+        return [
+            *self._encode(before, stand_ins),
+            *documents,
+            *self._encode(after, stand_ins, goes_on=True),
+        ]
 
     def before_documents(self) -> list[int]:
         """The tokens of every prompt in front of its documents.

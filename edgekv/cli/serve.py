@@ -27,6 +27,13 @@ from edgekv.cli.common import options
 @click.option("--timeout", "timeout_s", default=600.0, show_default=True, help="Most seconds of a request.")
 @options.ctx_size("Tokens of one request and its answer.  [default: up to 4096]")
 @options.cache_type("How keys and values are stored.  [default: f16]")
+@click.option("--packs", type=options.PATH, help="Folder of packs that requests can name.")
+@click.option(
+    "--sessions",
+    type=options.PATH,
+    help="Folder for what the cache lets go of; it is found again after a restart.",
+)
+@click.option("--sessions-bytes", default=2**30, show_default=True, help="Most bytes there.")
 @options.threads()
 @options.backend()
 @options.kernel()
@@ -57,6 +64,9 @@ def command(model: Path, parallel: int | None, as_json: bool, **wanted: Any) -> 
                 json.dumps({"address": address, **about})
             )  # one line, at which a script can stop reading
             return
+        for pack in about["packs"]:
+            if "error" in pack:
+                click.echo(f"pack left out: {pack['error']}", err=True)
         megabytes = about["cache_nbytes"] / 1e6
         click.echo(
             f"{address} serves {model.name}: {about['n_parallel']} requests of {about['n_ctx']} tokens side by side, "

@@ -62,6 +62,11 @@ class API:
         self._require(request.path_params["name"])
         return as_json(self._about())
 
+    async def packs(self, request: Request) -> Response:
+        """GET /v1/packs: what requests can name in `packs`, and why other files of the folder cannot be used."""
+        data = [{"object": "pack", **pack} for pack in self._engine.about["packs"]]
+        return as_json({"object": "list", "data": data})
+
     async def _respond(
         self, request: Request, kind: type[ChatBody] | type[CompletionBody], form_of: type[Form]
     ) -> Response:

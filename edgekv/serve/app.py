@@ -44,7 +44,7 @@ def make_app(engine: EngineProcess, model: str, settings: ServerSettings) -> ASG
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         life = asyncio.create_task(engine.live())
         yield
-        engine.close()
+        await engine.end()
         await life
 
     async def health(request: Request) -> Response:
@@ -62,6 +62,7 @@ def make_app(engine: EngineProcess, model: str, settings: ServerSettings) -> ASG
         Route("/v1/chat/completions", guarded(api.chat), methods=["POST"]),
         Route("/v1/completions", guarded(api.completion), methods=["POST"]),
         Route("/v1/models", guarded(api.models)),
+        Route("/v1/packs", guarded(api.packs)),
         Route("/v1/models/{name:path}", guarded(api.model)),
         Route("/health", health),
         Route("/metrics", metrics),

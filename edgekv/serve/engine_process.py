@@ -17,6 +17,7 @@ from edgekv.backends.isolated.child import Child
 from edgekv.errors import BackendError, EdgeKVError, from_wire
 
 SILENCE_S = 180.0  # without a word from an engine at work: it hangs
+SAVING_S = 30.0  # that an engine may take to put on the disk what it keeps
 RESTART_S, MAX_RESTART_S = 1.0, 60.0  # between two attempts to start it again
 
 Event = dict[str, Any]  # a message of edgekv.serve.engine.scheduler
@@ -32,7 +33,7 @@ class EngineDiedError(BackendError):
 
 @dataclass(frozen=True)
 class Options:
-    """Arguments of edgekv.backends.open.open_sequences."""
+    """Arguments of edgekv.backends.open.open_sequences, and the folders of packs and of what is kept on disk."""
 
     path: str
     kind: str | None
@@ -40,6 +41,9 @@ class Options:
     n_ctx: int | None
     cache_type: str | None
     n_threads: int | None
+    packs: str | None = None
+    sessions: str | None = None
+    sessions_bytes: int = 2**30
 
 
 @dataclass
@@ -132,8 +136,16 @@ class EngineProcess:
         finally:
             watch.cancel()
 
+    async def end(self) -> None:
+        """End the engine, once it has put on the disk what it keeps, if it has one."""
+        if self.options.sessions and self.ready:
+            self._send({"do": "end"})
+            self._closing = True
+            await asyncio.wait({asyncio.create_task(asyncio.to_thread(self._child.wait))}, timeout=SAVING_S)
+        self.close()
+
     def close(self) -> None:
-        """End the engine."""
+        """End the engine at once."""
         self._closing = True
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)

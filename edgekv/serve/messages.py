@@ -95,6 +95,7 @@ class Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     presence_penalty: float | None = None
     logit_bias: Any = None
     user: Any = None
+    packs: Annotated[list[Text], msgspec.Meta(max_length=16)] | None = None
 
     UNSUPPORTED: ClassVar[tuple[str, ...]] = ("frequency_penalty", "presence_penalty", "logit_bias")
 
@@ -117,6 +118,7 @@ class Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         format = self.response_format
         return {
             "sampling": sampling,
+            "packs": self.packs or [],
             "max_tokens": self.max_tokens,
             "stop": [self.stop] if isinstance(self.stop, str) else self.stop or [],
             "json_object": format is not None and format.type == "json_object",

@@ -29,6 +29,8 @@ class ServeRequest(Request):
         ctx_size: tokens of one request and its answer; by default the trained length, but at most 4096.
         cache_type: how their keys and values are stored; by default f16 in llama.cpp.
         threads: by default the big physical cores.
+        packs: a folder of packs that requests can name.
+        sessions: a folder for what the cache lets go of, in at most `sessions_bytes`; it is made where it is missing.
     """
 
     model: Path
@@ -37,6 +39,9 @@ class ServeRequest(Request):
     ctx_size: int | None = None
     cache_type: str | None = None
     threads: int | None = None
+    packs: Path | None = None
+    sessions: Path | None = None
+    sessions_bytes: int = 2**30
 
 
 def default_parallel(model: Path, backend: Kind | None) -> int:
@@ -57,7 +62,9 @@ def serve_model(request: ServeRequest, ready: Callable[[str, dict[str, Any]], No
         from edgekv.serve.run import run
     except ImportError as error:
         raise BackendError(f"the server is not installed; pip install 'edgekv[serve]' [{error}]") from error
-    require_positive(ctx_size=request.ctx_size, threads=request.threads)
+    require_positive(
+        ctx_size=request.ctx_size, threads=request.threads, sessions_bytes=request.sessions_bytes
+    )
     options = Options(
         path=str(request.model),
         kind=request.backend,
@@ -65,5 +72,8 @@ def serve_model(request: ServeRequest, ready: Callable[[str, dict[str, Any]], No
         n_ctx=request.ctx_size,
         cache_type=request.cache_type,
         n_threads=request.threads,
+        packs=None if request.packs is None else str(request.packs),
+        sessions=None if request.sessions is None else str(request.sessions),
+        sessions_bytes=request.sessions_bytes,
     )
     run(options, request.model.name.removesuffix(".gguf"), request.settings, ready)

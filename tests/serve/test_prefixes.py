@@ -9,7 +9,8 @@ import pytest
 from edgekv.backends.llama_cpp.sequences import LlamaSequences
 from edgekv.backends.open import open_backend, open_sequences
 from edgekv.backends.sequences import OneSequence, Piece, Sequences
-from edgekv.serve.engine.prefixes import BLOCK, Prefixes, Rows, block_hashes
+from edgekv.serve.engine.blocks import BLOCK, block_hashes
+from edgekv.serve.engine.prefixes import Prefixes, Rows
 from edgekv.source import Array
 
 ATOL = 0.03  # of logits up to 15, by rounding: tests/backends/test_sequences.py
@@ -131,7 +132,7 @@ def test_nothing_is_left_behind(engine: LlamaSequences) -> None:
         prefixes.finish(rows)
     prefixes.make_room(engine.n_cells)
     assert prefixes.used_cells == 0
-    assert not prefixes._by_block
+    assert not prefixes._index
     assert not prefixes._owners
 
 

@@ -10,8 +10,10 @@ import jsonschema
 import numpy as np
 import pytest
 
-from edgekv.backends.open import open_sequences
+from edgekv.backends.open import model_identity, open_sequences
+from edgekv.serve.engine.packs import PackFolder
 from edgekv.serve.engine.scheduler import Scheduler
+from edgekv.workflows.pack import PackRequest, pack_documents
 
 Events = list[dict[str, Any]]
 NEAR = 0.05  # two tokens whose ln p differ by less may change places by rounding
@@ -20,12 +22,15 @@ NEAR = 0.05  # two tokens whose ln p differ by less may change places by roundin
 class Desk:
     """A scheduler, and what it has sent by job."""
 
-    def __init__(self, path: Path, n_parallel: int = 3, n_ctx: int = 256, **options: Any) -> None:
+    def __init__(
+        self, path: Path, n_parallel: int = 3, n_ctx: int = 256, folder: Path | None = None, **options: Any
+    ) -> None:
         options = {"cache_type": "f32", "n_threads": 1} | options
         self.engine = open_sequences(path, n_parallel=n_parallel, n_ctx=n_ctx, **options)
+        packs = PackFolder(folder, model_identity(path), self.engine.layout()) if folder else None
         self.sent: defaultdict[int, Events] = defaultdict(list)
         self.stats: dict[str, Any] = {}
-        self.scheduler = Scheduler(self.engine, self.engine.language(), self._take)
+        self.scheduler = Scheduler(self.engine, self.engine.language(), self._take, packs)
 
     def _take(self, message: dict[str, Any]) -> None:
         if "stats" in message:
@@ -240,3 +245,92 @@ def test_the_reference_answers_one_at_a_time(tiny_llama: Path) -> None:
         assert each.sent[2][0]["n_reused"] == 0  # shorter than a block
         each.engine.close()
     require_same(desk.logprobs(1), other.logprobs(1))
+
+
+DOCUMENTS = {"a": "The first one. " * 6, "b": "And another text. " * 5}
+
+
+def make_packs(folder: Path, model: Path, template: bool = True) -> Path:
+    folder.mkdir()
+    for name, text in DOCUMENTS.items():
+        document = folder / f"{name}.txt"
+        document.write_text(text)
+        output = folder / f"{name}.pack"
+        pack_documents(
+            PackRequest((document,), model, output, cache_type="f32", threads=1, template=template)
+        )
+    return folder
+
+
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_mla"])
+def test_a_pack_is_put_in_front_without_a_prefill(
+    request: pytest.FixtureRequest, model: str, tmp_path: Path
+) -> None:
+    path = request.getfixturevalue(model)
+    desk = Desk(path, folder=make_packs(tmp_path / "packs", path))
+    chat = [{"role": "system", "content": "be"}, {"role": "user", "content": " kind"}]
+    desk.start(1, chat, packs=["a"])
+    desk.run()
+    text = DOCUMENTS["a"].strip() + "\n\n"
+    assert desk.sent[1][0]["n_prompt"] - desk.sent[1][0]["n_reused"] == 7
+    assert desk.sent[1][0]["n_reused"] == len(desk.engine.language().encode(text))
+    plain = Desk(path)
+    plain.start(1, [{"role": "user", "content": text + "be kind"}])
+    plain.run()
+    require_same(plain.logprobs(1), desk.logprobs(1))
+    desk.start(2, [{"role": "user", "content": " else"}], packs=["a"])
+    assert desk.sent[2][0]["n_reused"] >= desk.sent[1][0]["n_reused"]
+    desk.run()
+    for id, names, words in (
+        (3, ["c"], "no pack 'c' here; there are: a, b"),
+        (4, ["a"] * 9, "context holds"),
+    ):
+        desk.start(id, chat, packs=names)
+        assert words in desk.sent[id][0]["error"][1]
+    plain.start(5, chat, packs=["a"])
+    assert "start it with --packs" in plain.sent[5][0]["error"][1]
+    for each in (desk, plain):
+        each.engine.close()
+
+
+def test_packs_of_a_latent_model_stand_behind_each_other(tiny_mla: Path, tmp_path: Path) -> None:
+    """What they give is kept apart from what a prefill of the same tokens gives."""
+    desk = Desk(tiny_mla, n_ctx=512, folder=make_packs(tmp_path / "packs", tiny_mla, template=False))
+    prompt = "".join(DOCUMENTS[name].strip() + "\n\n" for name in "ba") + "so"
+    desk.start(1, "so", packs=["b", "a"])
+    assert desk.sent[1][0]["n_prompt"] - desk.sent[1][0]["n_reused"] == 2
+    desk.start(2, prompt)
+    assert desk.sent[2][0] == {"id": 2, "n_prompt": desk.sent[1][0]["n_prompt"], "n_reused": 0}
+    desk.run()
+    first, second = (dict(map(tuple, desk.logprobs(id)[0][1])) for id in (1, 2))
+    assert max(first.values()) == pytest.approx(max(second.values()), abs=0.5)
+    desk.start(3, "so", packs=["b", "a"])
+    assert desk.sent[3][0]["n_reused"] == desk.sent[1][0]["n_prompt"] - 1
+    desk.start(4, "so", packs=["a", "b"])
+    desk.run()
+    assert desk.logprobs(4)[0] != desk.logprobs(3)[0]
+    require_same(desk.logprobs(3), desk.logprobs(1))
+    desk.engine.close()
+
+
+def test_packs_that_cannot_be_used_are_told(tiny_mla: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    folder = make_packs(tmp_path / "packs", tiny_llama)
+    data = bytearray((folder / "b.pack").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "b.pack").write_bytes(data)
+    desk = Desk(tiny_llama, folder=folder)
+    assert desk.scheduler._packs is not None
+    first, second = desk.scheduler._packs.about
+    assert first["documents"] == ["a.txt"]
+    assert "is damaged" in second["error"]
+    desk.start(1, "x", packs=["a", "a"])
+    assert "use one pack alone" in desk.sent[1][0]["error"][1]
+    desk.start(2, "x")
+    (folder / "a.pack").unlink()
+    desk.start(3, "x", packs=["a"])
+    assert "cannot be read any more" in desk.sent[3][0]["error"][1]
+    desk.run()
+    assert desk.sent[2][-1]["finish"]
+    desk.engine.close()
+    other = PackFolder(folder, model_identity(tiny_mla), ())
+    assert len(other.about) == 1

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -163,6 +164,33 @@ def test_a_raw_stream_is_server_sent_events(server: Server) -> None:
         assert event.startswith((": ", "data: {"))
         if event.startswith("data: "):
             json.loads(event.removeprefix("data: "))
+
+
+def test_curl_reads_a_stream(server: Server) -> None:
+    if (curl := shutil.which("curl")) is None:
+        pytest.skip("there is no curl")
+    body = {
+        "messages": [{"role": "user", "content": "curl"}],
+        "stream": True,
+        "max_tokens": 5,
+        "temperature": 0,
+    }
+    arguments = ["-sN", "-H", "Content-Type: application/json", "-d", json.dumps(body)]
+    command = [curl, *arguments, f"{server.url}/v1/chat/completions"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    events = [line.removeprefix("data: ") for line in done.stdout.split("\n") if line.startswith("data: ")]
+    assert events.pop() == "[DONE]"
+    said = "".join(json.loads(event)["choices"][0]["delta"].get("content", "") for event in events)
+    assert said == server.chat("curl", max_tokens=5).json()["choices"][0]["message"]["content"]
+
+
+def test_litellm(server: Server) -> None:
+    litellm = pytest.importorskip("litellm")
+    asked: Any = {"model": "openai/tiny", "api_base": f"{server.url}/v1", "api_key": "none", "temperature": 0,
+                  "messages": [{"role": "user", "content": "lite"}], "max_tokens": 6}  # fmt: skip
+    whole = litellm.completion(**asked).choices[0].message.content
+    chunks = list(litellm.completion(**asked, stream=True))
+    assert "".join(each.choices[0].delta.content or "" for each in chunks) == whole
 
 
 def test_parallel_answers_are_those_of_lone_runs(server: Server) -> None:

@@ -142,6 +142,10 @@ class Child:
             self._process.stdin.write(_line(message))
             self._process.stdin.flush()
 
+    def wait(self) -> None:
+        """Wait until the process has ended by itself."""
+        self._process.wait()
+
     def close(self) -> None:
         """End the process, if it is still running."""
         if self._closed:

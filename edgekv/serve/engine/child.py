@@ -2,7 +2,7 @@
 
 Run as `python -m edgekv.serve.engine.child`. The first request, {"do": "open", ...}, is answered as
 edgekv.backends.isolated.child says. After it come {"do": "start", "id": n, ...} and {"do": "stop", "id": n}, which are
-answered by the messages of edgekv.serve.engine.scheduler.
+answered by the messages of edgekv.serve.engine.scheduler, and {"do": "end"}, which puts on the disk what is not there.
 """
 
 from __future__ import annotations
@@ -13,13 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from edgekv.backends.isolated.child import Parent
-from edgekv.backends.open import open_sequences
+from edgekv.backends.open import model_identity, open_sequences
 from edgekv.errors import to_wire
 from edgekv.host.memory import release_code, release_heap
+from edgekv.serve.engine.disk import Disk
+from edgekv.serve.engine.packs import PackFolder
 from edgekv.serve.engine.scheduler import Scheduler
 
+IDLE_S = 2.0  # without a message, after which one more beginning goes to the disk
 
-def open_scheduler(parent: Parent, path: str, **options: Any) -> tuple[Scheduler, dict[str, Any]]:
+
+def open_scheduler(
+    parent: Parent, path: str, packs: str | None, sessions: str | None, sessions_bytes: int, **options: Any
+) -> tuple[Scheduler, dict[str, Any]]:
     """A scheduler of a model opened with the options of `open_sequences`, and what the parent is to know of it."""
     engine = open_sequences(Path(path), **options)
     language = engine.language()
@@ -27,10 +33,16 @@ def open_scheduler(parent: Parent, path: str, **options: Any) -> tuple[Scheduler
         name: getattr(engine, name)
         for name in ("name", "kernel", "n_ctx", "n_ctx_train", "n_cells", "n_parallel")
     }
+    folder = disk = None
+    if packs or sessions:
+        kept = model_identity(Path(path)), engine.layout()
+        folder = PackFolder(Path(packs), *kept) if packs else None
+        disk = Disk(Path(sessions), sessions_bytes, *kept) if sessions else None
     about |= {"cache_nbytes": engine.cache_nbytes(), "has_template": language.chat_template is not None}
+    about["packs"] = folder.about if folder else []
     release_heap()
     release_code()
-    return Scheduler(engine, language, parent.send), about
+    return Scheduler(engine, language, parent.send, folder, disk), about
 
 
 def main() -> None:
@@ -50,12 +62,27 @@ def main() -> None:
     threading.Thread(target=_read, args=(parent, inbox), daemon=True).start()
     while True:
         while not scheduler.busy or not inbox.empty():
-            if (message := inbox.get()) is None:
+            if (message := _next(inbox, scheduler)) is None:
                 return
-            getattr(scheduler, message.pop("do"))(**message)
+            do = message.pop("do")
+            getattr(scheduler, do)(**message)
+            if do == "end":
+                return
             scheduler.tell()
         scheduler.step()
         scheduler.tell()
+
+
+def _next(inbox: queue.SimpleQueue[dict[str, Any] | None], scheduler: Scheduler) -> dict[str, Any] | None:
+    """The next message. While none comes and nothing runs, what is kept goes to the disk, piece by piece."""
+    saved = True
+    while saved and not scheduler.busy:
+        try:
+            return inbox.get(timeout=IDLE_S)
+        except queue.Empty:
+            if saved := scheduler.save_one():
+                scheduler.tell()
+    return inbox.get()
 
 
 def _read(parent: Parent, inbox: queue.SimpleQueue[dict[str, Any] | None]) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from edgekv.backends.sequences import Sequences
 from edgekv.chat.generate import AnswerText
 from edgekv.chat.sampling import Sampler, SamplingParams, largest
+from edgekv.serve.engine.blocks import block_hashes
 from edgekv.serve.engine.grammar import Grammar
-from edgekv.serve.engine.prefixes import Rows, block_hashes
+from edgekv.serve.engine.packs import Chosen
+from edgekv.serve.engine.prefixes import Prefixes, Rows
 from edgekv.source import Array
 from edgekv.tokenizer.language import Language
 
@@ -114,18 +118,22 @@ def make_job(
     prompt: Sequence[int],
     wanted: Wanted,
     language: Language,
-    n_ctx: int,
+    engine: Sequences,
     grammar: Grammar | None,
-    begin: Callable[[Sequence[int], Sequence[bytes]], Rows],
+    prefixes: Prefixes,
+    packs: Chosen | None,
 ) -> Job:
-    """A job whose rows begin with what the cache has of its prompt.
+    """A job whose rows begin with what the cache has of its prompt, or else with its packs.
 
     Raises:
-        InputError: a setting of the sampling is out of its range.
+        InputError: a setting of the sampling is out of its range, or packs cannot stand behind each other.
     """
     SamplingParams(**wanted.sampling)  # refuses before a sequence is taken
-    prompt, blocks = list(prompt), block_hashes(prompt)
-    rows = begin(prompt, blocks)
-    job = Job(id, prompt, wanted, language, n_ctx - len(prompt), grammar, rows, blocks)
+    origin = b"" if packs is None else packs.origin
+    prompt, blocks = list(prompt), block_hashes(prompt, origin=origin)
+    rows = prefixes.begin(prompt, blocks, origin)
+    if packs is not None and len(rows.tokens) < len(packs.tokens):
+        prefixes.place(rows, packs.tokens, functools.partial(packs.put, engine))
+    job = Job(id, prompt, wanted, language, engine.n_ctx - len(prompt), grammar, rows, blocks)
     job.n_reused = len(rows.tokens)
     return job

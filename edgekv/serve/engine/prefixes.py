@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-from array import array
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from edgekv.backends.sequences import Sequences
+from edgekv.errors import BackendError
+from edgekv.serve.engine.blocks import BLOCK, BlockIndex, block_hashes
+from edgekv.serve.engine.disk import Disk, Entry
 
-BLOCK = 16  # tokens; a shorter beginning is not looked for
 MIN_TRIM = 256  # tokens cut off at once from what is least used, so that not each token looks for room
 
 
 @dataclass(eq=False)
 class Rows:
-    """The rows of one sequence: its tokens, a serial number for each one's cell, and a hash per full block."""
+    """The rows of one sequence: its tokens, a serial number for each one's cell, and a hash per full block.
+
+    Attributes:
+        origin: as in edgekv.serve.engine.blocks.block_hashes.
+        n_judged: tokens that the disk has, or was found not to be worth.
+    """
 
     sequence: int
+    origin: bytes = b""
     tokens: list[int] = field(default_factory=list)
     cells: list[int] = field(default_factory=list)
     blocks: list[bytes] = field(default_factory=list)
     used_at: int = 0
-
-
-def block_hashes(tokens: Sequence[int], before: Sequence[bytes] = ()) -> list[bytes]:
-    """The hash of every full block and all before it, given those of the first blocks."""
-    hashes = list(before)
-    for start in range(len(hashes) * BLOCK, len(tokens) - BLOCK + 1, BLOCK):
-        last = hashes[-1] if hashes else b""
-        block = array("i", tokens[start : start + BLOCK]).tobytes()
-        hashes.append(hashlib.blake2b(last + block, digest_size=16).digest())
-    return hashes
+    n_judged: int = 0
 
 
 class Prefixes:
@@ -41,15 +38,16 @@ class Prefixes:
 
     All cells of the cache are allocated when the model is opened. Sequences that run take at most n_parallel x n_ctx,
     which is all of them; what they leave free holds rows that are kept, and is taken back for them when needed.
+    What is kept goes to the disk, if there is one, before it is taken back, or earlier when nothing else is to do.
     """
 
-    def __init__(self, engine: Sequences) -> None:
-        self._engine = engine
+    def __init__(self, engine: Sequences, disk: Disk | None = None) -> None:
+        self._engine, self._disk = engine, disk
         self._slots = list(range(engine.n_parallel))  # free sequences that can run
         self._shelves = list(range(engine.n_parallel, engine.n_sequences))  # free ones that only keep rows
         self._running: list[Rows] = []
         self._kept: list[Rows] = []
-        self._by_block: defaultdict[bytes, set[Rows]] = defaultdict(set)
+        self._index: BlockIndex[Rows] = BlockIndex()
         self._owners: Counter[int] = Counter()  # sequences that have a cell, by the cell's serial number
         self._serial, self._clock = itertools.count(), itertools.count(1)
 
@@ -64,9 +62,13 @@ class Prefixes:
         running = {cell for rows in self._running for cell in rows.cells}
         return len(self._owners) - len(running)
 
-    def begin(self, prompt: Sequence[int], blocks: Sequence[bytes]) -> Rows:
-        """A running sequence that holds as much of the prompt, but for its last token, as the cache does."""
-        source, count = self._find(prompt, blocks)
+    def begin(self, prompt: Sequence[int], blocks: Sequence[bytes], origin: bytes = b"") -> Rows:
+        """A running sequence that holds as much of the prompt, but for its last token, as the cache or disk does."""
+        source, count = self._index.find(prompt[:-1], blocks)
+        if self._disk is not None and not origin:
+            entry, there = self._disk.find(prompt[:-1], blocks, more_than=count)
+            if entry is not None:
+                return self._restore(entry, prompt[:there]) or self.begin(prompt, blocks)
         if source in self._kept and (count == len(source.tokens) or not self._slots):
             rows = source
             self._kept.remove(rows)
@@ -74,17 +76,30 @@ class Prefixes:
             if rows.sequence >= self._engine.n_parallel:
                 self._move(rows, self._slots)
         else:
-            if not self._slots:
-                self._drop_oldest()
-            rows = Rows(self._slots.pop())
+            rows = Rows(self._free_slot(), origin)
             if source is not None:
                 self._share(source, rows, count)
         self._running.append(rows)
         return rows
 
+    def place(self, rows: Rows, tokens: Sequence[int], put: Callable[[int], object]) -> None:
+        """Give a running sequence rows of tokens by `put`, which puts them into an empty sequence.
+
+        Raises:
+            EdgeKVError: that of `put`; the sequence is ended then.
+        """
+        self._cut(rows, 0)
+        self.make_room(len(tokens))
+        try:
+            put(rows.sequence)
+        except BaseException:
+            self.finish(rows, keep=False)
+            raise
+        self.appended(rows, tokens)
+
     def grow(self, rows: Rows, prompt: Sequence[int], blocks: Sequence[bytes]) -> None:
         """Give a running sequence what others have computed of its prompt since."""
-        source, count = self._find(prompt, blocks)
+        source, count = self._index.find(prompt[:-1], blocks)
         if source is not None and count > len(rows.tokens):
             self._share(source, rows, count)
 
@@ -92,6 +107,7 @@ class Prefixes:
         """Free cells for `count` more tokens of running sequences: the ends of what was used least lately go first."""
         while self.used_cells + count > self._engine.n_cells and self._kept:
             oldest = min(self._kept, key=lambda rows: rows.used_at)
+            self._save(oldest)
             left = len(oldest.tokens) - max(MIN_TRIM, count)
             if left < BLOCK or not self._engine.can_trim:
                 self._kept.remove(oldest)
@@ -105,7 +121,7 @@ class Prefixes:
         rows.tokens += tokens
         rows.cells += cells
         self._owners.update(cells)
-        self._index(rows)
+        self._note_blocks(rows)
 
     def finish(self, rows: Rows, keep: bool = True) -> None:
         """End a running sequence; its rows are kept while there is room, unless a failure made them worthless."""
@@ -120,22 +136,46 @@ class Prefixes:
         else:
             self._release(rows)
 
-    def _find(self, prompt: Sequence[int], blocks: Sequence[bytes]) -> tuple[Rows | None, int]:
-        """The sequence that has most of the prompt's tokens but the last, and how many."""
-        found: set[Rows] = set()
-        depth = 0
-        for block in blocks:
-            if not (having := self._by_block.get(block)):
-                break
-            found, depth = having, depth + BLOCK
-        best, count = None, 0
-        after = prompt[depth:-1][:BLOCK]
-        for rows in found:
-            pairs = zip(rows.tokens[depth : depth + BLOCK], after, strict=False)
-            same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-            if best is None or (same, rows.used_at) > (count, best.used_at):
-                best, count = rows, same
-        return best, min(depth + count, len(prompt) - 1) if best else 0
+    def save_one(self) -> bool:
+        """Put one of those that are kept on the disk; whether there was one that is not there yet."""
+        for rows in self._kept:
+            if rows.n_judged < len(rows.tokens):
+                self._save(rows)
+                return True
+        return False
+
+    def save_all(self) -> None:
+        """Put all on the disk, those that run too."""
+        for rows in [*self._kept, *self._running]:
+            self._save(rows)
+
+    def _save(self, rows: Rows) -> None:
+        if self._disk is not None and rows.n_judged < len(rows.tokens) and not rows.origin:
+            self._disk.save(rows.tokens, rows.blocks, lambda start: self._engine.save(rows.sequence, start))
+        rows.n_judged = len(rows.tokens)
+
+    def _restore(self, entry: Entry, tokens: Sequence[int]) -> Rows | None:
+        """A running sequence with the first rows of a file; None where it is damaged."""
+        assert self._disk is not None
+        if (found := self._disk.load(entry, len(tokens))) is None:
+            return None
+        rows = Rows(self._free_slot())
+        self.make_room(len(tokens))
+        try:
+            self._engine.load(rows.sequence, found)
+        except BackendError:
+            self._disk.set_aside(entry)
+            self._give_back(rows.sequence)
+            return None
+        self.appended(rows, tokens)
+        rows.n_judged = len(tokens)
+        self._running.append(rows)
+        return rows
+
+    def _free_slot(self) -> int:
+        if not self._slots:
+            self._drop_oldest()
+        return self._slots.pop()
 
     def _share(self, source: Rows, target: Rows, count: int) -> None:
         source.used_at = next(self._clock)
@@ -144,27 +184,24 @@ class Prefixes:
         target.tokens += source.tokens[start:count]
         target.cells += source.cells[start:count]
         self._owners.update(source.cells[start:count])
-        self._index(target)
+        self._note_blocks(target)
 
-    def _index(self, rows: Rows) -> None:
+    def _note_blocks(self, rows: Rows) -> None:
         before = len(rows.blocks)
-        rows.blocks = block_hashes(rows.tokens, rows.blocks)
-        for block in rows.blocks[before:]:
-            self._by_block[block].add(rows)
+        rows.blocks = block_hashes(rows.tokens, rows.blocks, rows.origin)
+        self._index.add(rows, rows.blocks[before:])
 
     def _cut(self, rows: Rows, count: int) -> None:
         """Drop a sequence's rows from position `count` on."""
         if count < len(rows.tokens):
             self._engine.trim(rows.sequence, count)
-        for block in rows.blocks[count // BLOCK :]:
-            self._by_block[block].discard(rows)
-            if not self._by_block[block]:
-                del self._by_block[block]
+        self._index.discard(rows, rows.blocks[count // BLOCK :])
         for cell in rows.cells[count:]:
             self._owners[cell] -= 1
             if not self._owners[cell]:
                 del self._owners[cell]
         del rows.tokens[count:], rows.cells[count:], rows.blocks[count // BLOCK :]
+        rows.n_judged = min(rows.n_judged, count)
 
     def _move(self, rows: Rows, free: list[int]) -> None:
         """Give rows to another sequence; nothing is copied."""
@@ -182,5 +219,6 @@ class Prefixes:
 
     def _drop_oldest(self) -> None:
         oldest = min(self._kept, key=lambda rows: rows.used_at)
+        self._save(oldest)
         self._kept.remove(oldest)
         self._release(oldest)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from edgekv.backends.sequences import Piece, Sequences
 from edgekv.chat.session import PromptFormat
 from edgekv.errors import EdgeKVError, InputError, to_wire
+from edgekv.serve.engine.disk import Disk
 from edgekv.serve.engine.grammar import ANY_OBJECT, Grammars
 from edgekv.serve.engine.job import Job, Wanted, make_job
+from edgekv.serve.engine.packs import Chosen, PackFolder
 from edgekv.serve.engine.prefixes import Prefixes
 from edgekv.tokenizer.language import Language, opening_tokens
 
@@ -31,9 +33,17 @@ class Scheduler:
             and "n_reused" for the last; or {"id", "error": (class, message)}; and {"stats": {...}}.
     """
 
-    def __init__(self, engine: Sequences, language: Language, send: Send) -> None:
+    def __init__(
+        self,
+        engine: Sequences,
+        language: Language,
+        send: Send,
+        packs: PackFolder | None = None,
+        disk: Disk | None = None,
+    ) -> None:
         self._engine, self._language, self._send = engine, language, send
-        self._prefixes = Prefixes(engine)
+        self._packs, self._disk = packs, disk
+        self._prefixes = Prefixes(engine, disk)
         self._grammars = Grammars(language, engine.n_vocab)
         self._format: PromptFormat | None = None
         self._jobs: dict[int, Job] = {}
@@ -48,10 +58,11 @@ class Scheduler:
         return bool(self._jobs)
 
     def start(self, id: int, messages: list[dict[str, str]] | None, text: str | None, tokens: list[int] | None,
-              json_object: bool, **wanted: Any) -> None:  # fmt: skip
-        """Begin a job on a conversation, a text or tokens; the other arguments are fields of Wanted."""
+              json_object: bool, packs: Sequence[str] = (), **wanted: Any) -> None:  # fmt: skip
+        """Begin a job on a conversation, a text or tokens, behind packs; other arguments are fields of Wanted."""
         try:
-            prompt = self._prompt(messages, text, tokens)
+            chosen = self._choose(packs, messages is not None) if packs else None
+            prompt = self._prompt(messages, text, tokens, chosen)
             if not 0 < len(prompt) < self._engine.n_ctx:
                 raise InputError(
                     f"the prompt takes {len(prompt)} tokens and the context holds {self._engine.n_ctx}; "
@@ -60,8 +71,8 @@ class Scheduler:
             wish = Wanted(**wanted | {"stop": tuple(wanted["stop"])})
             schema = ANY_OBJECT if json_object else wish.schema
             grammar = None if schema is None else self._grammars.of_schema(schema)
-            n_ctx, begin = self._engine.n_ctx, self._prefixes.begin
-            job = make_job(id, prompt, wish, self._language, n_ctx, grammar, begin)
+            engine, prefixes = self._engine, self._prefixes
+            job = make_job(id, prompt, wish, self._language, engine, grammar, prefixes, chosen)
         except Exception as error:
             self._send({"id": id, "error": to_wire(error)})
             return
@@ -127,21 +138,45 @@ class Scheduler:
             "cells_used": self._prefixes.used_cells,
             "cells_kept": self._prefixes.kept_cells,
         }
-        self._send({"stats": self._totals | rates | cells})
+        disk = self._disk.figures() if self._disk else {}
+        self._send({"stats": self._totals | rates | cells | disk})
+
+    def save_one(self) -> bool:
+        """While nothing is to do: put something on the disk, if it is not there yet; whether there was something."""
+        return self._disk is not None and self._prefixes.save_one()
+
+    def end(self) -> None:
+        """Put all on the disk."""
+        self._prefixes.save_all()
+
+    def _choose(self, names: Sequence[str], chat: bool) -> Chosen:
+        if self._packs is None:
+            raise InputError("this server has no packs; start it with --packs")
+        before = self._chats().before_documents() if chat else opening_tokens(self._language)
+        return self._packs.choose(names, before)
+
+    def _chats(self) -> PromptFormat:
+        if self._format is None:
+            self._format = PromptFormat.of_model(self._language)
+        return self._format
 
     def _prompt(
-        self, messages: list[dict[str, str]] | None, text: str | None, tokens: list[int] | None
+        self,
+        messages: list[dict[str, str]] | None,
+        text: str | None,
+        tokens: list[int] | None,
+        packs: Chosen | None,
     ) -> list[int]:
         if messages is not None:
-            if self._format is None:
-                self._format = PromptFormat.of_model(self._language)
-            return self._format.of_messages(messages)
+            return self._chats().of_messages(messages, packs.documents if packs else ())
+        before = packs.tokens if packs else []
         if tokens is None:
             assert text is not None
-            return opening_tokens(self._language) + self._language.encode(text, parse_special=True)
+            opening = [] if packs else opening_tokens(self._language)
+            return before + opening + self._language.encode(text, parse_special=True)
         if any(not 0 <= token < self._engine.n_vocab for token in tokens):
             raise InputError(f"a token of the prompt is outside the vocabulary of {self._engine.n_vocab}")
-        return tokens
+        return before + tokens
 
     def _slice(self, job: Job, most: int, seconds: float) -> Piece:
         """The next tokens of a prompt, after what others have computed of it meanwhile."""
