@@ -148,5 +148,6 @@ class SequenceCache:
 
     def load(self, rows: CacheRows) -> None:
         self._engine.trim(self._sequence, 0)
-        self._engine.load(self._sequence, rows)
+        if rows.n_tokens:
+            self._engine.load(self._sequence, rows)
         self.n_past = rows.n_tokens

@@ -121,11 +121,6 @@ class Cache(Protocol):
     def load(self, rows: CacheRows) -> None: ...
 
 
-def is_exact(packs: Sequence[Pack], before: Sequence[int]) -> bool:
-    """Whether packs behind these tokens are just what a prefill computes."""
-    return len(packs) == 1 and packs[0].before == list(before)
-
-
 def place_packs(
     backend: Cache, model: ModelIdentity, packs: Sequence[Pack], before: Sequence[int], heads: int = HEADS
 ) -> list[int]:

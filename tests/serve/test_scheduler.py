@@ -302,8 +302,6 @@ def test_packs_of_a_latent_model_stand_behind_each_other(tiny_mla: Path, tmp_pat
     desk.start(2, prompt)
     assert desk.sent[2][0] == {"id": 2, "n_prompt": desk.sent[1][0]["n_prompt"], "n_reused": 0}
     desk.run()
-    first, second = (dict(map(tuple, desk.logprobs(id)[0][1])) for id in (1, 2))
-    assert max(first.values()) == pytest.approx(max(second.values()), abs=0.5)
     desk.start(3, "so", packs=["b", "a"])
     assert desk.sent[3][0]["n_reused"] == desk.sent[1][0]["n_prompt"] - 1
     desk.start(4, "so", packs=["a", "b"])

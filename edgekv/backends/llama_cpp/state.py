@@ -11,16 +11,17 @@ import struct
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgekv.cache.rows import Bytes, CacheRows, Layout, Plane
 from edgekv.errors import UnsupportedError
 from edgekv.quant.formats import BY_GGML_ID, FORMATS, Format
-from edgekv.source import Array
 
 CELL = np.dtype([("position", "<i4"), ("n_sequences", "<u4"), ("sequence", "<i4")])
 # Of sequences whose number is n_seq_max or more, which a batch does not know: llama.cpp does not write the number.
 SHORT_CELL = np.dtype([("position", "<i4"), ("n_sequences", "<u4")])
 _HEADER = struct.Struct("<IiII")  # magic number, sequence, streams, cells
+_CELL = struct.Struct("<iI")  # position, sequences
 _LAYERS = struct.Struct("<II")  # whether values are transposed, layers
 _ROWS = struct.Struct("<iQ")  # ggml type, bytes per row
 _COLUMNS = struct.Struct("<iII")  # ggml type, bytes per value, values per token
@@ -55,11 +56,12 @@ class _Reader:
         self._at += nbytes
         return self._state[self._at - nbytes : self._at]
 
-    def peek(self, kind: np.dtype[np.void], count: int) -> Array:
-        """The first of `count` records, without taking it."""
-        if not 0 < count * kind.itemsize <= self.left:
-            raise ValueError("the state ends early")
-        return np.frombuffer(self._state[self._at : self._at + kind.itemsize], kind)
+    def peek(self, form: struct.Struct) -> tuple[int, ...]:
+        """The next numbers, which stay."""
+        at = self._at
+        found = self.unpack(form)
+        self._at = at
+        return found
 
     @property
     def left(self) -> int:
@@ -110,9 +112,9 @@ def _read(state: Bytes, encodings: tuple[str, str], start: int) -> tuple[StateFo
     return StateFormat(magic, bool(transposed), layout), rows
 
 
-def _order(reader: _Reader, n_cells: int) -> Array | None:
+def _order(reader: _Reader, n_cells: int) -> NDArray[np.intp] | None:
     """The cells by position, which in a cache of several sequences lie anywhere; None where they are in order."""
-    n_sequences = reader.peek(SHORT_CELL, n_cells)["n_sequences"][0]
+    _, n_sequences = reader.peek(_CELL)
     kind = CELL if n_sequences else SHORT_CELL
     cells = np.frombuffer(reader.take(n_cells * kind.itemsize), kind)
     positions, expected = cells["position"], np.arange(n_cells)

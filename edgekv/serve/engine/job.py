@@ -132,8 +132,12 @@ def make_job(
     origin = b"" if packs is None else packs.origin
     prompt, blocks = list(prompt), block_hashes(prompt, origin=origin)
     rows = prefixes.begin(prompt, blocks, origin)
-    if packs is not None and len(rows.tokens) < len(packs.tokens):
-        prefixes.place(rows, packs.tokens, functools.partial(packs.put, engine))
+    if (
+        packs is not None
+        and len(rows.tokens) < len(placed := packs.tokens)
+        and prompt[: len(placed)] == placed
+    ):
+        prefixes.place(rows, placed, functools.partial(packs.put, engine))
     job = Job(id, prompt, wanted, language, engine.n_ctx - len(prompt), grammar, rows, blocks)
     job.n_reused = len(rows.tokens)
     return job

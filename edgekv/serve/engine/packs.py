@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,21 @@ from typing import Any
 
 from edgekv.backends.sequences import SequenceCache, Sequences
 from edgekv.cache.rows import Layout
-from edgekv.chat.packs import Pack, is_exact, place_packs, read_pack
+from edgekv.chat.packs import Pack, place_packs, read_pack
 from edgekv.chat.saved import require_same_model
-from edgekv.errors import BackendError, EdgeKVError, InputError
+from edgekv.errors import BackendError, InputError
 from edgekv.models.identity import ModelIdentity
 
 SUFFIX = ".pack"
+
+
+@dataclass(frozen=True)
+class Known:
+    """A pack of the folder; its rows stay in the file."""
+
+    path: Path
+    before: list[int]
+    documents: array[int]
 
 
 @dataclass(frozen=True)
@@ -22,14 +32,14 @@ class Chosen:
     """Packs in front of one prompt.
 
     Attributes:
+        before: the tokens in front of the documents.
         documents: all their tokens.
-        tokens: those and the ones before them, which the prompt begins with.
-        origin: as in edgekv.serve.engine.blocks.block_hashes: packs behind others are not what a prefill computes.
+        origin: as in edgekv.serve.engine.blocks.block_hashes: packs that are moved are not what a prefill computes.
     """
 
-    packs: list[Pack]
+    folder: PackFolder
+    packs: list[Known]
     before: list[int]
-    model: ModelIdentity
 
     @property
     def documents(self) -> list[int]:
@@ -41,13 +51,19 @@ class Chosen:
 
     @property
     def origin(self) -> bytes:
-        if is_exact(self.packs, self.before):
+        if len(self.packs) == 1 and self.packs[0].before == self.before:
             return b""
         return "\0".join(pack.path.name for pack in self.packs).encode("utf-8", "surrogateescape")
 
     def put(self, engine: Sequences, sequence: int) -> None:
-        """Put them into an empty sequence; raises as `place_packs` does."""
-        place_packs(SequenceCache(engine, sequence), self.model, self.packs, self.before)
+        """Put them into an empty sequence.
+
+        Raises:
+            UnsupportedError: rows would have to be moved, and cannot.
+            BackendError: a file has changed since the server started.
+        """
+        packs = [self.folder.read_again(pack) for pack in self.packs]
+        place_packs(SequenceCache(engine, sequence), self.folder.model, packs, self.before)
 
 
 class PackFolder:
@@ -61,12 +77,12 @@ class PackFolder:
     """
 
     def __init__(self, folder: Path, model: ModelIdentity, layout: Layout) -> None:
-        self._model, self._layout = model, layout
+        self.model, self._layout = model, layout
         try:
             paths = sorted(path for path in folder.iterdir() if path.suffix == SUFFIX)
         except OSError as error:
             raise InputError(f"cannot read packs in {folder}: {error.strerror}; check the path") from error
-        self._paths: dict[str, Path] = {}
+        self._known: dict[str, Known] = {}
         self.about: list[dict[str, Any]] = []
         for path in paths:
             try:
@@ -74,28 +90,33 @@ class PackFolder:
             except InputError as error:
                 self.about.append({"id": path.stem, "error": str(error)})
                 continue
-            self._paths[path.stem] = path
+            self._known[path.stem] = Known(path, pack.before, array("i", pack.documents))
             told = {"tokens": len(pack.documents), "documents": list(pack.notes.documents)}
             self.about.append({"id": path.stem, **told})
 
     def choose(self, names: Sequence[str], before: Sequence[int]) -> Chosen:
-        """Packs by their names, behind the tokens `before` documents.
+        """Packs by their names, behind the tokens `before`.
 
         Raises:
             InputError: there is no such pack.
-            BackendError: a file has changed for the worse since the server started.
         """
         for name in names:
-            if name not in self._paths:
-                there = ", ".join(self._paths) or "none"
+            if name not in self._known:
+                there = ", ".join(self._known) or "none"
                 raise InputError(f"there is no pack {name!r} here; there are: {there}")
+        return Chosen(self, [self._known[name] for name in names], list(before))
+
+    def read_again(self, known: Known) -> Pack:
+        """A pack with its rows; raises BackendError if the file is not what it was."""
         try:
-            packs = [self._read(self._paths[name]) for name in names]
-        except EdgeKVError as error:
+            pack = self._read(known.path)
+        except InputError as error:
             raise BackendError(f"a pack cannot be read any more: {error}") from error
-        return Chosen(packs, list(before), self._model)
+        if (pack.before, pack.documents) != (known.before, list(known.documents)):
+            raise BackendError(f"{known.path}: has changed since the server started; start it again")
+        return pack
 
     def _read(self, path: Path) -> Pack:
         pack = read_pack(path)
-        require_same_model(path, pack.stored.header, self._model, self._layout)
+        require_same_model(path, pack.stored.header, self.model, self._layout)
         return pack
