@@ -23,6 +23,7 @@ from edgekv.heal.weights import FORMAT, base_sha256, write_healed
 from edgekv.models.gguf.own import OWN_ARCH
 from edgekv.models.gguf.source import GGUFSource
 from edgekv.models.identity import ModelIdentity
+from edgekv.serve.engine.disk import NoNotes
 from edgekv.source import LazySource, TensorSource
 from edgekv.spec import GQA, MLA, LayerSpec, ModelSpec, RopeSpec
 from edgekv.tensors import layer_tensor_shapes
@@ -222,7 +223,7 @@ def _record(model: TensorSource, mla: MLA) -> HealedRecord:
 
 
 def _write_sessions(folder: Path) -> None:
-    """A session and a pack, of two saves' worth of blocks."""
+    """A session, a pack and what a server keeps on disk, of two saves' worth of blocks."""
     folder.mkdir()
     layout = tuple(Plane(f"{i}.{kind}", "q4_0", 32) for i in range(2) for kind in ("key", "value"))
     model = ModelIdentity("tiny", "0" * 64, (8, 8), (RopeSpec(10000.0, 8),) * 2)
@@ -232,6 +233,7 @@ def _write_sessions(folder: Path) -> None:
     for kind, name, noted in (
         ("session", "a.session", notes),
         ("pack", "a.pack", PackNotes(3, ("text.txt",))),
+        ("prefix", "a.prefix", NoNotes()),
     ):
         header = Header.of(f"edgekv.{kind}", model, layout)  # type: ignore[arg-type]
         write_rows_file(folder / name, header, tokens, rows, noted)

@@ -19,6 +19,7 @@ from mutators import (
 )
 from seeds import TOKENS
 
+from edgekv.cache.rows_file import read_rows_file
 from edgekv.chat.packs import read_pack
 from edgekv.chat.saved import read_session, require_same_model
 from edgekv.chat.template import ChatTemplate
@@ -137,6 +138,14 @@ def _read_pack(folder: Path, name: str) -> None:
     pack.stored.rows()
 
 
+def _read_kept(folder: Path, name: str) -> None:
+    """As a server does: tokens alone at its start, rows when a prompt begins with them."""
+    tokens = read_rows_file(folder / name, "edgekv.prefix", check_rows=False).tokens
+    stored = read_rows_file(folder / name, "edgekv.prefix")
+    assert stored.end is None or stored.tokens == tokens
+    stored.rows(len(stored.tokens) // 2)
+
+
 CONFIG = "config.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 SHARDS = tuple(f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
@@ -161,6 +170,7 @@ TARGETS: Mapping[str, Target] = {
                    lambda folder, name: check_folder(folder)),
     "own": Target("own", {"model.edgekv": mutate_own_gguf}, _open_own),
     "session": Target("sessions", {"a.session": mutate_blocks}, _read_session),
+    "kept": Target("sessions", {"a.prefix": mutate_blocks}, _read_kept),
     "pack": Target("sessions", {"a.pack": mutate_blocks}, _read_pack),
     "healed": Target("healed", {"healed.safetensors": mutate_safetensors}, _read_healed),
 }  # fmt: skip

@@ -63,14 +63,16 @@ def serving() -> Callable[..., AbstractContextManager[Server]]:
 
 
 @contextmanager
-def start(model: Path, *options: str) -> Iterator[Server]:
+def start(model: Path, *options: str, **given: Any) -> Iterator[Server]:
+    """`given` are arguments of Popen; its `env` is added to this process's."""
     process = subprocess.Popen(
         [EDGEKV, "serve", str(model), *QUICK, *options],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | given.pop("env", {}),
+        **given,
     )
     try:
         server = Server(process)
