@@ -37,6 +37,7 @@ $(VENV)/.demo: $(VENV)/.base
 
 $(VENV)/.test: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --editable '.[llama,hub,onnx,nvidia,plot,serve,test]'
+	$(BIN)/python -m pip install --quiet --no-deps kvpress==0.5.5
 	touch $@
 
 # 2,000 damaged files for every kind of reader, and 50 kills of commands that write; half an hour.

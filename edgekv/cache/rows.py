@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from edgekv.documents import Document
 from edgekv.quant.formats import FORMATS
+from edgekv.source import Array
 
 Bytes = NDArray[np.uint8]
 
@@ -50,6 +51,16 @@ def cache_type_of(layout: Layout) -> str:
     kinds = dict.fromkeys(plane.cache_type for kind in ("key", "value") for plane in layout
                           if plane.name.endswith(f".{kind}"))  # fmt: skip
     return "/".join(kinds)
+
+
+def exact_values(stored: Bytes, plane: Plane) -> Array:
+    """Stored rows (n, bytes) as float32 (n, values), rotated still where the plane's encoding says so."""
+    import gguf  # a minimal installation of an engine of its own does without
+
+    values = gguf.quants.dequantize(
+        np.ascontiguousarray(stored), gguf.GGMLQuantizationType[plane.cache_type.upper()]
+    )
+    return np.asarray(values, np.float32)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from edgekv.cache.store import KVCache
 from edgekv.reference.ops import apply_rope, per_head, rms_norm, softcap
+from edgekv.reference.probe import without_rope
 from edgekv.source import Array
 from edgekv.spec import GQA, MLA, Encoder, RopeSpec
 
@@ -72,6 +73,7 @@ def gqa_attention(
     if spec.bias:
         v += w["attn_v.bias"]
     keys, values = cache.append(layer, k, v.reshape(k.shape))
+    _show(cache, layer, q, keys, spec)
     mixed = attend(cache.by_sequence(q), keys, values, spec.score_scale, spec.window, spec.softcap)
     return mixed.reshape(n_rows, -1) @ w["attn_output.weight"].T
 
@@ -103,6 +105,7 @@ def encoded_attention(
     row = (made @ w["attn_kv_enc.weight"].T + w["attn_kv_enc.bias"])[:, None]  # (N, 1, R + P)
     rows, latents = cache.append(layer, rotate_behind(row, r, positions, spec.rope), None)
     queries = rotate_behind(per_head(q, w["attn_q_map.weight"]), r, positions, spec.rope)
+    _show(cache, layer, queries, rows, spec)
     mixed = attend(cache.by_sequence(queries), rows, latents, spec.score_scale, spec.window, spec.softcap)
     values = per_head(mixed.reshape(n_rows, spec.n_heads, r), w["attn_v_b.weight"])
     return values.reshape(n_rows, -1) @ w["attn_output.weight"].T + w["attn_output.bias"]
@@ -144,6 +147,7 @@ def mla_attention(
     scale = spec.score_scale
     if form == "absorbed":
         queries = np.concatenate([per_head(q_nope, k_b), q_rope], axis=-1)
+        _show(cache, layer, queries, rows, spec)
         mixed = attend(cache.by_sequence(queries), rows, latents, scale)
         mixed = per_head(mixed.reshape(n_rows, spec.n_heads, r), v_b)
     else:
@@ -153,6 +157,15 @@ def mla_attention(
         queries = np.concatenate([q_nope, q_rope], axis=-1)
         mixed = attend(cache.by_sequence(queries), keys, latents @ v_b.swapaxes(1, 2), scale)
     return mixed.reshape(n_rows, -1) @ w["attn_output.weight"].T
+
+
+def _show(cache: KVCache, layer: int, queries: Array, keys: Array, spec: GQA | MLA) -> None:
+    """Show queries (T, H, K) to who observes the cache, if somebody does."""
+    if cache.observer is not None:
+        scaled = queries * np.float32(spec.score_scale)
+        cache.observer.see(layer, scaled, keys, spec.softcap)
+        if cache.observer.wants_statistics:
+            cache.observer.add(layer, without_rope(scaled, cache.n_past, spec), cache.n_past)
 
 
 def mla_queries(x: Array, w: Mapping[str, Array], eps: float) -> Array:
