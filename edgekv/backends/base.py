@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol
 
 from edgekv.backends.kernel_names import Kernel
+from edgekv.cache.policies.base import LayerView, Need, Rows
 from edgekv.cache.rows import CacheRows, Layout, row_nbytes
 from edgekv.errors import BackendError, InputError, UnsupportedError
 from edgekv.quant.cache_format import CacheFormat
@@ -24,7 +26,8 @@ class Backend(Protocol):
     Attributes:
         n_ctx: tokens that the cache can hold.
         n_ctx_train: tokens that the model was trained for (max_position_embeddings); None where it does not say.
-        n_past: tokens in the cache; `prefill` and `decode` append to it.
+        n_past: the next token's position; `prefill` and `decode` append to it.
+        n_rows: tokens in the cache: n_past, unless some were evicted.
         kernel: "edgekv" where llama.cpp's attention is EdgeKV's kernel, else "stock".
     """
 
@@ -34,6 +37,10 @@ class Backend(Protocol):
     n_ctx_train: int | None = None
     n_vocab: int
     n_past: int
+
+    @property
+    def n_rows(self) -> int:
+        return self.n_past
 
     def prefill(self, tokens: Sequence[int]) -> Array:
         """Append tokens; logits of the last one, shape (vocab,).
@@ -54,7 +61,8 @@ class Backend(Protocol):
         """Drop every cached token from position `n_past` on. Never shifts those before it.
 
         A cache that has let go of tokens which the next one would see (llama.cpp keeps little more than the
-        window of layers that have one) is emptied instead: read the attribute `n_past` to see what is left.
+        window of layers that have one; evicted tokens are gone) is emptied instead: read the attribute `n_past` to
+        see what is left.
         """
 
     def layout(self) -> Layout:
@@ -106,6 +114,45 @@ class Backend(Protocol):
         """Free the model."""
 
 
+class EvictableBackend(Backend):
+    """A Backend whose rows can be evicted: edgekv.backends.evicting says when, and a policy which.
+
+    Attributes:
+        merges: whether an evicted token leaves all layers at once; else each head of each has rows of its own.
+        layers_differ: whether layers may keep different numbers of rows.
+        max_positions: positions that it knows, where that is bounded by more than its cache.
+    """
+
+    merges: bool
+    layers_differ: bool = False
+    max_positions: int | None = None
+
+    @abstractmethod
+    def require_evictable(self, needs: Collection[Need]) -> None:
+        """Make sure that policies can be shown these fields of LayerView; called before the first token.
+
+        Raises:
+            UnsupportedError: the engine cannot evict rows of this model, or not show this.
+        """
+
+    @abstractmethod
+    def views(self) -> Iterator[LayerView]:
+        """What a policy sees of each layer, with the fields that `require_evictable` was asked for.
+
+        Raises:
+            BackendError: the engine failed.
+        """
+
+    @abstractmethod
+    def keep(self, rows: Sequence[Rows]) -> None:
+        """Evict every cached row but these; positions stay what they were, and the memory is used again.
+
+        Args:
+            rows: for each layer the indices (G, n) of rows that each head keeps, ascending; where the engine
+                merges, one array (n,) for all layers.
+        """
+
+
 def require_positive(**options: int | None) -> None:
     """Raise InputError, naming the option, if one is below 1; None stands for an option that was not given."""
     for name, value in options.items():
@@ -123,10 +170,15 @@ def require_cache_format(cache_type: str) -> CacheFormat:
 
 def require_room(backend: Backend, count: int) -> None:
     """Raise BackendError unless `count` more tokens fit in the cache; engines check this before they run."""
+    require_free(backend.n_rows, count, backend.n_ctx)
+
+
+def require_free(n_used: int, count: int, n_ctx: int) -> None:
+    """Raise BackendError unless `count` more tokens fit in a context with `n_used`."""
     assert count > 0
-    if backend.n_past + count > backend.n_ctx:
+    if n_used + count > n_ctx:
         raise BackendError(
-            f"the cache holds {backend.n_past} of {backend.n_ctx} tokens and {count} more do not fit; "
+            f"the cache holds {n_used} of {n_ctx} tokens and {count} more do not fit; "
             "open the model with a larger context"
         )
 

@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import math
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 
 from edgekv.backends.base import (
     DEFAULT_N_CTX,
-    Backend,
+    EvictableBackend,
     Interrupted,
     require_loadable,
     require_positive,
     require_room,
 )
+from edgekv.cache.policies.base import LayerView, Need, Rows, n_tail
 from edgekv.cache.rows import CacheRows, Layout, Plane
 from edgekv.errors import BackendError, InputError, UnsupportedError
 from edgekv.host.memory import is_small_machine, release_file
@@ -42,10 +43,11 @@ MAX_PIECE = 64  # tokens prefilled at once: 128 are 10 % faster in an empty cach
 MAX_SCORES = 3 * 2**18  # attention scores per layer at once: they bound the memory of a prefill at depth
 _ELEMENT_TYPES = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}
 _PLANES = {np.dtype(np.float32): ("f32", ""), np.dtype(np.uint8): ("i8", "offset")}  # cache type, encoding
+EVICTED = "n_evicted"  # an input of graphs from edgekv.export.onnx.decoder on
 _PAST, _PRESENT = "past_key_values.", "present."
 
 
-class OnnxBackend(Backend):
+class OnnxBackend(EvictableBackend):
     """An exported graph on onnxruntime's CPU provider, as a Backend.
 
     Args:
@@ -62,6 +64,7 @@ class OnnxBackend(Backend):
     """
 
     name = "onnx"
+    merges = False
 
     def __init__(
         self,
@@ -87,6 +90,7 @@ class OnnxBackend(Backend):
                 f"use --ctx-size {model.context_length} or less"
             )
         self.n_ctx_train = model.context_length
+        self.max_positions = model.context_length if "GQA" in kinds else None
         self.n_ctx = n_ctx or min(model.context_length, DEFAULT_N_CTX)
         self.n_vocab = model.vocab
         self.n_threads = n_threads or default_threads()
@@ -103,6 +107,13 @@ class OnnxBackend(Backend):
         self._ones = np.ones((1, self.n_ctx), np.int64)
         self._n_bound = 0
         self.n_past = self._n_written = 0
+        self._n_evicted = self._dense_from = 0
+        self._n_evicted_input = np.zeros(1, np.int64)
+        self._evicts = any(entry.name == EVICTED for entry in self._session.get_overridable_initializers())
+
+    @property
+    def n_rows(self) -> int:
+        return self.n_past - self._n_evicted
 
     def prefill(self, tokens: Sequence[int]) -> Array:
         require_room(self, len(tokens))
@@ -123,9 +134,47 @@ class OnnxBackend(Backend):
         assert 0 <= n_past <= self.n_past, (n_past, self.n_past)
         if any(self._has_lost(layer, n_past) for layer in set(self._caches)):
             n_past = 0
+        if n_past <= self._dense_from and n_past < self.n_past:
+            n_past = self._n_evicted = self._dense_from = 0
         self.n_past = n_past
         if not n_past:
             self._n_written = 0
+
+    def require_evictable(self, needs: Collection[Need]) -> None:
+        if any(layer.window for layer in self._caches):
+            raise UnsupportedError(
+                "layers with a sliding window let go of tokens by themselves; leave the budget out"
+            )
+        if not self._evicts:
+            raise UnsupportedError(
+                "this folder was exported by an EdgeKV that could not evict; export it again: edgekv export onnx"
+            )
+        if missing := sorted(set(needs) - {"keys"}):
+            raise UnsupportedError(
+                f"an exported graph shows keys and not {' and '.join(missing)}; take the policy streaming, knorm or "
+                "keydiff"
+            )
+
+    def views(self) -> Iterator[LayerView]:
+        for layer in range(len(self._caches)):
+            keys = self._exact(f"{layer}.key")
+            yield LayerView(len(keys), keys.shape[1], keys)
+
+    def keep(self, rows: Sequence[Rows]) -> None:
+        n_rows = rows[0].shape[-1]
+        tail = min(n_tail(kept, self.n_rows) for kept in rows)
+        self._dense_from = max(self._dense_from, self.n_past - tail)
+        for name, array in self._cache.items():
+            kept = rows[_layer(name)]
+            array[0, :, :n_rows] = np.take_along_axis(array[0], kept[:, :, None], axis=1)
+        self._n_evicted = self.n_past - n_rows
+
+    def _exact(self, name: str) -> Array:
+        """Cached rows (G, S, width) in float32."""
+        stored = self._cache[name][0, :, : self.n_rows]
+        if stored.dtype == np.float32:
+            return stored
+        return (stored.astype(np.float32) - 128) * self._cache[f"{name}_scale"][0, :, : self.n_rows]
 
     def _has_lost(self, layer: LayerRecord, n_past: int) -> bool:
         """Whether a layer has let go of rows that a token behind `n_past` others looks at."""
@@ -156,6 +205,7 @@ class OnnxBackend(Backend):
 
     def load(self, rows: CacheRows) -> None:
         require_loadable(self, rows)
+        self.trim(0)
         for stored, (_, array) in zip(rows.planes(), self._stored(), strict=True):
             by_token = stored.view(array.dtype).reshape(rows.n_tokens, array.shape[1], array.shape[3])
             array[0, :, : rows.n_tokens] = by_token.swapaxes(0, 1)
@@ -189,7 +239,7 @@ class OnnxBackend(Backend):
         """The pieces to run one after the other: the deeper the cache, the fewer tokens."""
         start = 0
         while start < len(tokens):
-            per_token = self._n_heads * (self.n_past + MAX_PIECE)  # attention scores
+            per_token = self._n_heads * (self.n_rows + MAX_PIECE)  # attention scores
             size = min(max(MAX_SCORES // per_token, 1), MAX_PIECE)
             yield tokens[start : start + size]
             start += size
@@ -197,7 +247,7 @@ class OnnxBackend(Backend):
     def _run(self, tokens: Sequence[int], n_logits: int) -> Array:
         """Append tokens; logits of the last `n_logits`, shape (n_logits, vocab)."""
         total = self.n_past + len(tokens)
-        self._bind_cache(total)
+        self._bind_cache(total - self._n_evicted)
         logits = np.empty((1, n_logits, self.n_vocab), np.float32)
         inputs: dict[str, NDArray[np.int64]] = {
             "input_ids": np.array([tokens], np.int64),
@@ -206,6 +256,9 @@ class OnnxBackend(Backend):
         }
         for name, array in inputs.items():
             self._bind(name, array, array.shape)
+        self._n_evicted_input[0] = self._n_evicted
+        if self._evicts:
+            self._bind(EVICTED, self._n_evicted_input, (1,))
         self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         try:
             self._session.run_with_iobinding(self._binding)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, TypedDict, get_args
 
 if TYPE_CHECKING:
     import ctypes
     from pathlib import Path
 
-    from edgekv.backends.base import Backend
+    from edgekv.backends.base import Backend, EvictableBackend
     from edgekv.backends.llama_cpp.sequences import LlamaSequences
     from edgekv.backends.sequences import OneSequence
+    from edgekv.cache.policies.base import Need
+    from edgekv.cache.policies.settings import Eviction
     from edgekv.models.identity import ModelIdentity
     from edgekv.tokenizer.language import Language
 
@@ -25,6 +27,7 @@ def open_backend(
     n_ctx: int | None = None,
     cache_type: str | None = None,
     n_threads: int | None = None,
+    eviction: Eviction | None = None,
     abort_flag: ctypes.Array[ctypes.c_char] | None = None,
 ) -> Backend:
     """Open a model in an engine, in this process.
@@ -33,26 +36,54 @@ def open_backend(
         path: a model file, or for onnx a folder that `edgekv export onnx` wrote.
         kind: "llama.cpp", "onnx", or "reference" for the NumPy reference; by default onnx for such a folder,
             the reference for an .edgekv file, else llama.cpp.
-        n_ctx: tokens that the cache can hold; by default the trained length, but at most 4096.
+        n_ctx: tokens that the cache can hold; by default the trained length, but at most 4096. With an `eviction`,
+            tokens that may come, of which the cache holds fewer; by default the trained length.
         cache_type: number format of the cache: by default f16 in llama.cpp, which takes one for K and V or
             two, as in q8_0/q4_0; the reference has only f32, an ONNX folder only what it was exported with.
         n_threads: by default one per physical big core; the reference uses NumPy's own threads.
+        eviction: which rows leave a cache of fixed size.
         abort_flag: two bytes; a call in progress ends with Interrupted when the first is set. The reference
             ignores it.
 
     Raises:
         InputError: an option is impossible, or the file is malformed or unsupported.
+        UnsupportedError: the engine cannot evict by this policy.
         BackendError: the engine is not installed or failed.
     """
+    options: EngineOptions = {"cache_type": cache_type, "n_threads": n_threads, "abort_flag": abort_flag}
+    if eviction is None:
+        return _open(path, kind or default_kind(path), n_ctx, options)
+    from edgekv.backends.evicting import EvictingBackend
+    from edgekv.cache.policies.named import policy_named
+    from edgekv.cache.policies.settings import require_possible
+
+    require_possible(eviction)
+    needs = policy_named(eviction.policy).needs
+    backend = _open(path, kind or default_kind(path), eviction.n_cells, options, needs)
+    try:
+        return EvictingBackend(backend, eviction, n_ctx)
+    except BaseException:
+        backend.close()
+        raise
+
+
+class EngineOptions(TypedDict):
+    """Arguments of `open_backend` that go to an engine as they are."""
+
+    cache_type: str | None
+    n_threads: int | None
+    abort_flag: ctypes.Array[ctypes.c_char] | None
+
+
+def _open(
+    path: Path, kind: Kind, n_ctx: int | None, options: EngineOptions, needs: frozenset[Need] = frozenset()
+) -> EvictableBackend:
     from edgekv.errors import InputError
 
-    kind = kind or default_kind(path)
     if kind == "onnx":
         from edgekv.backends.onnxruntime import OnnxBackend
 
-        return OnnxBackend(
-            path, n_ctx=n_ctx, cache_type=cache_type, n_threads=n_threads, abort_flag=abort_flag
-        )
+        return OnnxBackend(path, n_ctx=n_ctx, **options)
     if default_kind(path) == "onnx":
         raise InputError(f"{path} is an ONNX folder, which {kind} cannot open; leave out --backend {kind}")
     if kind == "llama.cpp":
@@ -62,18 +93,22 @@ def open_backend(
             )
         from edgekv.backends.llama_cpp.backend import LlamaCppBackend
 
+        cache_type = options["cache_type"] or default_cache_type(path, kind)
         return LlamaCppBackend(
             path,
             n_ctx=n_ctx,
-            cache_type=cache_type or default_cache_type(path, kind),
-            n_threads=n_threads,
-            abort_flag=abort_flag,
+            cache_type=cache_type,
+            n_threads=options["n_threads"],
+            abort_flag=options["abort_flag"],
+            shows_queries=not needs.isdisjoint({"queries", "probe"}),
         )
     if kind != "reference":
         raise InputError(f"unknown backend {kind!r}; there are {', '.join(KINDS)}")
-    if cache_type not in (None, "f32"):
-        raise InputError(f"the reference backend caches in f32, not {cache_type}; use --backend llama.cpp")
-    if n_threads is not None:
+    if options["cache_type"] not in (None, "f32"):
+        raise InputError(
+            f"the reference backend caches in f32, not {options['cache_type']}; use --backend llama.cpp"
+        )
+    if options["n_threads"] is not None:
         raise InputError("the reference backend's threads are NumPy's: set OMP_NUM_THREADS instead")
     from edgekv.backends.base import DEFAULT_N_CTX
     from edgekv.backends.reference import ReferenceBackend
@@ -91,6 +126,7 @@ def open_sequences(
     n_ctx: int | None = None,
     cache_type: str | None = None,
     n_threads: int | None = None,
+    eviction: Eviction | None = None,
 ) -> LlamaSequences | OneSequence:
     """Open a model for several sequences side by side, in this process; arguments and errors are `open_backend`'s.
 
@@ -102,15 +138,19 @@ def open_sequences(
     from edgekv.errors import InputError
 
     kind = kind or default_kind(path)
-    if kind == "llama.cpp" and default_kind(path) == kind:
+    if kind == "llama.cpp" and default_kind(path) == kind and eviction is None:
         from edgekv.backends.llama_cpp.sequences import LlamaSequences
 
         cache_type = cache_type or default_cache_type(path, kind)
         return LlamaSequences(path, n_parallel, n_ctx=n_ctx, cache_type=cache_type, n_threads=n_threads)
+    if n_parallel > 1 and eviction is not None:
+        raise InputError("a cache that evicts holds one request at a time; take --parallel 1, or no --budget")
     if n_parallel > 1:
         raise InputError(f"{kind} answers one request at a time; take --parallel 1, or a GGUF in llama.cpp")
-    backend = open_backend(path, kind, n_ctx=n_ctx, cache_type=cache_type, n_threads=n_threads)
-    return OneSequence(backend, open_language(backend, path))
+    backend = open_backend(
+        path, kind, n_ctx=n_ctx, cache_type=cache_type, n_threads=n_threads, eviction=eviction
+    )
+    return OneSequence(backend, open_language(backend, path), can_trim=eviction is None)
 
 
 def open_language(backend: Backend, path: Path) -> Language:
@@ -123,8 +163,9 @@ def open_language(backend: Backend, path: Path) -> Language:
     if backend.name == "llama.cpp":
         from edgekv.backends.llama_cpp.backend import LlamaCppBackend
 
-        assert isinstance(backend, LlamaCppBackend)
-        return backend.language()
+        engine = getattr(backend, "backend", backend)  # of one that evicts
+        assert isinstance(engine, LlamaCppBackend)
+        return engine.language()
     from edgekv.models.gguf.header import read_header
     from edgekv.models.onnx.folder import language_file
     from edgekv.tokenizer.tokenizer import Tokenizer

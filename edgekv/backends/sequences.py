@@ -87,9 +87,9 @@ class OneSequence:
     """A Backend as Sequences of a single one."""
 
     n_parallel = n_sequences = 1
-    can_trim = True
 
-    def __init__(self, backend: Backend, language: Language) -> None:
+    def __init__(self, backend: Backend, language: Language, can_trim: bool = True) -> None:
+        self.can_trim = can_trim
         self._backend, self._language = backend, language
         self.name, self.kernel = backend.name, backend.kernel
         self.n_ctx = self.n_cells = self.n_batch = backend.n_ctx

@@ -150,7 +150,7 @@ class Generator:
         n_shared = self._reuse(prompt)
         n_reused = self.backend.n_past
         timings = Timings(n_reused, len(prompt) - n_reused, n_shared - n_reused)
-        if n_reused < n_shared:
+        if n_shared and not n_reused:
             yield Forgotten(len(prompt), n_shared)
         try:
             self._cached = list(prompt)

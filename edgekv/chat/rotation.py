@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from edgekv.cache.rows import Bytes, CacheRows, Layout, Plane
+from edgekv.cache.rows import Bytes, CacheRows, Layout, Plane, exact_values
 from edgekv.errors import UnsupportedError
 from edgekv.models.identity import ModelIdentity
 from edgekv.quant.formats import FORMATS
@@ -54,7 +54,7 @@ def moved(rows: CacheRows, model: ModelIdentity, distance: int) -> CacheRows:
         for plane, array, rank, rope in zip(rows.layout, out.planes(), model.ranks, model.ropes, strict=True):
             form = FORMATS[plane.cache_type]
             keys = array[:, form.nbytes(rank) :]
-            keys[:] = _rounded(turned(_exact(keys, plane), rope, distance), plane)
+            keys[:] = _rounded(turned(exact_values(keys, plane), rope, distance), plane)
     return out
 
 
@@ -71,15 +71,6 @@ def turned(keys: Array, rope: RopeSpec, distance: int) -> Array:
     parts = (pairs.real, pairs.imag)
     whole = np.stack(parts, -1).reshape(keys.shape) if rope.layout == "interleaved" else np.hstack(parts)
     return np.asarray(whole, np.float32)
-
-
-def _exact(stored: Bytes, plane: Plane) -> Array:
-    import gguf  # a minimal installation of an engine of its own does without
-
-    values = gguf.quants.dequantize(
-        np.ascontiguousarray(stored), gguf.GGMLQuantizationType[plane.cache_type.upper()]
-    )
-    return np.asarray(values, np.float32)
 
 
 def _rounded(values: Array, plane: Plane) -> Bytes:

@@ -10,10 +10,12 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from edgekv.backends.isolated.child import Child
+from edgekv.cache.policies.settings import Eviction
+from edgekv.documents import encode
 from edgekv.errors import BackendError, EdgeKVError, from_wire
 
 SILENCE_S = 180.0  # without a word from an engine at work: it hangs
@@ -41,6 +43,7 @@ class Options:
     n_ctx: int | None
     cache_type: str | None
     n_threads: int | None
+    eviction: Eviction | None = None
     packs: str | None = None
     sessions: str | None = None
     sessions_bytes: int = 2**30
@@ -111,7 +114,7 @@ class EngineProcess:
         remedy = "take fewer --parallel, a smaller --ctx-size or --cache-type q8_0"
         child = Child("edgekv.serve.engine.child", out_of_memory=remedy)
         try:
-            self.about = child.ask("open", **asdict(self.options))
+            self.about = child.ask("open", **encode(self.options))
         except BaseException:
             child.close()
             raise

@@ -32,9 +32,9 @@ class AttentionNodes(Protocol):
 class GroupedInputs:
     """What layers of GQA share: how many tokens there are, and what turns them, for each kind of RoPE."""
 
-    def __init__(self, g: GraphWriter, position_ids: Value, context_length: int) -> None:
+    def __init__(self, g: GraphWriter, position_ids: Value, slots: Value, context_length: int) -> None:
         self._g, self.position_ids, self.context_length = g, position_ids, context_length
-        last = g.op("Slice", g.op("Reshape", position_ids, g.ints(-1)), g.ints(-1), g.ints(LAST), g.ints(0))
+        last = g.op("Slice", slots, g.ints(-1), g.ints(LAST), g.ints(0))
         self.last_slot = g.cast(last, np.int32)  # (1,)
         length = g.op("Add", g.op("Squeeze", last, g.ints(0)), g.constant(np.array(1, np.int64)))
         self.length = g.cast(length, np.int32)  # ()

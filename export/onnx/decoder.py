@@ -25,14 +25,17 @@ def add_decoder(
     """Add a model's graph: tokens, mask, positions and cache in, logits and cache out.
 
     Inputs are named as Hugging Face exports name them. `num_logits_to_keep` asks for the logits of the last
-    few tokens only; a caller may leave it out and get all.
+    few tokens only; a caller may leave it out and get all. So may `n_evicted` be left out: how many tokens before these
+    have no slot in the cache any more, so that new rows go that far in front of their positions.
     """
     spec, bits = source.spec, BITS[weights]
     ids = g.input("input_ids", np.int64, (1, "sequence_length"))
     mask = g.input("attention_mask", np.int64, (1, "total_length"))
     position_ids = g.input("position_ids", np.int64, (1, "sequence_length"))
     kept = g.optional_input("num_logits_to_keep", np.array([ALL_LOGITS], np.int64))
-    attentions = _attentions(g, spec, cache, mask, position_ids)
+    n_evicted = g.optional_input("n_evicted", np.zeros(1, np.int64))
+    slots = g.op("Sub", g.op("Reshape", position_ids, g.ints(-1)), n_evicted)  # (T,)
+    attentions = _attentions(g, spec, cache, mask, position_ids, slots)
     # The token table and the head feel 4 bits most and are used by every token: 8, as llama.cpp's presets do.
     table_bits = at_least_8(bits)
     table = Embedding(g, "embedding", source.load("token_embd.weight"), table_bits)
@@ -63,7 +66,7 @@ def add_decoder(
 
 
 def _attentions(
-    g: GraphWriter, spec: ModelSpec, cache: LatentCache, mask: Value, position_ids: Value
+    g: GraphWriter, spec: ModelSpec, cache: LatentCache, mask: Value, position_ids: Value, slots: Value
 ) -> list[AttentionNodes]:
     """The attention of each layer; layers that are alike share one."""
     found: dict[AttentionSpec, AttentionNodes] = {}
@@ -74,10 +77,10 @@ def _attentions(
         if attention in found:
             continue
         if isinstance(attention, GQA):
-            grouped = grouped or GroupedInputs(g, position_ids, spec.context_length)
+            grouped = grouped or GroupedInputs(g, position_ids, slots, spec.context_length)
             found[attention] = GroupedAttention(g, attention, spec.norm_eps, grouped)
         else:
-            latent = latent or LatentInputs(g, mask, position_ids, spec.context_length)
+            latent = latent or LatentInputs(g, mask, position_ids, slots, spec.context_length)
             kind = Int8LatentAttention if cache == "int8" else LatentAttention
             found[attention] = kind(g, attention, spec.norm_eps, latent)
     return [found[layer.attention] for layer in spec.layers]

@@ -25,10 +25,12 @@ TINY = 1e-30  # keeps the scale of an all-zero row from being zero
 class LatentInputs:
     """What latent layers share, each part added to the graph when a layer first asks for it."""
 
-    def __init__(self, g: GraphWriter, mask: Value, position_ids: Value, context_length: int) -> None:
+    def __init__(
+        self, g: GraphWriter, mask: Value, position_ids: Value, slots: Value, context_length: int
+    ) -> None:
         self._g, self._mask = g, mask
         self.position_ids, self.context_length = position_ids, context_length
-        self._positions = g.op("Reshape", position_ids, g.ints(-1))
+        self._positions = slots  # as far as the cache knows: the same, unless tokens were evicted
         self.write_index = g.op(
             "Slice", self._positions, g.ints(0), g.ints(1), g.ints(0)
         )  # (1,): first new slot

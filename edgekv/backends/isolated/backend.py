@@ -13,8 +13,9 @@ from edgekv.backends.isolated.child import Child
 from edgekv.backends.isolated.shared_logits import MAX_ROWS, SharedLogits
 from edgekv.backends.kernel_names import Kernel
 from edgekv.backends.open import Kind
+from edgekv.cache.policies.settings import Eviction
 from edgekv.cache.rows import CacheRows, Layout, Plane
-from edgekv.documents import decode
+from edgekv.documents import decode, encode
 from edgekv.host.proc import peak_rss_nbytes
 from edgekv.models.identity import ModelIdentity
 from edgekv.source import Array
@@ -41,9 +42,11 @@ class IsolatedBackend(Backend):
         n_ctx: int | None = None,
         cache_type: str | None = None,
         n_threads: int | None = None,
+        eviction: Eviction | None = None,
     ) -> None:
         options = {"kind": kind, "n_ctx": n_ctx, "cache_type": cache_type, "n_threads": n_threads}
-        self._options = {"path": str(path), **options}
+        self._options = {"path": str(path), **options, "eviction": encode(eviction)}
+        self._eviction = eviction
         self._calling, self.n_past = False, 0
         self._layout: Layout | None = None
         self._start()
@@ -57,6 +60,11 @@ class IsolatedBackend(Backend):
     def pid(self) -> int:
         """The child's process id."""
         return self._child.pid
+
+    @property
+    def n_cells(self) -> int:
+        """Tokens that the cache has memory for: n_ctx, unless some are evicted."""
+        return min(self._eviction.n_cells, self.n_ctx) if self._eviction else self.n_ctx
 
     def prefill(self, tokens: Sequence[int]) -> Array:
         require_room(self, len(tokens))

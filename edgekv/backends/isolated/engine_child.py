@@ -17,8 +17,9 @@ from edgekv.backends.base import Backend, Interrupted
 from edgekv.backends.isolated.child import Parent
 from edgekv.backends.isolated.shared_logits import SharedLogits
 from edgekv.backends.open import model_identity, open_backend, open_language
+from edgekv.cache.policies.settings import Eviction
 from edgekv.cache.rows import CacheRows, row_nbytes
-from edgekv.documents import encode
+from edgekv.documents import decode, encode
 from edgekv.host.memory import release_code, release_heap
 from edgekv.source import Array
 from edgekv.tokenizer.language import Language
@@ -36,9 +37,10 @@ class Engine:
     def __init__(self, shared: SharedLogits) -> None:
         self._shared = shared
 
-    def open(self, path: str, **options: Any) -> dict[str, Any]:
+    def open(self, path: str, eviction: dict[str, Any] | None, **options: Any) -> dict[str, Any]:
         """Open the engine with open_backend's arguments; returns its attributes."""
         self._path = Path(path)
+        options["eviction"] = decode(Eviction, eviction) if eviction else None
         backend = self._backend = open_backend(self._path, abort_flag=self._shared.abort_flag, **options)
         self._shared.map_rows(backend.n_vocab)
         _release_memory()

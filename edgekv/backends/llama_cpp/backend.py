@@ -7,18 +7,21 @@ turns flash attention off.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgekv.backends.base import Backend, Interrupted, require_loadable, require_room
+from edgekv.backends.base import EvictableBackend, Interrupted, require_loadable, require_room
 from edgekv.backends.llama_cpp.context import LlamaContext
+from edgekv.backends.llama_cpp.evict import CachedPositions, StateViews, runs
 from edgekv.backends.llama_cpp.kernel.mass import AttentionMass
 from edgekv.backends.llama_cpp.library import LOG, logits_rows
 from edgekv.backends.llama_cpp.state import StateFormat
+from edgekv.backends.llama_cpp.watch import QueryWatch
+from edgekv.cache.policies.base import LayerView, Need, Rows
 from edgekv.cache.rows import CacheRows, Layout
 from edgekv.errors import BackendError, UnsupportedError
 from edgekv.source import Array
@@ -28,11 +31,14 @@ from edgekv.source import Array
 LOGITS_ROWS = 128
 
 
-class LlamaCppBackend(LlamaContext, Backend):
+class LlamaCppBackend(LlamaContext, EvictableBackend):
     """llama.cpp as a Backend: a LlamaContext of one sequence, with its arguments and errors.
 
-    A call in progress ends with Interrupted when the first byte of the abort flag is set.
+    A call in progress ends with Interrupted when the first byte of the abort flag is set. Only where it
+    `shows_queries` can policies go by them.
     """
+
+    merges = True  # llama_memory_seq_rm drops a position in all layers
 
     def __init__(
         self,
@@ -42,6 +48,7 @@ class LlamaCppBackend(LlamaContext, Backend):
         cache_type: str = "f16",
         n_threads: int | None = None,
         abort_flag: ctypes.Array[ctypes.c_char] | None = None,
+        shows_queries: bool = False,
     ) -> None:
         super().__init__(
             path,
@@ -52,12 +59,20 @@ class LlamaCppBackend(LlamaContext, Backend):
             n_outputs=LOGITS_ROWS,
             keeps_all=False,
             abort_flag=abort_flag,
+            watch=QueryWatch() if shows_queries else None,
         )
         self._format: StateFormat | None = None
+        self._path = path
+        self._positions = CachedPositions()
+        self._views: StateViews | None = None
         self._mass: AttentionMass | None = None
         self.n_past = 0
         self._token = (ctypes.c_int32 * 1)()
         self._one_token = self._api.llama_batch(n_tokens=1, token=self._token)
+
+    @property
+    def n_rows(self) -> int:
+        return self._positions.count(self.n_past)
 
     def prefill(self, tokens: Sequence[int]) -> Array:
         require_room(self, len(tokens))
@@ -86,12 +101,32 @@ class LlamaCppBackend(LlamaContext, Backend):
         if n_past == self.n_past:
             return
         api, memory = self._api, self._memory
-        if not (self._remembers(n_past) and api.llama_memory_seq_rm(memory, 0, n_past, -1)):
+        gone = bool(n_past) and n_past <= self._positions.dense_from
+        if gone or not (self._remembers(n_past) and api.llama_memory_seq_rm(memory, 0, n_past, -1)):
             api.llama_memory_clear(memory, False)
             n_past = 0
+        self._positions.trim(n_past)
         self.n_past = n_past
         if self._mass:
             self._mass.rows[:, n_past:] = 0
+
+    def require_evictable(self, needs: Collection[Need]) -> None:
+        api = self._api
+        if api.llama_model_is_recurrent(self._model) or api.llama_model_is_hybrid(self._model):
+            raise UnsupportedError(
+                "a recurrent state has no rows that could be evicted; leave the budget out"
+            )
+        self._views = StateViews(self._path, needs, self._encodings, self._watch) if needs else None
+
+    def views(self) -> Iterator[LayerView]:
+        if self._views is None:  # a policy that looks at nothing
+            yield LayerView(1, self.n_rows)
+        else:
+            yield from self._views.of(self._state(0), self.n_past)
+
+    def keep(self, rows: Sequence[Rows]) -> None:
+        for start, stop in runs(self._positions.keep(rows[0], self.n_past)):
+            self._api.llama_memory_seq_rm(self._memory, 0, start, stop)
 
     def layout(self) -> Layout:
         return self._state_format().layout
@@ -153,12 +188,17 @@ class LlamaCppBackend(LlamaContext, Backend):
         return batch
 
     def _run(self, batch: Any) -> None:
+        if self._watch is not None:
+            self._watch.first = self.n_past
         with self._mass.collecting() if self._mass else nullcontext():
             status = self._api.llama_decode(self._context, batch)
+        if self._watch is not None:
+            self._watch.finish()
         if status == 0:
             self.n_past += batch.n_tokens
             return
         self.n_past = self._api.llama_memory_seq_pos_max(self._memory, 0) + 1
+        self._positions.trim(self.n_past)
         if status == 2:  # the abort callback
             self._abort[0] = b"\0"
             raise Interrupted

@@ -25,6 +25,7 @@ from edgekv.backends.llama_cpp.library import (
     require_one_row,
 )
 from edgekv.backends.llama_cpp.state import StateFormat, read_state, write_state
+from edgekv.backends.llama_cpp.watch import QueryWatch
 from edgekv.cache.rows import Bytes, CacheRows
 from edgekv.errors import BackendError, InputError
 from edgekv.host.memory import machine_nbytes
@@ -54,6 +55,7 @@ class LlamaContext:
         keeps_all: layers with a window keep the whole context and not little more than the window, so that rows of any
             position can be cut off or shared.
         abort_flag: two bytes, which may lie in shared memory; a call in progress ends when the first is set.
+        watch: is shown the queries; each token takes some milliseconds more.
 
     Raises:
         ModelFileError: the file is malformed.
@@ -75,6 +77,7 @@ class LlamaContext:
         n_outputs: int,
         keeps_all: bool,
         abort_flag: ctypes.Array[ctypes.c_char] | None = None,
+        watch: QueryWatch | None = None,
     ) -> None:
         require_positive(n_ctx=n_ctx, n_threads=n_threads)
         cache = require_cache_format(cache_type)
@@ -98,6 +101,7 @@ class LlamaContext:
             )
         mapped = header.mappable
         del header
+        self._watch = watch
         self._abort = abort_flag if abort_flag is not None else ctypes.create_string_buffer(2)
         self._context: Any = None
         self._model = load_model(path, repack, mapped)
@@ -110,6 +114,11 @@ class LlamaContext:
         params.n_threads = params.n_threads_batch = n_threads or default_threads()
         params.type_k, params.type_v = cache.k.ggml_id, cache.v.ggml_id
         params.swa_full = keeps_all
+        if watch is not None:
+            self._callback = self._api.ggml_backend_sched_eval_callback(
+                watch.watch
+            )  # native code alone has it
+            params.cb_eval = self._callback
         self._context = self._open(path, params)
         self._memory = self._api.llama_get_memory(self._context)
         self._window = int(self._api.llama_model_n_swa(self._model))

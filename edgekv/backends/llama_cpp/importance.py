@@ -70,7 +70,6 @@ class Importance:
         self._counts: dict[str, NDArray[np.int64]] = {}  # name: (matrices,)
         self._library = llama()._lib
         self._library.ggml_op_name.restype = ctypes.c_char_p
-        self._library.ggml_get_name.restype = ctypes.c_void_p
         ops = {self._library.ggml_op_name(i): i for i in range(64)}
         self._plain, self._routed = ops[b"MUL_MAT"], ops[b"MUL_MAT_ID"]
         self._checked = False
@@ -81,7 +80,8 @@ class Importance:
         try:
             node = Tensor.from_address(address)
             if not self._checked:
-                self._check_layout(address)
+                require_known_layout(address)
+                self._checked = True
             if node.op not in (self._plain, self._routed):
                 return not ask
             name = node.src[0].contents.name.decode()
@@ -107,21 +107,13 @@ class Importance:
             found[name] = np.asarray(np.maximum(mean, FLOOR * mean.mean()), np.float32).reshape(-1)
         return {name: values for name, values in found.items() if values.any() and np.isfinite(values).all()}
 
-    def _check_layout(self, address: int) -> None:
-        expected = address + Tensor.name.offset
-        if self._library.ggml_get_name(ctypes.c_void_p(address)) != expected:
-            raise BackendError(
-                "this llama.cpp has another struct ggml_tensor; pip install llama-cpp-python==0.3.36"
-            )
-        self._checked = True
-
     def _add(self, name: str, node: Tensor) -> None:
-        weight, inputs = node.src[0].contents, _view(node.src[1].contents, np.float32)
+        weight, inputs = node.src[0].contents, tensor_view(node.src[1].contents, np.float32)
         n_matrices, columns = int(weight.ne[2]), int(weight.ne[0])
         sums = self._sums.setdefault(name, np.zeros((n_matrices, columns)))
         counts = self._counts.setdefault(name, np.zeros(n_matrices, np.int64))
         if node.op == self._routed:
-            self._add_routed(sums, counts, inputs, _view(node.src[2].contents, np.int32))
+            self._add_routed(sums, counts, inputs, tensor_view(node.src[2].contents, np.int32))
             return
         squares = np.square(inputs[0]).sum(axis=1, dtype=np.float64)  # (inputs' matrices, columns)
         repeat = squares.shape[0] // n_matrices  # query heads that share one matrix
@@ -141,7 +133,17 @@ class Importance:
             counts[expert] += len(rows)
 
 
-def _view(tensor: Tensor, dtype: Any) -> Any:
+def require_known_layout(address: int) -> None:
+    """Raise BackendError unless the tensor there is laid out as `Tensor` is."""
+    library = llama()._lib
+    library.ggml_get_name.restype = ctypes.c_void_p
+    if library.ggml_get_name(ctypes.c_void_p(address)) != address + Tensor.name.offset:
+        raise BackendError(
+            "this llama.cpp has another struct ggml_tensor; pip install llama-cpp-python==0.3.36"
+        )
+
+
+def tensor_view(tensor: Tensor, dtype: Any) -> Any:
     """A view of the tensor's data in NumPy's order (ne3, ne2, ne1, ne0), by its own strides."""
     shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
     nbytes = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 4

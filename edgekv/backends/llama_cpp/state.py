@@ -88,11 +88,32 @@ def read_state(state: Bytes, encodings: tuple[str, str], start: int = 0) -> tupl
 
 
 def _read(state: Bytes, encodings: tuple[str, str], start: int) -> tuple[StateFormat, CacheRows]:
+    form, positions, taken = read_cells(state, encodings)
+    expected = np.arange(len(positions))
+    order = None  # of the cells by position, which in a cache of several sequences lie anywhere
+    if not (positions == expected).all():
+        order = np.argsort(positions, kind="stable")
+        if not (positions[order] == expected).all():
+            raise ValueError("its tokens do not lie at positions 0, 1, 2 and so on")
+    rows = CacheRows.empty(form.layout, len(positions) - start)
+    for target, array in zip(rows.planes(), taken, strict=True):
+        target[:] = array[start:] if order is None else array[order[start:]]
+    return form, rows
+
+
+def read_cells(
+    state: Bytes, encodings: tuple[str, str]
+) -> tuple[StateFormat, NDArray[np.int32], list[Bytes]]:
+    """The format of a state, the position of each cell, and each plane's rows in the same order, as views.
+
+    Raises:
+        ValueError, KeyError: it is no state of a plain cache.
+    """
     reader = _Reader(state)
     magic, _, n_streams, n_cells = reader.unpack(_HEADER)
     if n_streams != 1:
         raise ValueError(f"it has {n_streams} streams")
-    order = _order(reader, n_cells)
+    positions = _positions(reader, n_cells)
     transposed, n_layers = reader.unpack(_LAYERS)
     names = [f"{i}.key" for i in range(n_layers)]
     taken = [_take_rows(reader, name, n_cells) for name in names]
@@ -106,25 +127,17 @@ def _read(state: Bytes, encodings: tuple[str, str], start: int) -> tuple[StateFo
     layout = tuple(
         Plane(name, form.name, values, encodings[name.endswith(".value")]) for name, form, values, _ in taken
     )
-    rows = CacheRows.empty(layout, n_cells - start)
-    for target, (*_, array) in zip(rows.planes(), taken, strict=True):
-        target[:] = array[start:] if order is None else array[order[start:]]
-    return StateFormat(magic, bool(transposed), layout), rows
+    return StateFormat(magic, bool(transposed), layout), positions, [array for *_, array in taken]
 
 
-def _order(reader: _Reader, n_cells: int) -> NDArray[np.intp] | None:
-    """The cells by position, which in a cache of several sequences lie anywhere; None where they are in order."""
+def _positions(reader: _Reader, n_cells: int) -> NDArray[np.int32]:
     _, n_sequences = reader.peek(_CELL)
     kind = CELL if n_sequences else SHORT_CELL
     cells = np.frombuffer(reader.take(n_cells * kind.itemsize), kind)
-    positions, expected = cells["position"], np.arange(n_cells)
-    same = n_sequences <= 1 and (cells["n_sequences"] == n_sequences).all()
-    if same and (positions == expected).all():
-        return None
-    order = np.argsort(positions, kind="stable")
-    if not same or not (positions[order] == expected).all():
-        raise ValueError("its tokens do not lie at positions 0, 1, 2 and so on")
-    return order
+    if n_sequences > 1 or not (cells["n_sequences"] == n_sequences).all():
+        raise ValueError("its tokens are shared")
+    positions: NDArray[np.int32] = cells["position"]
+    return positions
 
 
 Taken = tuple[str, Format, int, Bytes]  # a plane's name, format, values per token, and rows

@@ -14,6 +14,8 @@ from typing import Any
 
 from edgekv.backends.isolated.child import Parent
 from edgekv.backends.open import model_identity, open_sequences
+from edgekv.cache.policies.settings import Eviction
+from edgekv.documents import decode
 from edgekv.errors import to_wire
 from edgekv.host.memory import release_code, release_heap
 from edgekv.serve.engine.disk import Disk
@@ -24,10 +26,17 @@ IDLE_S = 2.0  # without a message, after which one more beginning goes to the di
 
 
 def open_scheduler(
-    parent: Parent, path: str, packs: str | None, sessions: str | None, sessions_bytes: int, **options: Any
+    parent: Parent,
+    path: str,
+    packs: str | None,
+    sessions: str | None,
+    sessions_bytes: int,
+    eviction: dict[str, Any] | None = None,
+    **options: Any,
 ) -> tuple[Scheduler, dict[str, Any]]:
     """A scheduler of a model opened with the options of `open_sequences`, and what the parent is to know of it."""
-    engine = open_sequences(Path(path), **options)
+    wanted = decode(Eviction, eviction) if eviction else None
+    engine = open_sequences(Path(path), eviction=wanted, **options)
     language = engine.language()
     about = {
         name: getattr(engine, name)
