@@ -35,6 +35,7 @@ from edgekv.devices.sensors.health import read_health
 from edgekv.devices.sensors.machine import probe, software
 from edgekv.devices.sensors.nvml import first_card
 from edgekv.devices.sensors.resident import split_memory
+from edgekv.documents import encode
 from edgekv.errors import BackendError, InputError
 from edgekv.host.load import LoadMeter
 from edgekv.host.threads import allowed_cpus, big_cores, default_threads
@@ -183,6 +184,7 @@ class _Bench:
             cache_type=lane.candidate.cache_type,
             threads=s.threads,
             cpus=s.cpus,
+            eviction=encode(s.eviction),
         )
         lane.loaded = lane.worker.ask("memory")
         if lane.candidate.engine != "llama.cpp":  # NumPy's zeros become resident when they are written
@@ -196,6 +198,10 @@ class _Bench:
             lane.card_nbytes = lane.worker.ask("card") - card_before
         lane.cache_nbytes, lane.repacked_nbytes = opened["cache_nbytes"], opened["repacked_nbytes"]
         lane.run = structs.replace(lane.run, load_s=opened["load_s"], first_ttft_s=first_ttft_s)
+        if s.eviction:
+            self._notes += (
+                f"{lane.run.label}: {s.budget} tokens stay in the cache by the policy {s.policy}",
+            )
         if opened["kernel"] == "edgekv":
             self._notes += (f"{lane.run.label}: attention by EdgeKV's kernel",)
         if lane.card_nbytes:  # decoding reads the card's memory: the cores' bandwidth is no ceiling
@@ -227,7 +233,7 @@ class _Bench:
         known = [joules for joules in lane.joules if joules is not None]
         decode_tps = Stat.of([s.n_gen / seconds for seconds in lane.decode])
         # The depth grows while the n_gen tokens are decoded: their mean is half way.
-        read, cached = lane.run.model.read_nbytes, lane.run.cache.read_nbytes(depth + s.n_gen / 2)
+        read, cached = lane.run.model.read_nbytes, lane.run.cache.read_nbytes(s.n_cached(depth + s.n_gen / 2))
         nbytes = None if read is None or cached is None else read + round(cached)
         ceiling = lane.run.bandwidth_gb_s
         return Point(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgekv.backends.open import Kind
+from edgekv.cache.policies.names import DEFAULT_POLICY
+from edgekv.cache.policies.settings import Eviction, wanted_eviction
 from edgekv.errors import InputError
 from edgekv.host.threads import allowed_cpus
 
@@ -22,7 +24,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """What to measure. `cpus` empty: the big physical cores; `threads` 0: one per CPU of these."""
+    """What to measure. `cpus` empty: the big physical cores; `threads` 0: one per CPU of these.
+
+    With a `budget` every candidate's cache keeps that many tokens, by a `policy` of edgekv.cache.policies.named.
+    """
 
     depths: tuple[int, ...] = (0, 512)
     n_prompt: int = 128
@@ -32,11 +37,22 @@ class BenchSettings:
     cpus: tuple[int, ...] = ()
     context: int = 0
     with_hash: bool = True
+    budget: int | None = None
+    policy: str = DEFAULT_POLICY
 
     @property
     def n_ctx(self) -> int:
         """Tokens of context to open: what the deepest point needs, or `context` if that is more."""
         return max(self.context, max(self.depths) + max(self.n_prompt, self.n_gen))
+
+    @property
+    def eviction(self) -> Eviction | None:
+        """What leaves the caches."""
+        return wanted_eviction(self.budget, self.policy)
+
+    def n_cached(self, n_tokens: float) -> float:
+        """Of so many tokens, those that a cache has."""
+        return min(n_tokens, self.eviction.n_cells) if self.eviction else n_tokens
 
 
 def labels(candidates: Sequence[Candidate]) -> list[str]:
@@ -57,6 +73,7 @@ def check(candidates: Sequence[Candidate], settings: BenchSettings) -> None:
         raise InputError(f"depths {s.depths}: give whole numbers from 0, each once, in rising order")
     if min(s.n_prompt, s.n_gen, s.repeats) < 1:
         raise InputError("tokens to prefill, tokens to decode and repeats must each be at least 1")
+    wanted_eviction(s.budget, s.policy)
     if unknown := sorted(set(s.cpus) - set(allowed_cpus())):
         raise InputError(
             f"CPU {unknown[0]} is closed to this process; choose from {', '.join(map(str, allowed_cpus()))}"

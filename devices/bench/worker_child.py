@@ -28,10 +28,19 @@ class Worker:
         return read_bandwidth_gb_s(nbytes, threads)
 
     def open(
-        self, path: str, engine: Kind, n_ctx: int, cache_type: str, threads: int, cpus: list[int]
+        self,
+        path: str,
+        engine: Kind,
+        n_ctx: int,
+        cache_type: str,
+        threads: int,
+        cpus: list[int],
+        eviction: dict[str, Any] | None,
     ) -> dict[str, Any]:
         """Load the model: seconds that it took, and bytes that the engine allocated."""
         from edgekv.backends.open import open_backend
+        from edgekv.cache.policies.settings import Eviction
+        from edgekv.documents import decode
 
         pin(cpus)
         self._path = Path(path)
@@ -42,6 +51,7 @@ class Worker:
             n_ctx=n_ctx,
             cache_type=cache_type,
             n_threads=None if engine == "reference" else threads,
+            eviction=decode(Eviction, eviction) if eviction else None,
         )
         load_s = time.perf_counter() - start
         self._tokens = _tokens(n_ctx, self._backend.n_vocab)

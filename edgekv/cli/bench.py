@@ -33,6 +33,7 @@ def parse_depths(text: str) -> tuple[int, ...]:
 @click.option("-n", "--n-gen", default=32, show_default=True, help="Tokens of each timed decode.")
 @click.option("-r", "--repeats", default=5, show_default=True, help="Timed samples at each depth.")
 @options.ctx_size("Context to open.  [default: what the deepest point needs]")
+@options.budget()
 @options.threads()
 @click.option("--cpus", default="", metavar="CPUS", callback=options.parsed(parse_cpu_list),
               help="CPUs to run on, as 0-3,6.  [default: the fast physical cores]")  # fmt: skip

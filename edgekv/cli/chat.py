@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 @options.seed("Seed of the sampling: the same question then gives the same answer.", default=None)
 @options.ctx_size("Tokens of context.  [default: the session's, else up to 4096]")
 @options.cache_type("How keys and values are stored.  [default: the session's or pack's, else f16]")
+@options.budget()
 @options.threads()
 @options.backend()
 @options.kernel()
@@ -61,6 +62,7 @@ def command(
     git diff | edgekv chat model.gguf -p "Review:" -f -     or about what a pipe brings
     edgekv chat model.gguf -p "Hi" --temp 0 --json          figures for a script
     edgekv chat model.gguf -c 32768 --cache-type q8_0 --stats
+    edgekv chat model.gguf --budget 2048                    talks on in the memory of 2,048 tokens
     edgekv chat model.gguf --session talk.session           goes on where it ended, without a prefill
 
     Answers go to standard output, everything else to standard error. Ctrl-C stops an answer. The engine

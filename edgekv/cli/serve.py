@@ -27,6 +27,7 @@ from edgekv.cli.common import options
 @click.option("--timeout", "timeout_s", default=600.0, show_default=True, help="Most seconds of a request.")
 @options.ctx_size("Tokens of one request and its answer.  [default: up to 4096]")
 @options.cache_type("How keys and values are stored.  [default: f16]")
+@options.budget()
 @click.option("--packs", type=options.PATH, help="Folder of packs that requests can name.")
 @click.option(
     "--sessions",
@@ -55,7 +56,7 @@ def command(model: Path, parallel: int | None, as_json: bool, **wanted: Any) -> 
     """
     from edgekv.workflows.serve import ServeRequest, ServerSettings, default_parallel, serve_model
 
-    wanted["parallel"] = parallel or default_parallel(model, wanted["backend"])
+    wanted["parallel"] = parallel or default_parallel(model, wanted["backend"], wanted["budget"])
     request = ServeRequest(model, options.build(ServerSettings, wanted), **wanted)
 
     def ready(address: str, about: dict[str, Any]) -> None:

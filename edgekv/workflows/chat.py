@@ -10,6 +10,8 @@ from pathlib import Path
 from edgekv.backends.base import DEFAULT_N_CTX
 from edgekv.backends.isolated.backend import IsolatedBackend
 from edgekv.backends.open import Kind, default_kind
+from edgekv.cache.policies.names import DEFAULT_POLICY
+from edgekv.cache.policies.settings import wanted_eviction
 from edgekv.cache.rows import Layout, cache_type_of
 from edgekv.chat.generate import Generator, Step
 from edgekv.chat.packs import Pack, place_packs, read_pack
@@ -36,6 +38,8 @@ class ChatRequest(Request):
         cache_type: how their keys and values are stored, such as "q8_0", or "q8_0/q4_0" for keys and values; by
             default as in the session or packs, or f16 in llama.cpp.
         threads: by default the big physical cores.
+        budget: rows that the cache keeps; others are evicted, and `ctx_size` is by default the trained length.
+        policy: which rows those are; edgekv.cache.policies.named.POLICIES.
         system: the system prompt; by default the session's.
         template: whether to use the model's chat template.
         max_tokens: most tokens of an answer; by default as many as the context holds.
@@ -49,6 +53,8 @@ class ChatRequest(Request):
     ctx_size: int | None = None
     cache_type: str | None = None
     threads: int | None = None
+    budget: int | None = None
+    policy: str = DEFAULT_POLICY
     system: str = ""
     template: bool = True
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -102,6 +108,10 @@ def open_chat(request: ChatRequest) -> Iterator[Chat]:
         BackendError: the engine is not installed or failed.
     """
     sampler = Sampler(request.sampling)  # refuses impossible settings before the engine starts
+    if request.budget and request.packs:
+        raise InputError(
+            "packs bring rows of every token, which a budget would evict; leave --pack or --budget out"
+        )
     saved = read_session(request.session) if request.session else None
     packs = [read_pack(path) for path in request.packs]
     stored = [saved.stored] if saved else [pack.stored for pack in packs]
@@ -113,6 +123,7 @@ def open_chat(request: ChatRequest) -> Iterator[Chat]:
             n_ctx=request.ctx_size or _found_ctx_size(saved, packs),
             cache_type=request.cache_type or stored_cache_type(layout, request.model, request.backend),
             n_threads=request.threads,
+            eviction=wanted_eviction(request.budget, request.policy),
         )
         stack.callback(engine.close)
         language = engine.language()

@@ -9,7 +9,9 @@ from typing import Any
 
 from edgekv.backends.base import require_positive
 from edgekv.backends.open import Kind, default_kind
-from edgekv.errors import BackendError
+from edgekv.cache.policies.names import DEFAULT_POLICY
+from edgekv.cache.policies.settings import wanted_eviction
+from edgekv.errors import BackendError, InputError
 from edgekv.serve.settings import ServerSettings
 from edgekv.workflows.request import Request
 
@@ -29,6 +31,7 @@ class ServeRequest(Request):
         ctx_size: tokens of one request and its answer; by default the trained length, but at most 4096.
         cache_type: how their keys and values are stored; by default f16 in llama.cpp.
         threads: by default the big physical cores.
+        budget, policy: as edgekv.workflows.chat.ChatRequest has them; one request at a time then.
         packs: a folder of packs that requests can name.
         sessions: a folder for what the cache lets go of, in at most `sessions_bytes`; it is made where it is missing.
     """
@@ -39,14 +42,16 @@ class ServeRequest(Request):
     ctx_size: int | None = None
     cache_type: str | None = None
     threads: int | None = None
+    budget: int | None = None
+    policy: str = DEFAULT_POLICY
     packs: Path | None = None
     sessions: Path | None = None
     sessions_bytes: int = 2**30
 
 
-def default_parallel(model: Path, backend: Kind | None) -> int:
-    """Requests side by side where nobody says: engines other than llama.cpp answer one at a time."""
-    return PARALLEL if (backend or default_kind(model)) == "llama.cpp" else 1
+def default_parallel(model: Path, backend: Kind | None, budget: int | None = None) -> int:
+    """Requests side by side where nobody says: one in engines other than llama.cpp, and in a cache that evicts."""
+    return PARALLEL if (backend or default_kind(model)) == "llama.cpp" and budget is None else 1
 
 
 def serve_model(request: ServeRequest, ready: Callable[[str, dict[str, Any]], None]) -> None:
@@ -65,6 +70,10 @@ def serve_model(request: ServeRequest, ready: Callable[[str, dict[str, Any]], No
     require_positive(
         ctx_size=request.ctx_size, threads=request.threads, sessions_bytes=request.sessions_bytes
     )
+    if request.budget is not None and (request.packs or request.sessions):
+        raise InputError(
+            "packs and sessions hold every token, which a budget would evict; leave --budget out, or them"
+        )
     options = Options(
         path=str(request.model),
         kind=request.backend,
@@ -72,6 +81,7 @@ def serve_model(request: ServeRequest, ready: Callable[[str, dict[str, Any]], No
         n_ctx=request.ctx_size,
         cache_type=request.cache_type,
         n_threads=request.threads,
+        eviction=wanted_eviction(request.budget, request.policy),
         packs=None if request.packs is None else str(request.packs),
         sessions=None if request.sessions is None else str(request.sessions),
         sessions_bytes=request.sessions_bytes,

@@ -18,6 +18,7 @@ import click
 
 from edgekv.backends.kernel_names import KERNEL_VARIABLE, KERNELS
 from edgekv.backends.open import KINDS
+from edgekv.cache.policies.names import DEFAULT_POLICY
 from edgekv.models.hub.names import is_hub_name
 from edgekv.quant.formats import CACHE_TYPES
 
@@ -204,6 +205,24 @@ def threads() -> Option[Any]:
         type=click.IntRange(1),
         metavar="N",
         help="Threads of the engine.  [default: one per big physical core]",
+    )
+
+
+def budget() -> Option[Any]:
+    """--budget and --policy, a cache of fixed size."""
+    return _all(
+        click.option(
+            "--budget",
+            type=click.IntRange(1),
+            metavar="N",
+            help="Tokens that stay in the cache; others are evicted.  [default: all of the context]",
+        ),
+        click.option(
+            "--policy",
+            default=DEFAULT_POLICY,
+            show_default=True,
+            help="Which stay: streaming, knorm, keydiff, or critical- in front of one; docs/eviction.md has more.",
+        ),
     )
 
 

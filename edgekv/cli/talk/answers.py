@@ -118,7 +118,7 @@ def stats_line(answer: Answer, engine: IsolatedBackend) -> str:
     return click.style(
         f"[first token {timings.ttft_s:.2f} s | prefill {timings.n_prefilled} tokens{reused}{again} "
         f"{timings.prefill_tps:.1f} tokens/s | decode {timings.n_generated} tokens {timings.decode_tps:.1f} "
-        f"tokens/s | cache {engine.cache_nbytes() / 1e6:.1f} MB for {engine.n_ctx} tokens"
+        f"tokens/s | cache {engine.cache_nbytes() / 1e6:.1f} MB for {engine.n_cells} tokens"
         + kernel
         + (f" | peak RSS {', '.join(rss)}" if rss else "")
         + (f" | not alone: {load.words()}" if load and load.busy else "")
