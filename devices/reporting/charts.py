@@ -9,7 +9,7 @@ from edgekv.backends.llama_cpp.footprint import CELLS
 from edgekv.devices.boards.profile import load_boards
 from edgekv.devices.reporting.report import BenchRun, Point
 from edgekv.devices.reporting.svg import Bar, Dot, Limit, Line, bar_chart, line_chart
-from edgekv.devices.reporting.tables import Entry, machine_name
+from edgekv.devices.reporting.tables import Entry, machine_label, machine_name, run_label
 
 MIB = 2**20
 TIME_PARTS = {  # by CSS class
@@ -43,11 +43,11 @@ def speed_chart(entries: Sequence[Entry]) -> str | None:
                 )
                 dots.append(Dot(point.depth, stat.median, stat.low, stat.high, tip))
         if dots:
-            lines.append(Line(entry.name, tuple(dots), entry.source.report.provenance, i))
+            lines.append(Line(tuple(dots), entry.source.report.provenance, i))
     if not lines:
         return None
     title = "Decode tokens per second against tokens in the cache"
-    return line_chart(title, lines, "tokens in the cache", "tokens/s", lambda value: f"{value:,.3g}")
+    return line_chart(title, lines, "tokens in the cache", "tokens/s", lambda value: f"{value:,g}")
 
 
 def memory_chart(entries: Sequence[Entry]) -> str | None:
@@ -62,11 +62,11 @@ def memory_chart(entries: Sequence[Entry]) -> str | None:
     for i, entry in known:
         contexts = sorted({CELLS, longest})
         drawn = [_memory_dot(entry, context, "calculated from the measured peak") for context in contexts]
-        lines.append(Line(entry.name, tuple(drawn), "projected", i))
+        lines.append(Line(tuple(drawn), "projected", i))
         if entry.run.cache.n_ctx:
             kind = entry.source.report.provenance
             dot = _memory_dot(entry, entry.run.cache.n_ctx, f"{kind} peak")
-            lines.append(Line(entry.name, (dot,), kind, i))
+            lines.append(Line((dot,), kind, i))
     highest = max(dot.y for line in lines for dot in line.dots)
     title = "Memory in MiB against context, with what boards have free"
     return line_chart(title, lines, "context", "MiB", lambda value: f"{value:,.0f}", board_limits(highest))
@@ -91,16 +91,16 @@ def board_limits(highest_mib: float) -> tuple[Limit, ...]:
 def time_chart(entries: Sequence[Entry]) -> str | None:
     """Where the time of a decoded token goes: weights at the measured bandwidth, growth with depth, the rest."""
     bars = []
-    for entry in entries:
-        base = empty_cache_s(entry.run)
+    for i, entry in enumerate(entries):
+        base, where = empty_cache_s(entry.run), machine_label(entry.source.report.machine)
         for point in entry.run.points:
             if times := time_parts(entry.run, point, base):
-                name = f"{entry.name}, depth {point.depth:,}"
+                name = f"{where}: {run_label(entry.run)} at {point.depth:,}"
                 parts = tuple(
                     (ms, style, f"{name}: {ms:.2f} ms {words}; {provenance(entry)}")
                     for ms, (style, words) in zip(times, TIME_PARTS.items(), strict=True)
                 )
-                bars.append(Bar(name, parts, entry.source.report.provenance))
+                bars.append(Bar(name, parts, entry.source.report.provenance, i))
     if not bars:
         return None
     title = "Where the time of a decoded token goes"

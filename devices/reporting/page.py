@@ -8,10 +8,10 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from edgekv.devices.reporting.charts import memory_chart, provenance, speed_chart, time_chart
+from edgekv.devices.reporting.charts import memory_chart, speed_chart, time_chart
 from edgekv.devices.reporting.report import Report
 from edgekv.devices.reporting.svg import N_COLOURS
-from edgekv.devices.reporting.tables import Source, entries, tables, warnings
+from edgekv.devices.reporting.tables import Entry, Source, entries, machine_label, run_label, tables, warnings
 
 STYLE = Path(__file__).with_name("page.css")
 KINDS = {
@@ -38,12 +38,16 @@ def html_page(sources: Sequence[Source]) -> str:
         ),
         ("Where the time goes", time_chart(rows), None),
     )
+    grouped: dict[str, list[tuple[int, Entry]]] = {}
+    for i, row in enumerate(rows):
+        grouped.setdefault(machine_label(row.source.report.machine), []).append((i, row))
     page = Environment(autoescape=True, loader=FileSystemLoader(STYLE.parent), undefined=StrictUndefined)
     return page.get_template("page.html.jinja").render(
         style=Markup(STYLE.read_text(encoding="utf-8")),
-        rows=rows,
+        n_runs=len(rows),
+        machines=grouped,
+        run_label=run_label,
         n_colours=N_COLOURS,
-        provenance=provenance,
         kinds=KINDS,
         warnings=warnings(sources),
         charts=[(title, Markup(svg), note) for title, svg, note in charts if svg],  # svg.py escapes its texts

@@ -13,6 +13,7 @@ from html import escape
 
 WIDTH, HEIGHT = 400, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 24, 16, 44
+BAR_HEIGHT = 38
 N_COLOURS = 8
 MAX_NAME = 52  # characters that fit across a chart
 
@@ -30,12 +31,11 @@ class Dot:
 
 @dataclass(frozen=True)
 class Line:
-    """A named line. `style` is a CSS class: measured, emulated or projected."""
+    """A run's line. `style` is a CSS class: measured, emulated or projected."""
 
-    name: str
     dots: tuple[Dot, ...]
     style: str
-    colour: int  # index into the page's palette
+    run: int  # its number, which gives its colour, and the class by which a page hides it
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Bar:
     name: str
     parts: tuple[tuple[float, str, str], ...]
     style: str
+    run: int
 
 
 Format = Callable[[float], str]
@@ -81,29 +82,28 @@ def line_chart(
 
 
 def bar_chart(title: str, bars: Sequence[Bar], x_name: str, x_format: Format) -> str:
-    """Stacked horizontal bars, each under its name, on one x axis."""
+    """Stacked horizontal bars, each under its name, on one x axis; an image each, so that a page can hide any."""
     x_ticks = ticks(max((sum(length for length, _, _ in bar.parts) for bar in bars), default=0.0))
     to_x = _scale(x_ticks[-1], 4, WIDTH - 24)
-    row = 38
-    height = row * len(bars) + BOTTOM
-    body = []
-    for value in x_ticks:
-        x = to_x(value)
-        body.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{height - BOTTOM + 4}"/>')
-        body.append(_text(x, height - 24, x_format(value), "middle"))
-    for i, bar in enumerate(bars):
-        y = row * i + 18
-        body.append(_text(4, y - 3, shortened(bar.name), "start"))
+    drawn = []
+    for bar in bars:
+        body = [_vertical(to_x(value), 0, BAR_HEIGHT) for value in x_ticks]
+        body.append(_text(4, 15, shortened(bar.name), "start"))
         start = 0.0
         for length, style, tip in bar.parts:
             width = to_x(start + length) - to_x(start)
             body.append(
-                f'<rect class="{style} {bar.style}" x="{to_x(start):.1f}" y="{y}" width="{width:.1f}" '
+                f'<rect class="{style} {bar.style}" x="{to_x(start):.1f}" y="18" width="{width:.1f}" '
                 f'height="14"><title>{escape(tip)}</title></rect>'
             )
             start += length
-    body.append(_text(WIDTH / 2, height - 6, x_name, "middle"))
-    return _svg(title, height, body)
+        drawn.append(_svg(f"{title}: {bar.name}", BAR_HEIGHT, body, f"run{bar.run}"))
+    axis = [_text(to_x(value), 14, x_format(value), "middle") for value in x_ticks]
+    return "".join(drawn) + _svg(x_name, 38, [*axis, _text(WIDTH / 2, 32, x_name, "middle")])
+
+
+def _vertical(x: float, top: float, bottom: float) -> str:
+    return f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.0f}" y2="{bottom:.0f}"/>'
 
 
 def shortened(name: str) -> str:
@@ -148,7 +148,7 @@ def _limit(limit: Limit, to_y: Callable[[float], float]) -> str:
 
 
 def _line(line: Line, to_x: Callable[[float], float], to_y: Callable[[float], float]) -> str:
-    style = f"{line.style} c{line.colour % N_COLOURS}"
+    style = f"{line.style} c{line.run % N_COLOURS} run{line.run}"
     path = " ".join(f"{to_x(dot.x):.1f},{to_y(dot.y):.1f}" for dot in line.dots)
     parts = [f'<polyline class="line {style}" points="{path}"/>'] if len(line.dots) > 1 else []
     for dot in line.dots:
@@ -167,9 +167,9 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _svg(title: str, height: float, body: Sequence[str]) -> str:
+def _svg(title: str, height: float, body: Sequence[str], style: str = "") -> str:
     return (
-        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(title)}">'
+        f'<svg class="{style}" viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(title)}">'
         + "".join(body)
         + "</svg>"
     )

@@ -124,6 +124,16 @@ def machine_name(machine: Machine) -> str:
     return f"{machine.board} [{machine.emulator}]" if machine.emulator else machine.board
 
 
+def machine_label(machine: Machine) -> str:
+    """A machine in few words: its card where that ran the layers, else its board."""
+    return machine.card or machine.board.removeprefix("Linux computer, ").replace("(R)", "")
+
+
+def run_label(run: BenchRun) -> str:
+    """A run in few words, where its machine is named beside it: the file and the cache type."""
+    return f"{run.model.file.removesuffix('.gguf')} {run.cache.type}"
+
+
 def engine_name(run: BenchRun, report: Report) -> str:
     """The engine and, where it is known, its version."""
     llama_cpp = report.software.llama_cpp
@@ -150,6 +160,14 @@ def warnings(sources: Sequence[Source]) -> tuple[str, ...]:
     for kind in sorted({source.report.provenance for source in sources} - {"measured"}):
         names = [row.name for row in rows if row.source.report.provenance == kind]
         said.append(f"{kind}, not measured on the board: {', '.join(names)}")
+    noisy = [
+        f"{row.name} at depth {point.depth} ({point.decode_tps.spread:.0%})"
+        for row in rows
+        for point in row.run.points
+        if point.decode_tps and point.decode_tps.spread > NOISY_SPREAD
+    ]
+    if noisy:
+        said.append(f"samples lie far apart, so that the machine was busy or hot: {', '.join(noisy)}")
     for row in rows:
         said += _run_warnings(row)
     return tuple(said)
@@ -162,12 +180,6 @@ def notes(sources: Sequence[Source]) -> tuple[str, ...]:
 
 def _run_warnings(row: Entry) -> list[str]:
     said = [f"{row.name} failed: {row.run.error}"] if row.run.error else []
-    for point in row.run.points:
-        if point.decode_tps and point.decode_tps.spread > NOISY_SPREAD:
-            said.append(
-                f"{row.name} at depth {point.depth}: samples lie {point.decode_tps.spread:.0%} apart; "
-                "the machine was busy or hot"
-            )
     before, after = row.run.before, row.run.after
     if after and after.throttling and after.throttling != (before.throttling if before else ()):
         said.append(f"{row.name}: throttling during the run: {', '.join(after.throttling)}")

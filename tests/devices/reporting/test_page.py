@@ -87,7 +87,7 @@ def test_dark_mode_follows_the_system(chromium: str, page: Path, tmp_path: Path)
     assert share_of(pixels, "#56b4e9") > 1e-4
 
 
-def test_a_phone_needs_no_sideways_scrolling(chromium: str, page: Path, tmp_path: Path) -> None:
+def test_a_phone_shows_charts_first_and_scrolls_one_way(chromium: str, page: Path, tmp_path: Path) -> None:
     harness = tmp_path / "harness.html"
     harness.write_text(
         f"""<iframe id="f" src="{page.as_uri()}" style="width:360px;height:700px;border:0"></iframe><p id="out"></p>
@@ -97,6 +97,7 @@ def test_a_phone_needs_no_sideways_scrolling(chromium: str, page: Path, tmp_path
             width: d.documentElement.scrollWidth,
             text: Math.min(...texts.map(e => e.getBoundingClientRect().height)),
             outside: texts.filter(e => e.getBoundingClientRect().right > 360).map(e => e.textContent),
+            top: d.querySelector("figure").getBoundingClientRect().top,
             charts: d.querySelectorAll("figure").length, rows: d.querySelectorAll("tbody tr").length,
           }}) }}</script>"""
     )
@@ -105,8 +106,33 @@ def test_a_phone_needs_no_sideways_scrolling(chromium: str, page: Path, tmp_path
     assert seen["width"] <= 360
     assert seen["text"] >= 11
     assert seen["outside"] == []
+    assert seen["top"] < 100
     assert seen["charts"] == 3
     assert seen["rows"] > 10
+
+
+def test_runs_and_machines_can_be_hidden(chromium: str, page: Path, tmp_path: Path) -> None:
+    harness = tmp_path / "harness.html"
+    harness.write_text(
+        f"""<iframe id="f" src="{page.as_uri()}" style="width:360px;height:700px"></iframe><p id="out"></p>
+        <script>f.onload = () => {{
+          const d = f.contentDocument, w = f.contentWindow;
+          const shown = () => [...Array(d.querySelectorAll("input[id^=run]").length).keys()].filter(
+            i => [...d.querySelectorAll(".run" + i)].some(e => w.getComputedStyle(e).display != "none"));
+          const seen = [shown()];
+          for (const name of ["run1", "machine0", "run1", "machine0"]) {{
+            d.getElementById(name).click(); seen.push(shown()) }}
+          out.textContent = JSON.stringify(seen) }}</script>"""
+    )
+    dom = run(chromium, tmp_path, "--allow-file-access-from-files", "--dump-dom", harness.as_uri())
+    every, no_run, no_machine, still_none, again = json.loads(
+        html.unescape(re.findall(r'<p id="out">(.*?)</p>', dom)[0])
+    )
+    assert len(every) > 3
+    assert no_run == [i for i in every if i != 1]
+    assert 0 < len(no_machine) < len(no_run)  # the llama-bench report's machine stays
+    assert still_none == no_machine
+    assert again == every
 
 
 def test_the_page_is_complete_in_itself(page: Path) -> None:
