@@ -56,7 +56,10 @@ def fit_queries(
     decrease = np.einsum("hij,hij->h", residual, preconditioned)
     for _ in range(iterations):
         curved = _gradient(direction, probes, mla, workers, targets=False) + damping * direction
-        step = decrease / np.maximum(np.einsum("hij,hij->h", direction, curved), 1e-30)
+        # Scores much larger than their spread (Qwen2.5's key biases) can round a curvature to nothing or below.
+        least_curved = damping[:, 0, 0] * np.einsum("hij,hij->h", direction, direction)
+        curvature = np.maximum(np.einsum("hij,hij->h", direction, curved), least_curved)
+        step = decrease / np.maximum(curvature, 1e-30)
         solution += step[:, None, None] * direction
         errors = score_errors(solution, held_out, mla, workers)
         better = errors <= least
@@ -76,9 +79,7 @@ def score_errors(maps: Array, probes: list[Probe], mla: MLA, workers: Workers) -
         total = np.zeros(len(maps), np.float32)
         for i in indices:
             for _, attention, error in _score_errors(maps, probes[i], mla, targets=True):
-                weighted = attention * error
-                total += np.einsum("hts,hts->h", weighted, error)
-                total -= np.square(weighted.sum(axis=-1)).sum(axis=-1)
+                total += np.einsum("hts,hts->h", attention * error, error)
         return total
 
     return np.asarray(sum(workers.each(share, len(probes)), np.zeros(len(maps), np.float32)))
@@ -96,7 +97,8 @@ def _score_errors(maps: Array, probe: Probe, mla: MLA, targets: bool) -> Iterato
     """Scores by the query maps, less the original's if `targets`, QUERY_CHUNK queries (t) per step.
 
     Yields the queries' slice, and the original's attention and the scores on the tokens (s) up to the last of them,
-    both (H, t, s): most masked pairs are left out.
+    both (H, t, s): most masked pairs are left out. Scores are centred by that attention, before anything is squared:
+    with keys that have large biases (Qwen2.5) their mean is thousands of times their spread.
     """
     reading = rotate_rope_part(per_head(probe.queries, maps), mla, +1).swapaxes(0, 1)  # (H, T, R + P)
     for start in range(0, len(probe.rows), QUERY_CHUNK):
@@ -104,7 +106,9 @@ def _score_errors(maps: Array, probe: Probe, mla: MLA, targets: bool) -> Iterato
         error = reading[:, start:stop] @ probe.rows[:stop].T
         if targets:
             error -= probe.scores[:, start:stop, :stop]
-        yield slice(start, stop), probe.attention[:, start:stop, :stop], error
+        attention = probe.attention[:, start:stop, :stop]
+        error -= np.einsum("hts,hts->ht", attention, error)[..., None]
+        yield slice(start, stop), attention, error
 
 
 def _gradient(maps: Array, probes: list[Probe], mla: MLA, workers: Workers, targets: bool) -> Array:
@@ -116,7 +120,6 @@ def _gradient(maps: Array, probes: list[Probe], mla: MLA, workers: Workers, targ
             pull = np.empty((len(probe.rows), *maps.shape[:2]), np.float32)  # (T, H, R + P)
             for queries, attention, error in _score_errors(maps, probe, mla, targets):
                 error *= attention  # masked pairs carry no attention
-                error -= attention * error.sum(axis=-1, keepdims=True)
                 pull[queries] = (error @ probe.rows[: queries.stop]).swapaxes(0, 1)
             total += rotate_rope_part(pull, mla, -1).transpose(1, 2, 0) @ probe.queries.swapaxes(0, 1)
         return total
@@ -140,8 +143,9 @@ def _curvature(probes: list[Probe], mla: MLA, stride: int = 64) -> tuple[Array, 
         for t in range(min(stride, len(probe.rows)) - 1, len(probe.rows), stride):
             seen = _rotated_back(probe.rows[: t + 1], t, mla)
             weight = probe.attention[:, t, : t + 1]  # (H, S)
-            mean = weight @ seen
-            left += (seen.T[None] * weight[:, None]) @ seen - mean[:, :, None] * mean[:, None, :]
+            # Centred first, (H, S, R + P): rounding may leave the difference of two moments indefinite.
+            centered = seen - (weight @ seen)[:, None]
+            left += (centered * weight[..., None]).swapaxes(1, 2) @ centered
             count += 1
     n_tokens = sum(len(probe.rows) for probe in probes)
     return left / np.float32(count), right / np.float32(n_tokens)

@@ -117,3 +117,14 @@ def test_a_head_stops_where_the_held_out_windows_tell_it_to(probes: list[Probe])
     np.testing.assert_array_equal(fitted(truth, noisy, 5, held_out), truth)
     start = truth + rng.standard_normal(truth.shape).astype(np.float32)
     assert (errors(fitted(start, noisy, 5, held_out), held_out) <= errors(start, held_out)).all()
+
+
+def test_rows_that_share_much_more_than_they_differ_by_are_fitted(probes: list[Probe]) -> None:
+    """As keys with large biases: softmax sees the differences alone, float32 sees both."""
+    shared = np.full(R + P, 1e4, np.float32)
+    shared[R:] = 0  # what is rotated is not shared
+    moved = [Probe(probe.queries, probe.rows + shared, probe.scores, probe.attention) for probe in probes]
+    start = np.zeros((H, R + P, K), np.float32)
+    with np.errstate(all="raise"):
+        found = fitted(start, moved, 10, moved)
+    assert (errors(found, moved) < 0.99 * errors(start, moved)).all()
