@@ -19,6 +19,8 @@ from edgekv.spec import GQA, MLA, Encoder, RopeSpec
 
 # Components are chosen by what is lost of them over distances up to this one.
 FAR = 256.0  # tokens
+# What an error in scores costs, of the root mean square norm of a head's output: measured (docs/LOG.md).
+SCORE_WEIGHT = 0.5
 SPLIT_STEP = 8  # dims between the rope keys that are tried
 
 
@@ -66,7 +68,7 @@ def find_maps(stats: Stats, w_o: Array, gqa: GQA, source: GQA, width: int, rope_
     """
     held, held_far = (_without_rope(gqa, distance) for distance in (DISTANCE, FAR))
     slots = find_slots(stats.queries, stats.keys, gqa, np.square(held_far))
-    of_scores = stats.output_scale * gqa.score_scale
+    of_scores = SCORE_WEIGHT * stats.output_scale * gqa.score_scale
     readers = _roots(stats.queries, gqa)
     values = _weighted_values(w_o, gqa)
     share = np.trace(stats.moment) / np.trace(stats.mixed_moment)
