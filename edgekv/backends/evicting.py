@@ -94,6 +94,10 @@ class EvictingBackend(Backend):
             self._backend.keep([self._chosen(self._policy.scores(view, n), n) for view, n in wanted])
         self._n_left = self.n_rows
 
+    def evict_to_budget(self) -> None:
+        """Evict rows now, so that no more than the budget are left in each layer."""
+        self.evict(self._eviction.budget)
+
     def _chosen(self, scores: Array, n_rows: int) -> Rows:
         recent = min(self._eviction.recent, n_rows // 2)
         return highest(protected(scores, min(self._eviction.sinks, n_rows // 2), recent), n_rows)
@@ -132,6 +136,17 @@ class EvictingBackend(Backend):
             if self.n_rows + len(piece) > room:
                 self.evict(self._eviction.budget)
             yield piece
+
+
+def evicts(backend: Backend) -> bool:
+    """Whether rows leave its cache before the end."""
+    return isinstance(backend, EvictingBackend)
+
+
+def evict_now(backend: Backend) -> None:
+    """Cut a cache of fixed size to its budget; nothing happens to others."""
+    if isinstance(backend, EvictingBackend):
+        backend.evict_to_budget()
 
 
 def _not_whole() -> UnsupportedError:

@@ -133,6 +133,20 @@ class PromptFormat:
         messages = [{"role": "system", "content": DOCUMENTS}, {"role": "user", "content": "?"}]
         return self._encode(self._around_documents(messages)[0], {})
 
+    def around_question(self) -> tuple[list[int], list[int]]:
+        """The tokens of a first prompt in front of its question, and those behind it.
+
+        Raises:
+            ModelFileError: the template refused or failed, or leaves the question out.
+        """
+        if self._template is None:
+            return list(self._bos), []
+        before, found, after = self._render([{"role": "user", "content": DOCUMENTS}]).partition(DOCUMENTS)
+        if not found:
+            with _template_errors(self._where, self._remedy):
+                raise ModelFileError("the chat template drops the user's message")
+        return self._encode(before, {}), self._encode(after, {}, goes_on=True)
+
     def _around_documents(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, str]:
         """The text in front of the documents, and that behind them."""
         before, found, after = self._render(messages).partition(DOCUMENTS)

@@ -11,7 +11,7 @@ from edgekv.cli.common import options
 from edgekv.cli.common.output import command_line
 from edgekv.cli.common.progress import begin
 
-MEASURES = ("windows", "positions", "needles")
+MEASURES = ("windows", "positions", "needles", "ruler")
 WEIGHTS = ("keep", "bf16", "f16", "f32")
 
 
@@ -21,6 +21,14 @@ def parse_measures(text: str) -> tuple[str, ...]:
     if unknown := set(wanted).difference(MEASURES):
         raise ValueError(f"{min(unknown)!r} is not one of {', '.join(MEASURES)}")
     return wanted
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """Numbers of tokens from "1024,4096"."""
+    lengths = options.parse_words(text)
+    if wrong := [length for length in lengths if not length.isdecimal() or int(length) < 1]:
+        raise ValueError(f"{wrong[0]!r} is not a number of tokens")
+    return tuple(map(int, lengths))
 
 
 def parse_tasks(values: tuple[str, ...]) -> tuple[tuple[str, Path], ...]:
@@ -44,8 +52,10 @@ def parse_tasks(values: tuple[str, ...]) -> tuple[tuple[str, Path], ...]:
 @click.option("--measure", default="windows", show_default=True, metavar="WHAT",
               callback=options.parsed(parse_measures),
               help="Of --text, with commas: windows (perplexity), positions (perplexity by position, up to the full "
-              "context), needles (planted lines are asked for).")  # fmt: skip
+              "context), needles (planted lines are asked for), ruler (RULER's 13 kinds of tasks).")  # fmt: skip
 @click.option("--window", default=1024, show_default=True, type=click.IntRange(4), help="Tokens per window.")
+@click.option("--scored", type=click.IntRange(1), metavar="N",
+              help="Predictions to score at the end of each window.  [default: its second half]")  # fmt: skip
 @options.ctx_size("The full context.  [default: the trained one]", least=4)
 @click.option(
     "--limit", type=click.IntRange(1), metavar="N", help="At most N windows, and N questions per task."
@@ -58,7 +68,17 @@ def parse_tasks(values: tuple[str, ...]) -> tuple[tuple[str, Path], ...]:
     help="Sequences of the full context, for positions.",
 )
 @click.option("--trials", default=4, show_default=True, type=click.IntRange(1),
-              help="Trials per length and depth, for needles.")  # fmt: skip
+              help="Trials per length and depth, for needles; per length and kind, for ruler.")  # fmt: skip
+@click.option("--lengths", default="", metavar="N,N", callback=options.parsed(parse_lengths),
+              help="Tokens of the prompts, for ruler.  [default: the full context]")  # fmt: skip
+@click.option("--kinds", default="", metavar="KIND,KIND", callback=options.parsed(options.parse_words),
+              help="Kinds of tasks, for ruler.  [default: all]")  # fmt: skip
+@options.seed("What ruler's tasks are drawn from.")
+@click.option("--see-question", is_flag=True,
+              help="Let ruler's questions come before the cache is cut to its budget, not behind it.")  # fmt: skip
+@options.budget()
+@click.option("--slice", "slice_size", default=512, show_default=True, type=click.IntRange(1),
+              help="Tokens of a prompt between two evictions: so many more than --budget are held.")  # fmt: skip
 @options.cache_type("How the model's cache is stored.  [default: f16]")
 @options.backend()
 @options.backend(
@@ -72,7 +92,11 @@ def parse_tasks(values: tuple[str, ...]) -> tuple[tuple[str, Path], ...]:
 @options.effort
 @options.as_json("Print one JSON document.")
 def command(
-    text: Path | None, measure: tuple[str, ...], ctx_size: int | None, as_json: bool, **wanted: Any
+    text: Path | None,
+    measure: tuple[str, ...],
+    ctx_size: int | None,
+    as_json: bool,
+    **wanted: Any,
 ) -> None:
     """Measure what MODEL and its cache lose.
 
@@ -81,16 +105,19 @@ def command(
     edgekv eval model.gguf --against model.gguf --text wiki.test.raw --cache-type q4_0 --limit 32
     edgekv eval small.gguf --task piqa=piqa.jsonl --task lambada=lambada.jsonl
     edgekv eval small.gguf --text book.txt --measure positions,needles -c 8192
+    edgekv eval small.gguf --measure ruler --lengths 1024,4096 --trials 10
 
     The reference runs in float32, and its distributions are kept: later runs on the same text start at once.
     A run that was killed goes on where it was, when the same command is started again.
     """
+    from edgekv.text.windows import OTHER_KINDS
     from edgekv.workflows.evaluate import Effort, EvaluateRequest, Measurements, evaluate_model
 
     wanted |= {
         "text": text if "windows" in measure else None,
         "positions": text if "positions" in measure else None,
         "retrieval": text if "needles" in measure else None,
+        "ruler": (text or OTHER_KINDS) if "ruler" in measure else None,
         "context": ctx_size,
         "command": command_line(),
     }

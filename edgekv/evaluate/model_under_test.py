@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
@@ -15,6 +15,8 @@ from edgekv import __version__
 from edgekv.backends.base import Backend
 from edgekv.backends.llama_cpp.kernel.load import chosen_kernel
 from edgekv.backends.open import Kind, cache_type_name, open_backend
+from edgekv.cache.policies.settings import Eviction
+from edgekv.documents import dumps
 from edgekv.errors import InputError, ModelFileError
 from edgekv.files import file_sha256
 from edgekv.models.gguf.header import kept_header
@@ -41,6 +43,7 @@ class ModelUnderTest:
     backend: Kind = "llama.cpp"
     cache_type: str | None = None
     weights: Weights = KEEP
+    eviction: Eviction | None = None  # which rows leave a cache of fixed size
 
     @property
     def cache(self) -> str:
@@ -58,12 +61,14 @@ class ModelUnderTest:
 
     def identity(self) -> dict[str, str | int | None]:
         """Everything that decides the figures measured of it; part of its journals' names."""
+        evicting = {"eviction": dumps(self.eviction)} if self.eviction else {}
         return {
             "model": model_sha256(self.path),
             "backend": self.backend,
             "cache": self.cache,
             "weights": self.recorded_weights,
             "engine": engine_version(self.backend),
+            **evicting,
         }
 
 
@@ -79,7 +84,12 @@ def open_engine(subject: ModelUnderTest, n_ctx: int, folder: Path, n_threads: in
     # NumPy's threads are set by edgekv.evaluate.workers, before BLAS is loaded.
     threads = n_threads if subject.backend != "reference" else None
     backend = open_backend(
-        path, subject.backend, n_ctx=n_ctx, cache_type=subject.cache_type, n_threads=threads
+        path,
+        subject.backend,
+        n_ctx=n_ctx,
+        cache_type=subject.cache_type,
+        n_threads=threads,
+        eviction=subject.eviction,
     )
     try:
         yield backend
@@ -90,7 +100,7 @@ def open_engine(subject: ModelUnderTest, n_ctx: int, folder: Path, n_threads: in
 def cache_nbytes_per_token(subject: ModelUnderTest, folder: Path) -> float:
     """Bytes that the engine allocates per token, all layers together; raises as `open_engine` does."""
     n_ctx = 256  # llama.cpp's smallest
-    with open_engine(subject, n_ctx, folder, 1) as backend:
+    with open_engine(replace(subject, eviction=None), n_ctx, folder, 1) as backend:
         return backend.cache_nbytes() / backend.n_ctx
 
 

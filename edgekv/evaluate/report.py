@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from edgekv.cache.policies.settings import Eviction
 from edgekv.documents import dumps
 from edgekv.evaluate.model_under_test import (
     ModelUnderTest,
@@ -16,6 +17,7 @@ from edgekv.evaluate.model_under_test import (
 )
 from edgekv.evaluate.positions import PositionsResult
 from edgekv.evaluate.retrieval import DEPTHS, RetrievalResult
+from edgekv.evaluate.ruler.measure import RulerResult, RulerScore
 from edgekv.evaluate.tasks import TaskResult, mean_relative_change
 from edgekv.evaluate.windows import WindowsResult
 
@@ -34,6 +36,7 @@ class Measured:
     weights: str  # "stored", or the type they were dequantized to
     cache_type: str
     cache_nbytes_per_token: float  # as the engine allocated it, all layers
+    eviction: Eviction | None  # None: every token stays
 
     @classmethod
     def of(cls, subject: ModelUnderTest, folder: Path) -> Measured:
@@ -46,6 +49,7 @@ class Measured:
             weights=subject.recorded_weights,
             cache_type=subject.cache,
             cache_nbytes_per_token=cache_nbytes_per_token(subject, folder),
+            eviction=subject.eviction,
         )
 
 
@@ -63,6 +67,7 @@ class EvalReport:
     tasks: tuple[TaskResult, ...]
     positions: PositionsResult | None
     retrieval: RetrievalResult | None
+    ruler: RulerResult | None
 
     def to_json(self) -> str:
         """The whole report."""
@@ -72,9 +77,10 @@ class EvalReport:
 def model_line(model: Measured) -> str:
     """The model, its engine and its cache in one line."""
     weights = "" if model.weights == "stored" else f", weights in {model.weights}"
+    kept = f", at most {model.eviction.budget:,} tokens by {model.eviction.policy}" if model.eviction else ""
     return (
         f"{model.file}: {model.backend} {model.engine}, cache {model.cache_type}, "
-        f"{model.cache_nbytes_per_token:,.0f} bytes per token{weights}"
+        f"{model.cache_nbytes_per_token:,.0f} bytes per token{kept}{weights}"
     )
 
 
@@ -147,3 +153,21 @@ def retrieval_lines(result: RetrievalResult) -> list[str]:
         ]
         lines.append(f"  {row[0].length:>6}       " + "".join(f"{cell:>17}" for cell in cells))
     return lines
+
+
+def ruler_lines(result: RulerResult) -> list[str]:
+    """Scores of RULER's tasks for people, and their mean at each length."""
+    lines = [f"{result.text}: RULER, {result.samples} samples of each kind and length, seed {result.seed}"]
+    for mean in result.means:
+        rows = [(cell.kind, cell) for cell in result.cells if cell.length == mean.length]
+        for name, row in [*rows, (f"mean of {mean.kinds}", mean)] if mean.kinds > 1 else rows:
+            line = f"  {mean.length:>6}  {name:<15}  {_score(row.first)}"
+            lines.append(f"{line}; again {_score(row.again)}" if row.again else line)
+    return lines
+
+
+def _score(score: RulerScore) -> str:
+    line = f"{score.score:6.1%} ± {score.score_se:5.1%}"
+    if score.change is None:
+        return line
+    return f"{line} (ref {score.reference_score:.1%}, {score.change:+.1%} ± {score.change_se:.1%})"

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from edgekv.backends.base import Backend
+from edgekv.backends.evicting import evict_now, evicts
 from edgekv.errors import InputError
 from edgekv.evaluate.journal import Identity, measure
 from edgekv.evaluate.model_under_test import ModelUnderTest
@@ -146,15 +147,20 @@ def retrieval_result(
 
 
 def ask(backend: Backend, prompt: Prompt) -> Answers:
-    """One prompt at each depth, the deepest first: the prose before the line stays in the cache for the next."""
+    """One prompt at each depth, the deepest first: the prose before the line stays in the cache for the next.
+
+    Not in a cache of fixed size, which is cut to its budget before the question: what is left of the prose was
+    chosen beside another line.
+    """
     answers: Answers = []
     backend.trim(0)
     for depth in reversed(DEPTHS):
         cut = round(depth * len(prompt.prose))
-        backend.trim(min(cut, backend.n_past))
+        backend.trim(0 if evicts(backend) else min(cut, backend.n_past))
         if cut > backend.n_past:
             backend.prefill(prompt.prose[backend.n_past : cut])
         backend.prefill(prompt.line + prompt.prose[cut:])
+        evict_now(backend)
         answers.append(score_continuation(backend, prompt.question, 0))
     return answers[::-1]
 

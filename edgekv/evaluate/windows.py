@@ -4,6 +4,9 @@ The text is cut into windows of `length` tokens, each starts with an empty cache
 predictions made in its second half are scored: positions length/2 to length - 2, each knowing at least length/2
 tokens before it. That is the protocol of llama.cpp's llama-perplexity, but for its first token, which
 llama-perplexity replaces by BOS in models that want one. A remainder shorter than a window is left out.
+
+Or as many predictions at the end of each window as are asked for. A cache of fixed size is cut before the first of
+them, and the reference keeps every token.
 """
 
 from __future__ import annotations

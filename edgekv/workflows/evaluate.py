@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from edgekv.backends.open import Kind, default_kind
+from edgekv.cache.policies.names import DEFAULT_POLICY
+from edgekv.cache.policies.settings import SLICE, wanted_eviction
 from edgekv.evaluate.journal import default_folder
 from edgekv.evaluate.model_under_test import ModelUnderTest, Weights
 from edgekv.evaluate.report import EvalReport
@@ -50,6 +52,8 @@ class EvaluateRequest(Request):
         backend: by default the one that reads the model's format.
         against_backend: by default the NumPy reference, for ONNX folders onnx; llama.cpp runs it with an f32 cache.
         weights: "keep", or a format to dequantize the weights to first, so that only the cache's loss is left.
+        budget, policy: rows that the model's cache keeps, never the reference's, and which; by default all stay.
+        slice_size: tokens of a prompt between two evictions.
         command: recorded in the report as the command that made it.
     """
 
@@ -60,13 +64,18 @@ class EvaluateRequest(Request):
     backend: Kind | None = None
     against_backend: Kind | None = None
     weights: Weights = "keep"
+    budget: int | None = None
+    policy: str = DEFAULT_POLICY
+    slice_size: int = SLICE
     effort: Effort = field(default_factory=Effort)
     command: str = "edgekv.evaluate_model"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         wanted = self.measurements
-        texts = {name: as_paths(getattr(wanted, name)) for name in ("text", "positions", "retrieval")}
+        texts = {
+            name: as_paths(getattr(wanted, name)) for name in ("text", "positions", "retrieval", "ruler")
+        }
         tasks = tuple((name, Path(file)) for name, file in wanted.tasks)
         object.__setattr__(self, "measurements", replace(wanted, tasks=tasks, **texts))
 
@@ -74,7 +83,7 @@ class EvaluateRequest(Request):
 def evaluate_model(
     request: EvaluateRequest, progress: Stages = silent, say: Callable[[str], None] = lambda line: None
 ) -> EvalReport:
-    """Measure perplexity, KL (nats per token), task accuracy, loss by position and retrieval of a model and its cache.
+    """Measure perplexity, KL (nats per token), task accuracy, loss by position, retrieval and RULER's tasks.
 
         wanted = edgekv.Measurements(text, window=128, limit=2)
         request = edgekv.EvaluateRequest(small, wanted, against=model, cache_type="q4_0", weights="f32")
@@ -89,7 +98,11 @@ def evaluate_model(
     """
     model = request.model
     measured = ModelUnderTest(
-        model, request.backend or default_kind(model), request.cache_type, request.weights
+        model,
+        request.backend or default_kind(model),
+        request.cache_type,
+        request.weights,
+        wanted_eviction(request.budget, request.policy, request.slice_size),
     )
     reference = _reference(request, request.against) if request.against else None
     evaluation = Evaluation(measured, reference, request.effort.run(), progress, say)

@@ -64,6 +64,22 @@ def test_everything_at_once(
         assert f"{bucket['ppl']:9.4f}, reference {bucket['reference_ppl']:9.4f}" in shown
 
 
+def test_ruler_with_a_budget(edgekv: Callable, tiny_llama: Path, tmp_path: Path) -> None:
+    """Tasks of a text that ships, in a cache of 200 tokens."""
+    call = ["eval", tiny_llama, "--backend", "reference", "--measure", "ruler", "--lengths", "640", "--trials", 1,
+            "-j", 1, "--cache-dir", tmp_path, "--policy", "critical-keydiff"]  # fmt: skip
+    result = edgekv(*call, "--kinds", "vt,niah_multikey_1", "--budget", 200, "--see-question", "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["model"]["eviction"]["policy"] == "critical-keydiff"
+    assert report["model"]["eviction"]["budget"] == 200
+    assert [cell["kind"] for cell in report["ruler"]["cells"]] == ["vt", "niah_multikey_1"]
+    assert "at most 200 tokens by critical-keydiff" in result.stderr
+    assert "note: measured up to 640 tokens, trained for 512" in result.stderr
+    assert "mean of 2" in result.stderr
+    assert "'thought' is no kind of task" in edgekv(*call, "--budget", 64, "--kinds", "thought").stderr
+
+
 def test_what_is_refused(
     refused: Callable,
     tiny_llama: Path,

@@ -40,7 +40,7 @@ class Eviction(Document, frozen=True):
         return most + max(self.slice_size, self.every)
 
 
-def wanted_eviction(budget: int | None, policy: str) -> Eviction | None:
+def wanted_eviction(budget: int | None, policy: str, slice_size: int = SLICE) -> Eviction | None:
     """What options ask for; without a budget nothing is evicted.
 
     Raises:
@@ -48,7 +48,7 @@ def wanted_eviction(budget: int | None, policy: str) -> Eviction | None:
     """
     if budget is None:
         return None
-    eviction = Eviction(policy, budget)
+    eviction = Eviction(policy, budget, slice_size)
     require_possible(eviction)
     return eviction
 
