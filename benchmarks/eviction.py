@@ -33,7 +33,7 @@ from edgekv.errors import UnsupportedError
 from edgekv.evaluate.journal import default_folder, open_journal
 from edgekv.evaluate.model_under_test import ModelUnderTest, cache_nbytes_per_token, read_tokenizer
 from edgekv.evaluate.plot import ContextPoint, plot_contexts
-from edgekv.evaluate.ruler.measure import RulerScore, answers, scores_of
+from edgekv.evaluate.ruler.measure import RulerScore, answers, scores_of, undisturbed
 from edgekv.evaluate.ruler.tasks import KINDS, AskedTask, TaskMaker
 from edgekv.text.windows import OTHER_KINDS
 from edgekv.tokenizer.tokenizer import Tokenizer
@@ -166,7 +166,7 @@ def ask(backend: EvictableBackend, settings: list[Setting], task: AskedTask, tok
     found = {WHOLE: scores_of(task, answers(backend, task, tokenizer, False))}
     for setting in settings:
         eviction = Eviction(setting.policy, int(setting.kept * len(task.context)), slice_size=backend.n_ctx)
-        cutter = EvictingBackend(backend, eviction, backend.n_ctx)
+        cutter = EvictingBackend(backend, undisturbed(eviction, [task]), backend.n_ctx)
         backend.load(context)
         found[setting.key] = scores_of(task, answers(cutter, task, tokenizer, setting.sees_question))
     return found

@@ -92,11 +92,7 @@ def parse_tasks(values: tuple[str, ...]) -> tuple[tuple[str, Path], ...]:
 @options.effort
 @options.as_json("Print one JSON document.")
 def command(
-    text: Path | None,
-    measure: tuple[str, ...],
-    ctx_size: int | None,
-    as_json: bool,
-    **wanted: Any,
+    text: Path | None, measure: tuple[str, ...], ctx_size: int | None, as_json: bool, **wanted: Any
 ) -> None:
     """Measure what MODEL and its cache lose.
 

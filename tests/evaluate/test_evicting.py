@@ -11,7 +11,7 @@ from edgekv.cache.policies.settings import Eviction
 from edgekv.errors import InputError
 from edgekv.evaluate.model_under_test import ModelUnderTest, read_tokenizer
 from edgekv.evaluate.retrieval import ask, make_haystack
-from edgekv.evaluate.ruler.measure import RulerTasks, answer_task, measure_ruler
+from edgekv.evaluate.ruler.measure import RulerTasks, answer_task, measure_ruler, undisturbed
 from edgekv.evaluate.ruler.tasks import AskedTask, TaskMaker
 from edgekv.evaluate.windows import measure_windows, score_window
 from edgekv.evaluate.workers import Run
@@ -74,6 +74,18 @@ def test_a_question_that_does_not_fit_the_budget_is_refused(tiny_llama: Path, ta
         answer_task(small, (task, tiny_llama, True))
 
 
+def test_nothing_leaves_while_a_question_is_answered(tiny_llama: Path, task: AskedTask) -> None:
+    """Or the second would be asked of less; by default 128 tokens that were decoded evict others."""
+    eviction = undisturbed(EVICTION, [task])
+    backend = open_backend(tiny_llama, "reference", n_ctx=1600, eviction=eviction)
+    answer_task(backend, (task, tiny_llama, False))
+    assert isinstance(backend, EvictingBackend)
+    last = task.questions[-1]
+    assert backend.n_rows >= BUDGET + len(last.tokens)
+    assert backend.n_rows - BUDGET == backend.n_past - len(task.context)
+    assert eviction.every > len(last.tokens) + last.limit > EVICTION.every
+
+
 def test_figures_of_evicting_caches_are_kept_apart(tiny_llama: Path, tmp_path: Path) -> None:
     maker = TaskMaker(OTHER_KINDS, read_tokenizer(tiny_llama), 0)
     tasks = RulerTasks.make(maker, ("vt",), 640, 1)
@@ -113,6 +125,6 @@ def test_needles_are_asked_for_behind_the_cut(
     tiny_llama: Path, evicting: EvictingBackend, cuts: list[tuple[int, int]]
 ) -> None:
     """Every depth runs from the beginning: what is left of another prompt was chosen beside another line."""
-    prompt = make_haystack(OTHER_KINDS, read_tokenizer(tiny_llama), 1408, 1).prompts[0]
+    prompt = make_haystack(OTHER_KINDS, read_tokenizer(tiny_llama), 1408, 1).prompts[2]
     ask(evicting, prompt)
     assert cuts == [(len(prompt.prose) + len(prompt.line), BUDGET)] * 5

@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.backends.base import Backend
 from edgekv.backends.evicting import evict_now
+from edgekv.cache.policies.settings import Eviction
 from edgekv.errors import InputError
 from edgekv.evaluate.journal import Identity, measure
 from edgekv.evaluate.model_under_test import ModelUnderTest, read_tokenizer
@@ -125,6 +127,7 @@ def measure_ruler(
     }
     if subject.eviction:
         identity = {**identity, "evicts": "behind the question" if sees_question else "before the question"}
+        subject = replace(subject, eviction=undisturbed(subject.eviction, tasks.tasks))
     found: list[tuple[Scores, Texts]] = measure(
         subject,
         run,
@@ -137,6 +140,16 @@ def measure_ruler(
         lambda done: f"score {np.mean([scores[0] for scores, _ in done.values()]):.1%}",
     )
     return [scores for scores, _ in found]
+
+
+def undisturbed(eviction: Eviction, tasks: Sequence[AskedTask]) -> Eviction:
+    """An eviction that leaves questions alone: nothing leaves while they are answered, or of the first itself."""
+    questions = [question for task in tasks for question in task.questions]
+    return msgspec.structs.replace(
+        eviction,
+        every=max(eviction.every, *(len(q.tokens) + q.limit + 1 for q in questions)),
+        recent=max(eviction.recent, *(len(q.asked) + 1 for q in questions)),
+    )
 
 
 def ruler_result(
