@@ -174,7 +174,9 @@ class OnnxBackend(EvictableBackend):
         stored = self._cache[name][0, :, : self.n_rows]
         if stored.dtype == np.float32:
             return stored
-        return (stored.astype(np.float32) - 128) * self._cache[f"{name}_scale"][0, :, : self.n_rows]
+        return np.asarray(
+            (stored.astype(np.float32) - 128) * self._cache[f"{name}_scale"][0, :, : self.n_rows]
+        )
 
     def _has_lost(self, layer: LayerRecord, n_past: int) -> bool:
         """Whether a layer has let go of rows that a token behind `n_past` others looks at."""

@@ -110,9 +110,8 @@ def contexts_figure(points: Sequence[ContextPoint], title: str) -> Figure:
                 kept = sorted((p for p in here if p.policy == policy), key=lambda p: -p.nbytes)
                 style = LINES[policies.index(policy) % len(LINES)]
                 _line(axes, [*whole, *kept] if kept else [], color, marker, style)
-            axes.scatter(
-                [p.nbytes / 1e6 for p in whole], [100 * p.score for p in whole], 64, "black", marker, zorder=3
-            )
+            where = [p.nbytes / 1e6 for p in whole], [100 * p.score for p in whole]
+            axes.scatter(*where, s=64, c="black", marker=marker, zorder=3)
             if here:
                 axes.scatter([], [], color=color, marker=marker, label=f"{model}, {cache_type}")
     for policy, style in zip(policies, LINES, strict=False):

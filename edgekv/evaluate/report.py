@@ -17,7 +17,7 @@ from edgekv.evaluate.model_under_test import (
 )
 from edgekv.evaluate.positions import PositionsResult
 from edgekv.evaluate.retrieval import DEPTHS, RetrievalResult
-from edgekv.evaluate.ruler.measure import RulerResult, RulerScore
+from edgekv.evaluate.ruler.measure import RulerCell, RulerMean, RulerResult, RulerScore
 from edgekv.evaluate.tasks import TaskResult, mean_relative_change
 from edgekv.evaluate.windows import WindowsResult
 
@@ -159,7 +159,9 @@ def ruler_lines(result: RulerResult) -> list[str]:
     """Scores of RULER's tasks for people, and their mean at each length."""
     lines = [f"{result.text}: RULER, {result.samples} samples of each kind and length, seed {result.seed}"]
     for mean in result.means:
-        rows = [(cell.kind, cell) for cell in result.cells if cell.length == mean.length]
+        rows: list[tuple[str, RulerCell | RulerMean]] = [
+            (cell.kind, cell) for cell in result.cells if cell.length == mean.length
+        ]
         for name, row in [*rows, (f"mean of {mean.kinds}", mean)] if mean.kinds > 1 else rows:
             line = f"  {mean.length:>6}  {name:<15}  {_score(row.first)}"
             lines.append(f"{line}; again {_score(row.again)}" if row.again else line)

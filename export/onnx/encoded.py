@@ -53,7 +53,8 @@ def _write_folded(
 ) -> Value:
     """What is cached, (1, T, W), by the encoder times what makes keys and values."""
     keys_and_values = np.concatenate([w["attn_k.weight"], w["attn_v.weight"]])
-    write, offset = w["attn_kv_enc.weight"].astype(np.float64), w["attn_kv_enc.bias"]
+    write = w["attn_kv_enc.weight"].astype(np.float64)
+    offset = w["attn_kv_enc.bias"].astype(np.float64)
     if encoder.bias:
         offset = offset + write[:, : len(w["attn_k.bias"])] @ w["attn_k.bias"]
     row = linear(g, x, f"{name}.kv", (write @ keys_and_values).astype(np.float32), at_least_8(bits))

@@ -132,7 +132,8 @@ class StateViews:
             probe = probe_ahead(*observer.statistics(layer), position, self._attentions[layer])
             turn = _turn(self._attentions[layer], self._encodings[0])
             if turn is not None and probe.covariance is not None:
-                probe = Probe(probe.mean @ turn, turn.T @ probe.covariance @ turn)
+                covariance = turn.T @ probe.covariance @ turn
+                probe = Probe(probe.mean @ turn, np.asarray(covariance, np.float32))
         return replace(view, queries=observer.queries(layer), probe=probe)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgekv.source import Array
 
@@ -30,11 +31,11 @@ def by_entropy(n_kept: int, n_rows: int, attention: Sequence[Array]) -> list[int
     return _whole(shares / shares.mean() * n_kept, n_kept, n_rows)
 
 
-def _whole(wanted: Array, n_kept: int, n_rows: int) -> list[int]:
+def _whole(wanted: NDArray[np.floating], n_kept: int, n_rows: int) -> list[int]:
     """Whole numbers of at most `n_rows` near those wanted, `n_kept` on average; what is cut off goes to the others."""
     rows = np.clip(np.round(wanted), 1, n_rows).astype(int)
     while (missing := n_kept * len(rows) - int(rows.sum())) != 0:
         step = 1 if missing > 0 else -1
         free = np.flatnonzero((rows < n_rows) if step > 0 else (rows > 1))
         rows[free[: abs(missing)]] += step
-    return rows.tolist()
+    return [int(count) for count in rows]

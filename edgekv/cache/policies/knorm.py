@@ -25,4 +25,4 @@ class KNorm:
 
 def lengths_of(keys: Array) -> Array:
     """||k|| of keys (G, S, K), in one pass over them: (G, S)."""
-    return np.sqrt(np.einsum("gsk,gsk->gs", keys, keys))
+    return np.asarray(np.sqrt(np.einsum("gsk,gsk->gs", keys, keys)))
