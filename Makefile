@@ -12,7 +12,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 types: $(VENV)/.test build/tree
 	$(BIN)/mypy

@@ -22,6 +22,7 @@ from edgekv.spec import GQA, LayerSpec, ModelSpec, RopeSpec
 from edgekv.tensors import layer_tensor_shapes, model_tensor_shapes
 from edgekv.tokenizer.bpe import BYTE_OF_LETTER
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # several tests run at once: who waits must let others run
 os.environ.setdefault("EDGEKV_KERNEL", "stock")  # whatever this machine has built; its own tests choose
 
 LETTERS = [*BYTE_OF_LETTER, "ab", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
