@@ -53,7 +53,14 @@ def wide_llama(make_llama: Callable[..., LazySource], tmp_path_factory: pytest.T
 
 
 def opened(path: Path, kind: str, policy: str = "streaming", **changes: int) -> EvictingBackend:
-    backend = open_backend(path, kind, n_ctx=400, eviction=replace(SMALL, policy=policy, **changes))
+    backend = open_backend(
+        path,
+        kind,
+        n_ctx=400,
+        cache_type="f32" if kind == "llama.cpp" else None,
+        n_threads=None if kind == "reference" else 1,
+        eviction=replace(SMALL, policy=policy, **changes),
+    )
     assert isinstance(backend, EvictingBackend)
     return backend
 
@@ -94,7 +101,7 @@ def test_llama_cpp_and_the_reference_agree_on_the_rows(
     reference.backend.keep(everywhere)
     for token in TOKENS[180:184]:
         theirs, ours = engine.decode(token), reference.decode(token)
-    np.testing.assert_allclose(theirs, ours, atol=0.03, rtol=0)  # the engine's cache is f16
+    np.testing.assert_allclose(theirs, ours, atol=2e-3, rtol=0)
     engine.close()
 
 
@@ -198,9 +205,15 @@ def test_onnxruntime_and_the_reference_agree(
 
 def test_latents_in_8_bits_are_evicted_with_their_scales(folders: dict[str, Path]) -> None:
     exact, rounded = (opened(folders[name], "onnx", "keydiff") for name in ("tiny_mla", "int8"))
-    first, second = (backend.prefill(TOKENS[:250]) for backend in (exact, rounded))
-    assert rounded.n_rows == exact.n_rows
-    assert np.corrcoef(first, second)[0, 1] > 0.95
+    for backend in (exact, rounded):
+        backend.prefill(TOKENS[:90])
+    for found, expected in zip(rounded.backend.views(), exact.backend.views(), strict=True):
+        np.testing.assert_allclose(found.keys, expected.keys, atol=0.05 * np.abs(expected.keys).max())
+    for backend in (exact, rounded):
+        backend.backend.keep([np.r_[0:30, 60:90][None]] * 3)
+    first, second = (backend.decode(7) for backend in (exact, rounded))
+    assert rounded.n_rows == exact.n_rows == 61
+    assert np.corrcoef(first, second)[0, 1] > 0.99
     exact.close()
     rounded.close()
 
@@ -232,7 +245,14 @@ def test_policies_that_watch_queries_run_in_the_reference(
 
 def test_a_process_of_its_own_evicts_the_same(tiny_llama: Path) -> None:
     near = opened(tiny_llama, "llama.cpp", "keydiff")
-    far = IsolatedBackend(tiny_llama, "llama.cpp", n_ctx=400, eviction=replace(SMALL, policy="keydiff"))
+    far = IsolatedBackend(
+        tiny_llama,
+        "llama.cpp",
+        n_ctx=400,
+        cache_type="f32",
+        n_threads=1,
+        eviction=replace(SMALL, policy="keydiff"),
+    )
     assert (far.n_ctx, far.n_cells) == (400, SMALL.n_cells)
     np.testing.assert_allclose(far.prefill(TOKENS[:250]), near.prefill(TOKENS[:250]), atol=1e-4)
     np.testing.assert_allclose(far.decode(5), near.decode(5), atol=1e-4)
@@ -285,7 +305,7 @@ def test_layers_may_keep_different_numbers_in_the_reference(tiny_llama: Path, la
     backend.evict(60)
     rows = [view.n_rows for view in backend.backend.views()]
     assert sum(rows) <= 60 * len(rows)
-    assert len(set(rows)) > 1
+    assert layers == "entropy" or rows == sorted(rows, reverse=True) != [60, 60, 60]
     for token in TOKENS[250:]:
         logits = backend.decode(token)
     assert np.isfinite(logits).all()
