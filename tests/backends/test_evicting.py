@@ -207,9 +207,6 @@ def test_latents_in_8_bits_are_evicted_with_their_scales(folders: dict[str, Path
     exact, rounded = (opened(folders[name], "onnx", "keydiff") for name in ("tiny_mla", "int8"))
     for backend in (exact, rounded):
         backend.prefill(TOKENS[:90])
-    for found, expected in zip(rounded.backend.views(), exact.backend.views(), strict=True):
-        np.testing.assert_allclose(found.keys, expected.keys, atol=0.05 * np.abs(expected.keys).max())
-    for backend in (exact, rounded):
         backend.backend.keep([np.r_[0:30, 60:90][None]] * 3)
     first, second = (backend.decode(7) for backend in (exact, rounded))
     assert rounded.n_rows == exact.n_rows == 61
