@@ -175,7 +175,7 @@ def test_curl_reads_a_stream(server: Server) -> None:
         "max_tokens": 5,
         "temperature": 0,
     }
-    arguments = ["-sN", "-H", "Content-Type: application/json", "-d", json.dumps(body)]
+    arguments = ["-sN", "--noproxy", "*", "-H", "Content-Type: application/json", "-d", json.dumps(body)]
     command = [curl, *arguments, f"{server.url}/v1/chat/completions"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     events = [line.removeprefix("data: ") for line in done.stdout.split("\n") if line.startswith("data: ")]
