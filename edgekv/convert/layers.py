@@ -92,7 +92,7 @@ def convert(
         ModelFileError: a weight is not finite; the message names the tensor.
         OutputError: `spill` is full.
     """
-    gqa = convertible_attention(source.spec, fold_biases=True)
+    gqa = convertible_attention(source.spec, fold_biases=True, unscaled=True)
     assert recipe.refit_output or target.value_dim == gqa.head_dim
     n_windows = len(windows)
     if elsewhere is not None:
@@ -121,13 +121,13 @@ def save_tensor(path: Path, array: Array) -> None:
         ) from error
 
 
-def convertible_attention(spec: ModelSpec, fold_biases: bool = False) -> GQA:
-    """The attention that all layers share, if a conversion can start from it.
+def convertible_attention(spec: ModelSpec, fold_biases: bool = False, unscaled: bool = False) -> GQA:
+    """The attention that all layers share, if a conversion can start from it; options as `obstacle` has them.
 
     Raises:
         UnsupportedError: it cannot; the message says why.
     """
-    if (problem := obstacle(spec, fold_biases)) is not None:
+    if (problem := obstacle(spec, fold_biases, unscaled)) is not None:
         raise UnsupportedError(problem)
     attention = spec.layers[0].attention
     assert isinstance(attention, GQA)

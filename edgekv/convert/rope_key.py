@@ -33,12 +33,19 @@ class RopeKey:
     kept: float
 
 
+NEAR = 0.5  # of its own speed a pair may be off: standing still it is off by all of it
+
+
 def frequency_slots(source: RopeSpec, target: RopeSpec) -> NDArray[np.int64]:
-    """For each of the source's frequencies the target slot that turns at the same speed, or -1."""
-    source_speed = inverse_frequencies(source)
-    target_speed = inverse_frequencies(target)
-    distance = np.abs(np.log(source_speed)[:, None] - np.log(target_speed)[None, :])
-    return np.where(distance.min(axis=1) < 1e-6, distance.argmin(axis=1), -1)
+    """For each of the source's frequencies the target slot that turns at its speed, or -1.
+
+    Slots that no pair has the speed of (those of scaled pairs) go to the pair that they are nearest to.
+    """
+    speed = inverse_frequencies(source)[:, None]
+    off = np.abs(speed - inverse_frequencies(target)) / speed  # (K/2, P/2)
+    nearest = off.argmin(axis=1)
+    first = off.argmin(axis=0)[nearest] == np.arange(len(off))
+    return np.where(first & (off.min(axis=1) <= NEAR), nearest, -1)
 
 
 def shared_rope_key(w_q: Matrix, w_k: Matrix, covariance: Matrix, gqa: GQA, rope: RopeSpec) -> RopeKey:

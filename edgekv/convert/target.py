@@ -15,6 +15,8 @@ _TRIM = (
 )
 _AVOIDABLE = ("a sliding window", "layers that differ")  # some have windows, and the others have not
 BIASES = "biases on queries, keys and values"
+SCALED = "scaled RoPE frequencies"
+LEAST_UNSCALED = 1 / 4  # of a head's pairs, for a conversion that gives the others up
 _WHY: Mapping[str, tuple[str, str]] = MappingProxyType(
     {  # of ModelSpec.peculiarities: (why, what to do)
         "QK-norm": (
@@ -28,7 +30,7 @@ _WHY: Mapping[str, tuple[str, str]] = MappingProxyType(
         "a sliding window": ("a deepseek2 graph attends to all tokens", _TRIM),
         "attention softcapping": ("a deepseek2 graph does not cap scores", _ONNX),
         "layers without RoPE": ("a deepseek2 graph rotates in every layer", _ONNX),
-        "scaled RoPE frequencies": (
+        SCALED: (
             "a deepseek2 graph takes its frequencies from rope theta alone, or from YaRN",
             _ONNX,
         ),
@@ -37,20 +39,36 @@ _WHY: Mapping[str, tuple[str, str]] = MappingProxyType(
 )
 
 
-def obstacle(spec: ModelSpec, fold_biases: bool = False) -> str | None:
+def unscaled_pairs(rope: RopeSpec) -> int:
+    """How many of the fastest pairs turn as theta alone says: all of a plain RoPE, some of Llama 3's scaled one."""
+    if rope.yarn or rope.magnitude != 1.0:
+        return 0
+    scaled = [j for j, factor in enumerate(rope.factors) if factor != 1.0]
+    return scaled[0] if scaled else rope.dim // 2
+
+
+def obstacle(spec: ModelSpec, fold_biases: bool = False, unscaled: bool = False) -> str | None:
     """Why the model cannot be converted for llama.cpp and what to do, or None if it can.
 
-    Obstacles that a user can remove are named only where there are no others.
+    fold_biases, unscaled: biases, and scaled frequencies of the slower pairs alone, are no obstacles. Those that a
+    user can remove are named only where there are no others.
     """
     if isinstance(spec.layers[0].attention, MLA):
         return f"{spec.name} already has MLA; convert takes a GQA or MHA model"
-    found = [what for what in spec.peculiarities if not (fold_biases and what == BIASES)]
+    fine = {BIASES} if fold_biases else set()
+    if unscaled and all(_mostly_plain(layer.attention.rope) for layer in spec.layers):
+        fine.add(SCALED)
+    found = [what for what in spec.peculiarities if what not in fine]
     if not found:
         return None
     lasting = [what for what in found if what not in _AVOIDABLE] or found
     name = next((name for name in _WHY if name in lasting), lasting[0])
     why, remedy = _WHY.get(name, ("a deepseek2 graph does not compute it", _ONNX))
     return f"{spec.name} has {name} and cannot become MLA in llama.cpp: {why}; {remedy}"
+
+
+def _mostly_plain(rope: RopeSpec) -> bool:
+    return unscaled_pairs(rope) >= LEAST_UNSCALED * rope.dim / 2
 
 
 SIMD_STEP = 32  # values; a NEON step of f16, half an AVX-512 one: other widths fall into a scalar tail
@@ -63,10 +81,17 @@ def rope_widths(gqa: GQA, healed: bool) -> tuple[int, int]:
 
     Without training the full head dim: the latent cannot hold what RoPE turns. A model that will be healed learns to
     do with half (96+32 against 64+64 values: KL 0.143 and 0.190 after 13M tokens, 0.810 and 0.702 before), which
-    leaves more of the cache to the latent.
+    leaves more of the cache to the latent. With scaled frequencies the key is as wide as the pairs that are not.
     """
+    if not gqa.rope.is_plain:
+        return (_unscaled_width(gqa),)
     full, half = gqa.rope.dim, gqa.rope.dim // 2
     return (half, full) if healed and half % SIMD_STEP == 0 else (full, half)
+
+
+def _unscaled_width(gqa: GQA) -> int:
+    """Dims of the pairs that are not scaled, rounded up to SIMD_STEP."""
+    return min(gqa.rope.dim, -(-2 * unscaled_pairs(gqa.rope) // SIMD_STEP) * SIMD_STEP)
 
 
 def choose_rank(gqa: GQA, keep: float, healed: bool = False) -> tuple[int, int]:
@@ -100,15 +125,17 @@ def target_spec(gqa: GQA, rank: int, rope_dim: int, nope_dim: int, value_dim: in
     """The MLA shape for one layer, checked.
 
     A rope key narrower than the head keeps the fastest frequencies: with theta^(P/K) as its base, its ladder of
-    P/2 speeds is the first P/2 of the original's K/2. The slow ones hardly turn and can live in the latent.
+    P/2 speeds is the first P/2 of the original's K/2. The slow ones hardly turn and can live in the latent, and so
+    must those that are scaled (edgekv.convert.target.unscaled_pairs): no ladder has them.
 
     Raises:
         InputError: a size is out of range; the message says which and what is possible.
     """
     if not 1 <= rank <= max_rank(gqa):
         raise InputError(f"--kv-lora-rank {rank} is not possible; this model takes 1 to {max_rank(gqa)}")
-    if rope_dim % 2 or not 2 <= rope_dim <= gqa.rope.dim:
-        raise InputError(f"--rope-dim {rope_dim} is not possible; it is even, from 2 to {gqa.rope.dim}")
+    most = rope_widths(gqa, healed=False)[0]
+    if rope_dim % 2 or not 2 <= rope_dim <= most:
+        raise InputError(f"--rope-dim {rope_dim} is not possible; it is even, from 2 to {most}")
     if not 1 <= nope_dim <= rank:
         raise InputError(f"--nope-dim {nope_dim} is not possible; it is from 1 to the rank, {rank}")
     if not 1 <= value_dim <= gqa.head_dim:

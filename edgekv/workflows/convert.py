@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edgekv.convert.layers import METHODS, LayerLoss, convert, convertible_attention
 from edgekv.convert.statistics import FitRecipe
-from edgekv.convert.target import resolve_target
+from edgekv.convert.target import resolve_target, unscaled_pairs
 from edgekv.errors import InputError, ToleranceError
 from edgekv.evaluate.verify import Comparison
 from edgekv.export.gguf.write import WEIGHT_TYPES, write_gguf
@@ -24,10 +24,11 @@ from edgekv.heal.weights import check_base, healed_source, read_healed
 from edgekv.models.open import open_model
 from edgekv.progress import Progress, Stages, silent
 from edgekv.quant.formats import KEEP
+from edgekv.reference.ops import inverse_frequencies
 from edgekv.rewrite.rope_pairs import with_interleaved_pairs
 from edgekv.rewrite.value_scales import with_balanced_values
 from edgekv.source import TensorSource
-from edgekv.spec import MLA, Metadata, MetaValue
+from edgekv.spec import MLA, Metadata, MetaValue, RopeSpec
 from edgekv.text.windows import OTHER_KINDS, WINDOW, windows_of_other_kinds
 from edgekv.workflows.calibration import calibration_windows, mixed, readable_tokenizer, written_windows
 from edgekv.workflows.encode import check_encoded_output, encode, is_encoded_output, write_encoded
@@ -223,7 +224,7 @@ def _verified(written: Path, made: _Conversion, request: ConvertRequest, progres
 def _fitted(source: TensorSource, request: ConvertRequest, spill: Path, progress: Stages) -> _Conversion:
     """The source converted by fitting on calibration text."""
     original, source = source, with_interleaved_pairs(source)
-    gqa = convertible_attention(source.spec, request.fold_biases)
+    gqa = convertible_attention(source.spec, request.fold_biases, unscaled=request.method == "edgekv")
     sizes = (request.target, request.kv_lora_rank, request.rope_dim, request.nope_dim, request.value_dim)
     target = resolve_target(gqa, *sizes)
     recipe = METHODS[request.method]
@@ -261,7 +262,22 @@ def _fitted(source: TensorSource, request: ConvertRequest, spill: Path, progress
         notes["edgekv.elsewhere_error"] = [round(loss.elsewhere_error or 0.0, 5) for loss in losses]
     if gqa.bias:
         notes["edgekv.bias_error"] = [round(loss.bias_error, 5) for loss in losses]
+    if not gqa.rope.is_plain:
+        notes["edgekv.unrotated_pairs"] = gqa.rope.dim // 2 - unscaled_pairs(gqa.rope)
+        warnings.append(_unrotated(gqa.rope))
     return _Conversion(converted, notes, losses, tuple(warnings), holds)
+
+
+def _unrotated(rope: RopeSpec) -> str:
+    """What a conversion loses that keeps the pairs alone whose frequencies are not scaled."""
+    n, kept = rope.dim // 2, unscaled_pairs(rope)
+    period = 2 * np.pi / inverse_frequencies(rope)[kept]
+    return (
+        f"scaled RoPE: {kept} of {n} pairs keep their frequencies; llama.cpp's deepseek2 graph has none of the others, "
+        "which stand still or turn nearly as fast as they should. The fastest of these turns once in "
+        f"{period:,.0f} tokens: what lies further back than a quarter of that is read less exactly. "
+        "`edgekv eval --against` measures it; an ONNX folder keeps all frequencies"
+    )
 
 
 class _TooNarrowError(Exception):

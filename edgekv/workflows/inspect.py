@@ -49,7 +49,7 @@ def describe_model(path: Path) -> dict[str, Any]:
         "cache": _cache(spec),
         "peculiarities": list(spec.peculiarities),
         "could_become": _targets(spec),
-        "obstacle": obstacle(spec) if isinstance(attention, GQA) else None,
+        "obstacle": obstacle(spec, unscaled=True) if isinstance(attention, GQA) else None,
         "made_by": {key: value for key, value in source.metadata.items() if key.startswith("edgekv.")},
     }
 
@@ -91,7 +91,7 @@ def _cache(spec: ModelSpec) -> dict[str, Any]:
 def _targets(spec: ModelSpec) -> list[dict[str, Any]]:
     """The latents that `convert --target` would choose; none for a model that cannot be converted."""
     attention = spec.layers[0].attention
-    if not isinstance(attention, GQA) or obstacle(spec):
+    if not isinstance(attention, GQA) or obstacle(spec, unscaled=True):
         return []
     found = []
     for target in TARGETS:
