@@ -109,7 +109,8 @@ def contexts_figure(points: Sequence[ContextPoint], title: str) -> Figure:
             for policy in policies:
                 kept = sorted((p for p in here if p.policy == policy), key=lambda p: -p.nbytes)
                 style = LINES[policies.index(policy) % len(LINES)]
-                _line(axes, [*whole, *kept] if kept else [], color, marker, style)
+                if kept:
+                    _line(axes, [*whole, *kept], color, marker, style)
             where = [p.nbytes / 1e6 for p in whole], [100 * p.score for p in whole]
             axes.scatter(*where, s=64, c="black", marker=marker, zorder=3)
             if here:

@@ -101,7 +101,8 @@ def test_llama_cpp_and_the_reference_agree_on_the_rows(
     reference.backend.keep(everywhere)
     for token in TOKENS[180:184]:
         theirs, ours = engine.decode(token), reference.decode(token)
-    np.testing.assert_allclose(theirs, ours, atol=2e-3, rtol=0)
+    # llama.cpp's own rounding moves these logits by 0.03, without eviction too; another choice of rows by 6.
+    np.testing.assert_allclose(theirs, ours, atol=0.06, rtol=0)
     engine.close()
 
 

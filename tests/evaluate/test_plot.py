@@ -22,12 +22,8 @@ def test_lines_lead_from_all_rows_to_the_fewest() -> None:
     np.testing.assert_allclose(drawn[1], [(17, 75), (8, 30)])
     legend = axes.get_legend()
     assert legend is not None
-    assert [text.get_text() for text in legend.get_texts()] == [
-        "keydiff",
-        "knorm",
-        "original, f16",
-        "small, q4_0",
-    ]
+    names = {text.get_text() for text in legend.get_texts()}
+    assert names == {"keydiff", "knorm", "original, f16", "small, q4_0"}
 
 
 def test_the_same_points_give_the_same_bytes(tmp_path: Path) -> None:

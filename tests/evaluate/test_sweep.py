@@ -174,7 +174,7 @@ def test_domination_on_random_points_is_the_definition() -> None:
 
 
 def small_report(points: tuple[SweepPoint, ...]) -> SweepReport:
-    model = Measured("m.gguf", "0" * 64, "llama.cpp", "1", "f32", "f32", 400.0)
+    model = Measured("m.gguf", "0" * 64, "llama.cpp", "1", "f32", "f32", 400.0, None)
     return SweepReport(
         "edgekv.sweep", 1, "1", "edgekv", "t", "0" * 64, 64, 1, 31, model, 9.0, mark_dominated(points)
     )

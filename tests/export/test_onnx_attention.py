@@ -61,10 +61,13 @@ class Layer:
             x = g.input("x", np.float32, (1, "sequence_length", self.dim))
             mask = g.input("attention_mask", np.int64, (1, "total_length"))
             positions = g.input("position_ids", np.int64, (1, "sequence_length"))
+            slots = g.op("Reshape", positions, g.ints(-1))
             if isinstance(self.attention, GQA):
-                nodes = GroupedAttention(g, self.attention, EPS, GroupedInputs(g, positions, N_CTX))
+                nodes = GroupedAttention(g, self.attention, EPS, GroupedInputs(g, positions, slots, N_CTX))
             else:
-                nodes = LatentAttention(g, self.attention, EPS, LatentInputs(g, mask, positions, N_CTX))
+                nodes = LatentAttention(
+                    g, self.attention, EPS, LatentInputs(g, mask, positions, slots, N_CTX)
+                )
             y = nodes.add(x, dict(self.weights), 0, 32)
             g.output(y, "y", np.float32, (1, "sequence_length", self.dim), first=True)
         g.save(folder / "graph", {})

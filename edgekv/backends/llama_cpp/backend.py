@@ -173,9 +173,11 @@ class LlamaCppBackend(LlamaContext, EvictableBackend):
         if self._format is None:
             if empty := not self.n_past:
                 self.decode(0)
-            self._format = self._read_rows(0)[0]
-            if empty:
-                self.trim(0)
+            try:
+                self._format = self._read_rows(0)[0]
+            finally:
+                if empty:
+                    self.trim(0)
         return self._format
 
     def _batch(self, tokens: Sequence[int], every: bool) -> Any:

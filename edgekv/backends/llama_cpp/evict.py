@@ -16,7 +16,6 @@ from edgekv.cache.policies.base import LayerView, Need, Probe, Rows, n_tail
 from edgekv.cache.policies.norms import norm_factors, quick_norms
 from edgekv.cache.rows import Bytes, Plane, exact_values
 from edgekv.errors import UnsupportedError
-from edgekv.models.open import open_model
 from edgekv.reference.output_maps import output_maps
 from edgekv.reference.probe import probe_ahead
 from edgekv.source import Array
@@ -81,6 +80,9 @@ class StateViews:
                 "streaming, knorm, keydiff, snapkv, tova, expected, or one of these with critical- in front"
             )
         self._encodings, self._watch = encodings, watch
+        # gguf and safetensors: too much for the many engines that evict nothing
+        from edgekv.models.open import open_model
+
         source = open_model(path)
         self._attentions = [layer.attention for layer in source.spec.layers]
         if any(attention.window for attention in self._attentions):

@@ -207,7 +207,7 @@ def test_a_sample_of_a_model_with_a_window_leaves_its_depth(tiny_gemma: Path) ->
     from edgekv.devices.bench.worker_child import Worker
 
     worker = Worker()
-    worker.open(str(tiny_gemma), "llama.cpp", 2048, "f16", 1, [])
+    worker.open(str(tiny_gemma), "llama.cpp", 2048, "f16", 1, [], None)
     worker.fill(100)
     for measure in (worker.prefill, worker.decode):
         assert measure(900) > 0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import pytest
+
+from edgekv.backends.llama_cpp.library import llama
 
 
 class InitParams(ctypes.Structure):
@@ -16,14 +18,13 @@ class InitParams(ctypes.Structure):
 
 
 @pytest.fixture(scope="session")
-def llama_accepts() -> Iterator[Callable[[Path], bool]]:
+def llama_accepts() -> Callable[[Path], bool]:
     """Whether llama.cpp's reader (gguf_init_from_file) accepts a file."""
     lib: Any = llama_cpp.llama_cpp._lib
     lib.gguf_init_from_file.restype = ctypes.c_void_p
     lib.gguf_init_from_file.argtypes = [ctypes.c_char_p, InitParams]
     lib.gguf_free.argtypes = [ctypes.c_void_p]
-    quiet = llama_cpp.llama_log_callback(lambda level, message, user: None)
-    llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
+    llama()  # its log is kept, not printed
 
     def accepts(path: Path) -> bool:
         context = lib.gguf_init_from_file(str(path).encode(), InitParams(True, None))
@@ -31,5 +32,4 @@ def llama_accepts() -> Iterator[Callable[[Path], bool]]:
             lib.gguf_free(context)
         return bool(context)
 
-    yield accepts
-    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(), ctypes.c_void_p(0))
+    return accepts
