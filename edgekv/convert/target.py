@@ -76,7 +76,7 @@ SIMD_STEP = 32  # values; a NEON step of f16, half an AVX-512 one: other widths 
 DEFAULT_NOPE_DIM = 32  # query dims per head that read the latent: twice as many gain 4 % of the loss back
 
 
-def rope_widths(gqa: GQA, healed: bool) -> tuple[int, int]:
+def rope_widths(gqa: GQA, healed: bool) -> tuple[int, ...]:
     """The rope key's widths, the better one first.
 
     Without training the full head dim: the latent cannot hold what RoPE turns. A model that will be healed learns to
