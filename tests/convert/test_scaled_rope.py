@@ -37,9 +37,9 @@ def with_rope(source: TensorSource, rope: RopeSpec) -> LazySource:
 
 @pytest.fixture(scope="module")
 def scaled(make_llama: Callable[..., LazySource], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A GGUF with a table of frequencies, as Llama 3.x has."""
+    """A GGUF with a table of frequencies, as Llama 3.x has, and one KV head, of which a rope key holds everything."""
     path = tmp_path_factory.mktemp("scaled") / "llama3.gguf"
-    source = with_rope(make_llama(), RopeSpec(500000.0, 32, "interleaved", FACTORS))
+    source = with_rope(make_llama(n_kv_heads=1), RopeSpec(500000.0, 32, "interleaved", FACTORS))
     write_gguf(source, path, "f32", {}, False, lambda *_: None)
     return path
 
@@ -101,7 +101,7 @@ def test_the_conversion_says_what_it_loses_and_llama_cpp_runs_it(scaled: Path, t
     text = tmp_path / "text.txt"
     text.write_bytes(bytes(np.random.default_rng(1).integers(32, 127, 6000).tolist()))
     request = ConvertRequest(
-        scaled, out, kv_lora_rank=128, rope_dim=32, text=(text,), text_tokens=2048, weights="f32"
+        scaled, out, kv_lora_rank=64, rope_dim=32, text=(text,), text_tokens=2048, weights="f32"
     )
     result = convert_model(request)
     (said,) = [warning for warning in result.warnings if "scaled RoPE" in warning]
@@ -114,7 +114,8 @@ def test_the_conversion_says_what_it_loses_and_llama_cpp_runs_it(scaled: Path, t
     assert turning == [*range(10), 11, 13, 15]  # exact ones, and slots nearest to the speed of others
     original, small = ReferenceBackend(open_model(scaled), 256), ReferenceBackend(converted, 256)
     lost = compare(original, small, TOKENS, lambda *_: None).kl
-    assert lost < 2e-3
+    assert lost < 1e-2
+    small.trim(0)
     engine = open_backend(out, "llama.cpp", n_ctx=256, cache_type="f32", n_threads=1)
     try:
         assert compare(small, engine, TOKENS, lambda *_: None).kl < 1e-5
