@@ -43,8 +43,9 @@ def cuts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 
 @pytest.fixture
-def evicting(tiny_llama: Path) -> EvictingBackend:
-    backend = open_backend(tiny_llama, "reference", n_ctx=1600, eviction=EVICTION)
+def evicting(tiny_llama: Path, task: AskedTask) -> EvictingBackend:
+    eviction = undisturbed(EVICTION, [task])
+    backend = open_backend(tiny_llama, "reference", n_ctx=1600, eviction=eviction)
     assert isinstance(backend, EvictingBackend)
     return backend
 
