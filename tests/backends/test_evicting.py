@@ -309,3 +309,9 @@ def test_layers_may_keep_different_numbers_in_the_reference(tiny_llama: Path, la
     assert np.isfinite(logits).all()
     with pytest.raises(UnsupportedError, match="as many rows in each layer"):
         open_backend(tiny_llama, "llama.cpp", eviction=settings)
+
+
+@pytest.mark.parametrize("kind", ["llama.cpp", "reference"])
+def test_windows_are_refused(tiny_gemma: Path, kind: str) -> None:
+    with pytest.raises(UnsupportedError, match="let go of tokens by themselves"):
+        open_backend(tiny_gemma, kind, n_ctx=64, eviction=replace(SMALL, policy="streaming"))

@@ -116,6 +116,10 @@ class LlamaCppBackend(LlamaContext, EvictableBackend):
             raise UnsupportedError(
                 "a recurrent state has no rows that could be evicted; leave the budget out"
             )
+        if self._window:
+            raise UnsupportedError(
+                "layers with a sliding window let go of tokens by themselves; leave the budget out"
+            )
         self._views = StateViews(self._path, needs, self._encodings, self._watch) if needs else None
 
     def views(self) -> Iterator[LayerView]:
