@@ -18,7 +18,7 @@ from edgekv.models.onnx.folder import MANIFEST
 from edgekv.progress import Stages
 from edgekv.quant.formats import KEEP
 from edgekv.source import TensorSource
-from edgekv.spec import GQA, Metadata, MetaValue, ModelSpec
+from edgekv.spec import Metadata, MetaValue, ModelSpec
 from edgekv.text.windows import WINDOW
 from edgekv.workflows.calibration import calibration_windows
 
@@ -111,7 +111,7 @@ def encoded_target(
             f"--rope-dim {rope_dim} is not possible; it is even, from 2 to {most_rope}; leave it out for the best"
         )
     if share is not None:
-        widths = [_width(attention, share) for attention in attentions]
+        widths = _first_whole([attention.cache_values for attention in attentions], share)
     else:
         assert rank is not None
         rope_dim = rope_dim or min(attention.head_dim for attention in attentions)
@@ -126,14 +126,29 @@ def encoded_target(
     return EncodedTarget(tuple(widths), rope_dim)
 
 
-def _width(attention: GQA, share: float) -> int:
+def _first_whole(cached: list[int], share: float) -> list[int]:
+    """Values that each layer keeps of those it caches: all of the first, and the others what is left, in equal shares.
+
+    The first layer adds to a small residual stream, in which its error is large, and all layers stand on it. What steps
+    of SIMD_STEP leave over goes to the layers in front.
+    """
+    widths = [_width(values, share) for values in cached]
+    missing = cached[0] - widths[0]
+    if share == 1 or missing % SIMD_STEP or missing // SIMD_STEP >= len(cached):
+        return widths
+    first_cut = len(widths) - missing // SIMD_STEP
+    cut = [width - SIMD_STEP * (i >= first_cut) for i, width in enumerate(widths)]
+    return [cached[0], *cut[1:]] if min(cut) > 0 else widths
+
+
+def _width(values: int, share: float) -> int:
     if not 0 < share <= 1:
         raise InputError(f"--target is the share of the cache to keep, between 0 and 1; got {share}")
-    width = int(attention.cache_values * share + 1e-9) // SIMD_STEP * SIMD_STEP
+    width = int(values * share + 1e-9) // SIMD_STEP * SIMD_STEP
     if not width:
         raise InputError(
-            f"--target {share} keeps {int(attention.cache_values * share)} of {attention.cache_values} values per "
-            f"token and layer; the smallest target for this model is {SIMD_STEP / attention.cache_values:.3f}"
+            f"--target {share} keeps {int(values * share)} of {values} values per "
+            f"token and layer; the smallest target for this model is {SIMD_STEP / values:.3f}"
         )
     return width
 
