@@ -258,20 +258,20 @@ def main() -> None:
     finally:
         served.end()
     result = {
-        "title": "edgekv serve under load",
+        "title": f"edgekv serve under load: {Path(options.model).name}",
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit(),
         "machine": platform.machine(),
         "versions": {"llama-cpp-python": version("llama-cpp-python"), "edgekv": version("edgekv")},
         "command": ["python " + " ".join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]])],
-        "model": Path(options.model).name,
         "columns": [
             {"key": "what", "title": ""},
             {"key": "value", "title": "value"},
             {"key": "drift", "title": "drift, MB"},
         ],
-        "rows": rows,
-        "notes": [],
+        "rows": [{"drift": None} | row for row in rows],
+        "notes": f"{options.clients} clients for {options.minutes:g} minutes; the first five rows before that. "
+        "'other': an answer of a batch chose another token than alone, where both were as good as equally likely.",
     }
     text = json.dumps(result, indent=1) + "\n"
     if options.output:

@@ -236,3 +236,13 @@ def test_repacking_is_off_only_on_amx(tmp_path: Path) -> None:
         path.write_text(f"processor\t: 0\nflags\t\t: {flags}\nbogomips\t: 1\n")
         assert repacking_is_safe(tmp_path / str(i)) is safe
     assert repacking_is_safe(tmp_path / "none")
+
+
+def test_the_log_is_taken_again_from_the_package(smollm2: Path) -> None:
+    """The package llama_cpp takes the log when it is imported; what is cached, and how, is read off it."""
+    import llama_cpp._logger
+
+    llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, ctypes.c_void_p(0))
+    backend = LlamaCppBackend(smollm2, n_ctx=512, cache_type="q8_0", n_threads=1)
+    assert LOG.cache_nbytes() > 0
+    backend.close()

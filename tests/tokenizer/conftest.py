@@ -17,7 +17,7 @@ import gguf
 import llama_cpp
 import pytest
 
-from edgekv.backends.llama_cpp.library import llama
+from edgekv.backends.llama_cpp.library import take_log
 from edgekv.models.gguf.header import read_header
 from edgekv.tokenizer.tokenizer import Tokenizer
 
@@ -258,7 +258,7 @@ def make_vocab(path: Path, model: str, tokens: list[str], types: list[int], **ke
 @pytest.fixture(scope="session", autouse=True)
 def quiet() -> None:
     """llama.cpp's log is kept, not printed: it warns of nearly every vocabulary below."""
-    llama()
+    take_log()
 
 
 @pytest.fixture(scope="session")

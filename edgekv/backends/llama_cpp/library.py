@@ -63,7 +63,6 @@ class EngineLog:
 
 
 LOG = EngineLog()
-_keep_alive: list[object] = []  # callbacks that only native code refers to, where ctypes does not see it
 
 
 @functools.cache
@@ -81,11 +80,20 @@ def llama() -> Any:
             "the llama.cpp engine is not installed; pip install 'edgekv[llama]' (compiling takes minutes, and "
             f"needs cmake and a C++ compiler) [{error}]"
         ) from error
-    callback = module.llama_log_callback(lambda level, text, _: LOG.write(level, text))
-    module.llama_log_set(callback, None)
-    _keep_alive.append(callback)
+    module.llama_log_set(_log_callback(module), None)
     module.llama_backend_init()
     return module
+
+
+@functools.cache
+def _log_callback(module: Any) -> Any:
+    return module.llama_log_callback(lambda level, text, _: LOG.write(level, text))
+
+
+def take_log() -> None:
+    """Have llama.cpp write to LOG again: the package llama_cpp takes its log when somebody imports it later."""
+    api = llama()
+    api.llama_log_set(_log_callback(api), None)
 
 
 def _low_level() -> Any:
@@ -123,6 +131,7 @@ def load_model(path: Path, repack: bool, mapped: bool, gpu: bool = True) -> Any:
         params.load_mode = api.LLAMA_LOAD_MODE_NONE
     if not gpu:
         params.n_gpu_layers = 0
+    take_log()
     LOG.clear()
     model = api.llama_model_load_from_file(os.fsencode(path), params)
     if not model:

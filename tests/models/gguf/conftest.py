@@ -10,7 +10,7 @@ from typing import Any
 import llama_cpp
 import pytest
 
-from edgekv.backends.llama_cpp.library import llama
+from edgekv.backends.llama_cpp.library import take_log
 
 
 class InitParams(ctypes.Structure):
@@ -24,7 +24,7 @@ def llama_accepts() -> Callable[[Path], bool]:
     lib.gguf_init_from_file.restype = ctypes.c_void_p
     lib.gguf_init_from_file.argtypes = [ctypes.c_char_p, InitParams]
     lib.gguf_free.argtypes = [ctypes.c_void_p]
-    llama()  # its log is kept, not printed
+    take_log()  # it is kept, not printed
 
     def accepts(path: Path) -> bool:
         context = lib.gguf_init_from_file(str(path).encode(), InitParams(True, None))
