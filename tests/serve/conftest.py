@@ -65,6 +65,8 @@ def serving() -> Callable[..., AbstractContextManager[Server]]:
 @contextmanager
 def start(model: Path, *options: str, **given: Any) -> Iterator[Server]:
     """`given` are arguments of Popen; its `env` is added to this process's."""
+    # Tests started in the background ignore SIGINT, and so would what they start.
+    given.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     process = subprocess.Popen(
         [EDGEKV, "serve", str(model), *QUICK, *options],
         stdin=subprocess.DEVNULL,
