@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from edgekv.backends.kernel_names import Kernel
@@ -151,6 +151,14 @@ class EvictableBackend(Backend):
             rows: for each layer the indices (G, n) of rows that each head keeps, ascending; where the engine
                 merges, one array (n,) for all layers.
         """
+
+
+def require_no_window(windows: Iterable[int | None]) -> None:
+    """Raise UnsupportedError if a layer has a sliding window; engines check this before they evict."""
+    if any(windows):
+        raise UnsupportedError(
+            "layers with a sliding window let go of tokens by themselves; leave the budget out"
+        )
 
 
 def require_positive(**options: int | None) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from edgekv.backends.base import DEFAULT_N_CTX, Backend, EvictableBackend, require_free
-from edgekv.cache.policies.base import Need, Policy, Rows, highest, protected
+from edgekv.cache.policies.base import LayerView, Need, Policy, Rows, highest, protected
 from edgekv.cache.policies.budgets import by_entropy, pyramid
 from edgekv.cache.policies.merge import merged
 from edgekv.cache.policies.named import policy_named
@@ -89,8 +88,11 @@ class EvictingBackend(Backend):
             scores = merged(self._policy.scores(view, n_rows) for view in self._backend.views())
             self._backend.keep([self._chosen(scores, n_rows)])
         else:
-            pairs = zip(self._backend.views(), self._budgets(n_rows), strict=False)
-            wanted = [(view, min(n, view.n_rows)) for view, n in pairs]
+            views = list(self._backend.views())
+            wanted = [
+                (view, min(n, view.n_rows))
+                for view, n in zip(views, self._budgets(views, n_rows), strict=True)
+            ]
             self._backend.keep([self._chosen(self._policy.scores(view, n), n) for view, n in wanted])
         self._n_left = self.n_rows
 
@@ -102,11 +104,10 @@ class EvictingBackend(Backend):
         recent = min(self._eviction.recent, n_rows // 2)
         return highest(protected(scores, min(self._eviction.sinks, n_rows // 2), recent), n_rows)
 
-    def _budgets(self, n_rows: int) -> Iterable[int]:
+    def _budgets(self, views: Sequence[LayerView], n_rows: int) -> list[int]:
         """Rows that each layer is to keep."""
         if self._eviction.layers == "uniform":
-            return itertools.repeat(n_rows)
-        views = list(self._backend.views())
+            return [n_rows] * len(views)
         if self._eviction.layers == "pyramid":
             return pyramid(n_rows, self.n_rows, len(views))
         return by_entropy(

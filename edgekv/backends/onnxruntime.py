@@ -23,6 +23,7 @@ from edgekv.backends.base import (
     EvictableBackend,
     Interrupted,
     require_loadable,
+    require_no_window,
     require_positive,
     require_room,
 )
@@ -141,10 +142,7 @@ class OnnxBackend(EvictableBackend):
             self._n_written = 0
 
     def require_evictable(self, needs: Collection[Need]) -> None:
-        if any(layer.window for layer in self._caches):
-            raise UnsupportedError(
-                "layers with a sliding window let go of tokens by themselves; leave the budget out"
-            )
+        require_no_window(layer.window for layer in self._caches)
         if not self._evicts:
             raise UnsupportedError(
                 "this folder was exported by an EdgeKV that could not evict; export it again: edgekv export onnx"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
-from edgekv.backends.base import EvictableBackend, require_loadable, require_room
+from edgekv.backends.base import EvictableBackend, require_loadable, require_no_window, require_room
 from edgekv.cache.policies.base import LayerView, Need, Probe, Rows
 from edgekv.cache.policies.norms import output_norms
 from edgekv.cache.policies.observe import Observer
@@ -59,11 +59,7 @@ class ReferenceBackend(EvictableBackend):
         self.n_past = rows.n_tokens
 
     def require_evictable(self, needs: Collection[Need]) -> None:
-        layers = {layer.attention for layer in self._source.spec.layers}
-        if any(attention.window for attention in layers):
-            raise UnsupportedError(
-                "layers with a sliding window let go of tokens by themselves; leave the budget out"
-            )
+        require_no_window(layer.attention.window for layer in self._source.spec.layers)
         if not {"queries", "attention", "probe"}.isdisjoint(needs):
             if self._form != "absorbed":
                 raise UnsupportedError("the naive form of MLA has no absorbed queries; take the absorbed one")

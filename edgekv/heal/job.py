@@ -303,11 +303,13 @@ def self_written(
         from edgekv.heal.teacher_text import OPENING_TOKENS, opening, write_text
 
         rng = np.random.default_rng(recipe.seed)
-        words = [i for i in range(source.spec.vocab) if not tokenizer.is_control(i)]
 
         def openings() -> Iterator[list[int]]:
+            while texts:
+                yield opening(texts, OPENING_TOKENS, rng)
+            words = [i for i in range(source.spec.vocab) if not tokenizer.is_control(i)]
             while True:
-                yield opening(texts, OPENING_TOKENS, rng) if texts else [int(rng.choice(words))]
+                yield [int(rng.choice(words))]
 
         every = CHAT_EVERY_WITH_TEXT if texts else CHAT_EVERY
         shape = (n_sequences, length)

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 
+from edgekv.rewrite.encoder_fold import fold_encoder
 from edgekv.source import Array, LazySource, TensorSource
 from edgekv.spec import MLA, RopeSpec
 
@@ -80,15 +80,14 @@ def _tensors(
     """Shapes of a layer's tensors and what computes them, one at a time."""
     h, k, r, rows = mla.n_heads, mla.head_dim, mla.kv_lora_rank, mla.cache_values
     dim = source.spec.dim
-    norm = partial(_trick_norm, source, prefix)
     return {
-        "q_a.weight": ((h * k, dim), lambda: _queries(source, prefix)[0] * _shrink(source, prefix, "q")),
-        "q_a.bias": ((h * k,), lambda: _queries(source, prefix)[1] * _shrink(source, prefix, "q")),
-        "q_a_norm.weight": ((h * k,), lambda: norm("q", h * k)),
+        "q_a.weight": ((h * k, dim), lambda: _shrunk_queries(source, prefix)[0]),
+        "q_a.bias": ((h * k,), lambda: _shrunk_queries(source, prefix)[1]),
+        "q_a_norm.weight": ((h * k,), lambda: _trick_norm(source, prefix, *_queries(source, prefix))),
         "q_b.weight": ((h * (k + mla.rope.dim), h * k), lambda: _readers(source, prefix, mla)),
         "kv_a_mqa.weight": ((rows, dim), lambda: _shrunk_latent(source, prefix, r)[0]),
         "kv_a_mqa.bias": ((rows,), lambda: _shrunk_latent(source, prefix, r)[1]),
-        "kv_a_norm.weight": ((r,), lambda: norm("kv", r)),
+        "kv_a_norm.weight": ((r,), lambda: _trick_norm(source, prefix, *_latent(source, prefix, r))),
         "k_b.weight": ((h, r, k), lambda: source.load(f"{prefix}q_map.weight")[:, :r]),
     }
 
@@ -102,34 +101,45 @@ def _queries(source: TensorSource, prefix: str) -> tuple[Array, Array]:
 
 def _rows(source: TensorSource, prefix: str) -> tuple[Array, Array]:
     """What a cached row is of the normed input: a matrix (R + P, D) and a bias (R + P,)."""
-    encoder, offset = source.load(f"{prefix}kv_enc.weight"), source.load(f"{prefix}kv_enc.bias")
-    keys, values = source.load(f"{prefix}k.weight"), source.load(f"{prefix}v.weight")
-    if f"{prefix}k.bias" in frozenset(source.names()):
-        offset = offset + encoder[:, : len(keys)] @ source.load(f"{prefix}k.bias")
-    return encoder @ np.concatenate([keys, values]), offset
+    biased = f"{prefix}k.bias" in frozenset(source.names())
+    return fold_encoder(
+        source.load(f"{prefix}kv_enc.weight"),
+        source.load(f"{prefix}kv_enc.bias"),
+        source.load(f"{prefix}k.weight"),
+        source.load(f"{prefix}v.weight"),
+        source.load(f"{prefix}k.bias") if biased else None,
+    )
 
 
-def _shrink(source: TensorSource, prefix: str, part: str) -> np.float32:
-    """The norm trick's scale for queries or for the latent."""
-    weight, bias = _queries(source, prefix) if part == "q" else _rows(source, prefix)
-    if part == "kv":
-        rank = source.shape(f"{prefix}v_b.weight")[2]
-        weight, bias = weight[:rank], bias[:rank]
+def _latent(source: TensorSource, prefix: str, rank: int) -> tuple[Array, Array]:
+    weight, bias = _rows(source, prefix)
+    return weight[:rank], bias[:rank]
+
+
+def _shrink(source: TensorSource, prefix: str, weight: Array, bias: Array) -> np.float32:
+    """The norm trick's scale for what a matrix and a bias make of the normed input."""
     gain = source.load(f"{prefix}norm.weight")
     mean_square = float(np.mean(np.square(weight * gain).sum(axis=1) + np.square(bias)))
     return np.float32(np.sqrt(SMALLNESS * source.spec.norm_eps / max(mean_square, 1e-30)))
 
 
-def _trick_norm(source: TensorSource, prefix: str, part: str, width: int) -> Array:
+def _trick_norm(source: TensorSource, prefix: str, weight: Array, bias: Array) -> Array:
     """The norm's weight that undoes `_shrink`."""
-    return np.full(width, np.sqrt(source.spec.norm_eps) / _shrink(source, prefix, part), np.float32)
+    undone = np.sqrt(source.spec.norm_eps) / _shrink(source, prefix, weight, bias)
+    return np.full(len(bias), undone, np.float32)
+
+
+def _shrunk_queries(source: TensorSource, prefix: str) -> tuple[Array, Array]:
+    weight, bias = _queries(source, prefix)
+    scale = _shrink(source, prefix, weight, bias)
+    return weight * scale, bias * scale
 
 
 def _shrunk_latent(source: TensorSource, prefix: str, rank: int) -> tuple[Array, Array]:
     """The projection to a cached row, its latent shrunk for the norm behind it."""
     weight, bias = _rows(source, prefix)
     scale = np.ones(len(bias), np.float32)
-    scale[:rank] = _shrink(source, prefix, "kv")
+    scale[:rank] = _shrink(source, prefix, weight[:rank], bias[:rank])
     return weight * scale[:, None], bias * scale
 
 

@@ -8,6 +8,7 @@ from edgekv.export.onnx.attention import rotate
 from edgekv.export.onnx.graph import GraphWriter, Value
 from edgekv.export.onnx.weights import Bits, at_least_8, linear
 from edgekv.reference.model import BlockWeights
+from edgekv.rewrite.encoder_fold import fold_encoder
 from edgekv.spec import MLA, Encoder
 
 Tables = tuple[Value, Value]
@@ -52,13 +53,11 @@ def _write_folded(
     g: GraphWriter, encoder: Encoder, x: Value, w: BlockWeights, name: str, bits: Bits
 ) -> Value:
     """What is cached, (1, T, W), by the encoder times what makes keys and values."""
-    keys_and_values = np.concatenate([w["attn_k.weight"], w["attn_v.weight"]])
-    write = w["attn_kv_enc.weight"].astype(np.float64)
-    offset = w["attn_kv_enc.bias"].astype(np.float64)
-    if encoder.bias:
-        offset = offset + write[:, : len(w["attn_k.bias"])] @ w["attn_k.bias"]
-    row = linear(g, x, f"{name}.kv", (write @ keys_and_values).astype(np.float32), at_least_8(bits))
-    return g.op("Add", row, g.weight(f"{name}.kv_bias", offset.astype(np.float32)))
+    key_bias = w["attn_k.bias"] if encoder.bias else None
+    written = w["attn_kv_enc.weight"], w["attn_kv_enc.bias"]
+    weight, bias = fold_encoder(*written, w["attn_k.weight"], w["attn_v.weight"], key_bias)
+    row = linear(g, x, f"{name}.kv", weight, at_least_8(bits))
+    return g.op("Add", row, g.weight(f"{name}.kv_bias", bias))
 
 
 def _write_normed(

@@ -83,3 +83,10 @@ def start(model: Path, *options: str, **given: Any) -> Iterator[Server]:
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture(scope="module")
+def server(tiny_llama: Path) -> Iterator[Server]:
+    """One for all tests of a module."""
+    with start(tiny_llama, "--parallel", "2", "--queue", "1", "-c", "8192", "--max-body", "200000") as server:
+        yield server

@@ -14,7 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from edgekv.backends.base import EvictableBackend, Interrupted, require_loadable, require_room
+from edgekv.backends.base import (
+    EvictableBackend,
+    Interrupted,
+    require_loadable,
+    require_no_window,
+    require_room,
+)
 from edgekv.backends.llama_cpp.context import LlamaContext
 from edgekv.backends.llama_cpp.evict import CachedPositions, StateViews, runs
 from edgekv.backends.llama_cpp.kernel.mass import AttentionMass
@@ -116,10 +122,7 @@ class LlamaCppBackend(LlamaContext, EvictableBackend):
             raise UnsupportedError(
                 "a recurrent state has no rows that could be evicted; leave the budget out"
             )
-        if self._window:
-            raise UnsupportedError(
-                "layers with a sliding window let go of tokens by themselves; leave the budget out"
-            )
+        require_no_window([self._window])
         self._views = StateViews(self._path, needs, self._encodings, self._watch) if needs else None
 
     def views(self) -> Iterator[LayerView]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekv.backends.base import require_no_window
 from edgekv.backends.llama_cpp.state import read_cells
 from edgekv.backends.llama_cpp.watch import QueryWatch
 from edgekv.cache.policies.base import LayerView, Need, Probe, Rows, n_tail
@@ -21,9 +22,8 @@ from edgekv.reference.probe import probe_ahead
 from edgekv.source import Array
 from edgekv.spec import GQA, AttentionSpec
 
-WATCHED: frozenset[Need] = frozenset(
-    {"queries", "probe"}
-)  # for which a context has to be opened with a QueryWatch
+# For these a context has to be opened with a QueryWatch.
+WATCHED: frozenset[Need] = frozenset({"queries", "probe"})
 SHOWN: frozenset[Need] = frozenset({"keys", "norms", "queries", "probe"})
 
 
@@ -85,10 +85,7 @@ class StateViews:
 
         source = open_model(path)
         self._attentions = [layer.attention for layer in source.spec.layers]
-        if any(attention.window for attention in self._attentions):
-            raise UnsupportedError(
-                f"{path}: layers with a sliding window let go of tokens by themselves; leave the budget out"
-            )
+        require_no_window(attention.window for attention in self._attentions)
         self._factors = [
             _factors(output_maps(source, layer), attention, encodings[1])
             for layer, attention in enumerate(self._attentions)
@@ -141,14 +138,16 @@ class StateViews:
 
 def _heads(stored: Bytes, plane: Plane, attention: AttentionSpec) -> Array:
     """Stored rows (S, bytes) as (G, S, K)."""
-    n_heads = attention.n_kv_heads if isinstance(attention, GQA) else 1
     values = exact_values(stored, plane)
-    return values.reshape(len(values), n_heads, -1).swapaxes(0, 1)
+    return values.reshape(len(values), _n_groups(attention), -1).swapaxes(0, 1)
+
+
+def _n_groups(attention: AttentionSpec) -> int:
+    return attention.n_kv_heads if isinstance(attention, GQA) else 1
 
 
 def _factors(maps: Array, attention: AttentionSpec, encoding: str) -> Array:
-    n_groups = attention.n_kv_heads if isinstance(attention, GQA) else 1
-    factors = norm_factors(maps, n_groups)
+    factors = norm_factors(maps, _n_groups(attention))
     if encoding == "hadamard" and isinstance(attention, GQA):
         factors = hadamard(attention.head_dim, 64) @ factors
     return factors
