@@ -55,7 +55,7 @@ int main() {
     p.mass = n[13] ? mass.data() : nullptr;
     edgekv::Scratch scratch;
     edgekv::attention(p, static_cast<int>(n[12]), scratch);
-    const bool rounds = p.rows_k->to_codes != nullptr;
+    const uint8_t rounds = uint8_t(rounding(*p.rows_k) | (rounding(*p.rows_v) & 2));
     if (std::fwrite(&rounds, 1, 1, stdout) != 1) return 3;
     for (const auto & x : {out, mass}) {
         if (std::fwrite(x.data(), sizeof(float), x.size(), stdout) != x.size()) return 3;

@@ -20,13 +20,16 @@ from edgekv.backends.isolated.backend import IsolatedBackend
 from edgekv.backends.kernel_names import KERNEL_VARIABLE
 from edgekv.backends.llama_cpp.kernel import build as kernel_build
 from edgekv.backends.llama_cpp.kernel.build import FLAGS, HERE, build, build_path, built_path
-from edgekv.backends.llama_cpp.kernel.check import KINDS, relative_error
+from edgekv.backends.llama_cpp.kernel.check import KINDS, error, tolerance
 from edgekv.backends.llama_cpp.kernel.load import chosen_kernel
 from edgekv.backends.llama_cpp.kernel.node import (
+    BFLOAT16,
+    EIGHT_BITS,
     Node,
     attend,
     load_backend,
     rounded,
+    rounding,
     softmax_twin,
     stored_as,
     twin,
@@ -95,7 +98,7 @@ def test_any_shape_equals_numpy(built: Path, backend: Any, kind: str) -> None:
     rng = np.random.default_rng(KINDS.index(kind))
     for _ in range(10):
         node = random_node(GGMLType[kind], rng)
-        assert relative_error(built, backend, node) < 1e-5, node
+        assert error(built, backend, node) < 1, node
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0"])
@@ -108,7 +111,7 @@ def test_the_shape_of_deepseek(built: Path, backend: Any, kind: str) -> None:
         )
         mask = np.where(np.arange(700) > 650 + np.arange(tokens)[:, None], -np.inf, 0.0)[None, None]
         node = Node(q, k, None, GGMLType[kind], GGMLType[kind], 512, mask, scale=192**-0.5)
-        assert relative_error(built, backend, node) < 1e-5
+        assert error(built, backend, node) < 1
 
 
 def test_many_threads_share_one_query(built: Path) -> None:
@@ -116,7 +119,7 @@ def test_many_threads_share_one_query(built: Path) -> None:
     rng = np.random.default_rng(0)
     q, k = (rng.standard_normal((1, 1, rows, 32)).astype(np.float32) for rows in (1, 40_000))
     node = Node(q, k, None, GGMLType.F16, GGMLType.F16, 32, scale=32**-0.5)
-    assert relative_error(built, load_backend(built, n_threads=40), node) < 1e-5
+    assert error(built, load_backend(built, n_threads=40), node) < 1
 
 
 def test_what_it_does_not_compute_is_left_to_ggml(backend: Any) -> None:
@@ -141,7 +144,8 @@ def test_the_model_says_what_it_said(
         return float(np.mean(kl_rows(wanted, found)))
 
     wanted = logits("f16", "stock")
-    assert kl(logits("f16", "edgekv")) < 5e-5
+    # Random weights feel bfloat16 more than a real model's do (docs/kernel.md).
+    assert kl(logits("f16", "edgekv")) < (2e-4 if multiplies_bfloat16(built) else 5e-5)
     pairs = ("q8_0/q4_0", "q4_0/f16") if model == "tiny_llama" else ()
     for cache_type in ("q8_0", *pairs):
         assert kl(logits(cache_type, "edgekv")) < 1.5 * kl(logits(cache_type, "stock")) + 1e-5
@@ -154,6 +158,11 @@ def test_a_format_without_rows_in_the_kernel_runs_in_llama_cpp(
     stock = edgekv_logits(tiny_llama, "q8_0/mxfp4", "stock", built)
     mixed = edgekv_logits(tiny_llama, "q8_0/mxfp4", "edgekv", built, runs="stock")
     np.testing.assert_array_equal(mixed, stock)
+
+
+def multiplies_bfloat16(built: Path) -> bool:
+    some = np.zeros((1, 1, 1, 32), np.float32)
+    return bool(rounding(built, Node(some, some, None, GGMLType.F16, GGMLType.F16, 32)) & BFLOAT16)
 
 
 @pytest.fixture
@@ -199,12 +208,16 @@ def compiled_program(folder: Path, compiler: str, *flags: str) -> Path:
 
 
 def error_of_program(command: list[str], node: Node, threads: int) -> float:
-    """How far the program is from NumPy for one node, in its output or in the mass of its rows."""
+    """How far the program is from NumPy for one node, in output or mass, of what is tolerable."""
     done = subprocess.run(command, input=problem(node, threads), capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr.decode()
-    found, expected = np.frombuffer(done.stdout, np.float32, offset=1), wanted(node, bool(done.stdout[0]))
+    rounds = done.stdout[0]
+    found, expected = (
+        np.frombuffer(done.stdout, np.float32, offset=1),
+        wanted(node, bool(rounds & EIGHT_BITS)),
+    )
     parts = zip(np.split(found, [expected[0].size]), expected, strict=True)
-    return max(float(np.linalg.norm(x - y.ravel()) / np.linalg.norm(y)) for x, y in parts)
+    return max(float(np.linalg.norm(x - y.ravel()) / np.linalg.norm(y)) for x, y in parts) / tolerance(rounds)
 
 
 def problem(node: Node, threads: int, mass: bool = True) -> bytes:
@@ -244,7 +257,7 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
     for kind in (GGMLType[name] for name in KINDS):
         for threads in (1, 3):
-            assert error_of_program([str(program)], random_node(kind, rng), threads) < 1e-5
+            assert error_of_program([str(program)], random_node(kind, rng), threads) < 1
 
 
 @pytest.mark.skipif(
@@ -256,7 +269,7 @@ def test_on_an_emulated_arm(tmp_path: Path, machine: str) -> None:
     program = compiled_program(tmp_path, ARM_COMPILER, f"-march={machine}", "-static", "-Werror")
     rng = np.random.default_rng(6)
     for kind in (GGMLType[name] for name in KINDS):
-        assert error_of_program(["qemu-aarch64", str(program)], random_node(kind, rng), 2) < 1e-5
+        assert error_of_program(["qemu-aarch64", str(program)], random_node(kind, rng), 2) < 1
 
 
 class TestWhereItCannotBeHad:

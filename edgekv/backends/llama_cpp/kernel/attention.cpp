@@ -16,6 +16,8 @@
 namespace edgekv {
 namespace {
 
+constexpr int     PAIR_DOTS = 9, PAIR_MIXED = 9;
+constexpr int pair_columns(int n) { return n > 6 ? 3 : 4; }
 constexpr int64_t TILE    = 64;   // cached rows at a time
 constexpr int64_t BLOCK   = 72;   // rows of queries at a time: heads times tokens
 constexpr int     R       = 4;    // cached rows in registers
@@ -43,6 +45,9 @@ inline void in_groups(int64_t from, int64_t to, F && f) {
         int n = int(std::min<int64_t>(MOST, to - r));
         if (!has_registers(n)) n /= 2;
         switch (n) {
+            case 9: if constexpr (MOST >= 9) f(Count<9>(), r); break;
+            case 8: if constexpr (MOST >= 8) f(Count<8>(), r); break;
+            case 7: if constexpr (MOST >= 7) f(Count<7>(), r); break;
             case 6: if constexpr (MOST >= 6) f(Count<6>(), r); break;
             case 5: if constexpr (MOST >= 5) f(Count<5>(), r); break;
             case 4: if constexpr (MOST >= 4) f(Count<4>(), r); break;
@@ -78,28 +83,26 @@ struct WholeQueries {
     float *   sum;     // (rows, blocks) d times the sum of a block's codes, for minima of keys
 };
 
-// Keys of a tile as whole numbers, LANES rows side by side: codes (group, width / 4, LANES, 4), d and m (group, block, LANES).
+// LANES keys as whole numbers, side by side: codes (width / 4, LANES, 4), d and m (block, LANES).
 struct WholeKeys {
     uint8_t * codes;
     float *   d;
     float *   m;
 };
 
-// scores[N][LANES] = q[N] . k of one group.
+// scores[N][LANES] = q[N] . k
 template <int N>
-inline void whole_dots(const WholeQueries & q, int64_t r, const WholeKeys & k, int64_t group, int64_t n_blocks, bool minima, float * scores) {
-    const int64_t   width = n_blocks * QK;
-    const uint8_t * codes = k.codes + group * width * LANES;
-    const float *   d = k.d + group * n_blocks * LANES, *m = k.m + group * n_blocks * LANES;
-    vf              sum[N] = {};
+inline void whole_dots(const WholeQueries & q, int64_t r, const WholeKeys & k, int64_t n_blocks, bool minima, float * scores) {
+    const int64_t width = n_blocks * QK;
+    vf            sum[N] = {};
     for (int64_t b = 0; b < n_blocks; b++) {
         vi dot[N];
         for (int i = 0; i < N; i++) dot[i] = all(q.moved[(r + i) * n_blocks + b]);
-        add_dots<N>(codes + b * QK * LANES, q.codes + r * width + b * QK, width, dot);
-        const vf scale = load(d + b * LANES);
+        add_dots<N>(k.codes + b * QK * LANES, q.codes + r * width + b * QK, width, dot);
+        const vf scale = load(k.d + b * LANES);
         for (int i = 0; i < N; i++) sum[i] += __builtin_convertvector(dot[i], vf) * (scale * q.d[(r + i) * n_blocks + b]);
         if (minima) {
-            const vf least = load(m + b * LANES);
+            const vf least = load(k.m + b * LANES);
             for (int i = 0; i < N; i++) sum[i] += least * q.sum[(r + i) * n_blocks + b];
         }
     }
@@ -126,12 +129,73 @@ inline void mix(const float * p, const float * v, int64_t v_stride, int64_t n_ro
     }
 }
 
+// Stretches of keys and values that are wanted a tile from now. They are fetched line by line while others are multiplied:
+// where all are asked for at once, what is computed meanwhile waits for them.
+class Ahead {
+public:
+    Ahead() = default;
+    Ahead(const uint8_t * keys, size_t keys_nbytes, const uint8_t * values, size_t values_nbytes)
+        : parts_{{keys, keys + keys_nbytes}, {values, values + values_nbytes}} {}
+
+    void fetch(int n_lines) {
+        for (auto & [at, end] : parts_) {
+            for (; at < end && n_lines > 0; n_lines--, at += 64) __builtin_prefetch(at);
+        }
+    }
+
+private:
+    struct {
+        const uint8_t *at, *end;
+    } parts_[2] = {};
+};
+
+// scores[N][LANES] = q[N] . k of one group: keys (n_pairs, LANES), queries (rows, n_pairs).
+template <int N>
+inline void pair_dots(const int32_t * q, const int32_t * k, int64_t n_pairs, float * scores, Ahead & ahead) {
+    constexpr int WAYS = N < 3 ? 4 : N < 6 ? 2 : 1;  // sums beside each other: one product waits for the last
+    vf sum[N][WAYS] = {};
+    for (int64_t d = 0; d < n_pairs; d += WAYS) {
+        for (int w = 0; w < WAYS; w++) {
+            ahead.fetch(1);
+            const vi row = load(k + (d + w) * LANES);
+            for (int i = 0; i < N; i++) sum[i][w] = add_products(sum[i][w], row, all(q[i * n_pairs + d + w]));
+        }
+    }
+    for (int i = 0; i < N; i++) {
+        for (int w = 1; w < WAYS; w++) sum[i][0] += sum[i][w];
+        store(scores + i * TILE, sum[i][0]);
+    }
+}
+
+// out[N][M vectors] += p[N][n_pairs] v[n_pairs][M vectors], in pairs of rows.
+template <int N, int M>
+inline void pair_mix(const int32_t * p, const int32_t * v, int64_t v_stride, int64_t n_pairs, float * out, int64_t o_stride, Ahead & ahead) {
+    vf sum[N][M];
+    for (int i = 0; i < N; i++) {
+        for (int c = 0; c < M; c++) sum[i][c] = load(out + i * o_stride + c * LANES);
+    }
+    for (int64_t r = 0; r < n_pairs; r++) {
+        vi row[M];
+        ahead.fetch(4);
+        for (int c = 0; c < M; c++) row[c] = load(v + r * v_stride + c * LANES);
+        for (int i = 0; i < N; i++) {
+            const vi x = all(p[i * TILE + r]);
+            for (int c = 0; c < M; c++) sum[i][c] = add_products(sum[i][c], row[c], x);
+        }
+    }
+    for (int i = 0; i < N; i++) {
+        for (int c = 0; c < M; c++) store(out + i * o_stride + c * LANES, sum[i][c]);
+    }
+}
+
 // ---- one block of queries against a stretch of the cache ----
 
 struct Sizes {
     int64_t group;                // query heads that share a KV head
-    bool    whole;                // scores by whole numbers
+    bool    whole, key_pairs;     // scores by whole numbers, or by pairs of bfloat16
+    bool    value_pairs;          // values in pairs of bfloat16
     bool    apart;                // values are read by themselves, not as the first of the keys
+    int64_t step;                 // cached rows whose scores are made at a time
     int64_t width_k, width_v;     // padded to whole vectors
     int64_t n_blocks;             // of a key
     int64_t stride_k, stride_v;   // of the tile's rows
@@ -139,17 +203,20 @@ struct Sizes {
 
     explicit Sizes(const Problem & p) {
         group    = p.n_heads / p.n_kv_heads;
-        whole    = p.rows_k->to_codes != nullptr;
-        apart    = !p.shared || whole;
         width_k  = up(p.width_k, LANES);
         width_v  = up(p.width_v, LANES);
         n_blocks = p.width_k / QK;
+        whole       = p.rows_k->to_codes != nullptr;
+        key_pairs   = p.rows_k->to_key_pairs && p.width_k % (2 * LANES) == 0;
+        value_pairs = p.rows_v->to_value_pairs && p.width_v % LANES == 0;
+        apart    = !p.shared || whole || key_pairs || value_pairs;
+        step     = whole || key_pairs ? LANES : R;
         stride_k = width_k + PADDING;
         stride_v = apart ? width_v + PADDING : stride_k;
-        q        = size_t(whole ? BLOCK * (width_k / 4 + 3 * n_blocks) : BLOCK * width_k);
+        q        = size_t(whole ? BLOCK * (width_k / 4 + 3 * n_blocks) : BLOCK * width_k / (key_pairs ? 2 : 1));
         scores   = size_t(BLOCK * TILE);
-        k        = size_t(whole ? TILE * (width_k / 4 + 2 * n_blocks) : TILE * stride_k);
-        v        = size_t(apart ? TILE * stride_v : 0);
+        k        = size_t(whole ? LANES * (width_k / 4 + 2 * n_blocks) : key_pairs ? LANES * width_k / 2 : TILE * stride_k);
+        v        = size_t(apart ? TILE * stride_v / (value_pairs ? 2 : 1) : 0);
         for (size_t * n : {&q, &scores, &k, &v}) *n = size_t(up(int64_t(*n), 16));
     }
     size_t floats() const { return q + scores + k + v; }
@@ -172,8 +239,8 @@ public:
         auto * codes = reinterpret_cast<int8_t *>(q_);
         auto * after = q_ + BLOCK * s.width_k / 4;
         whole_q_     = {codes, after, reinterpret_cast<int32_t *>(after + BLOCK * s.n_blocks), after + 2 * BLOCK * s.n_blocks};
-        after        = k_ + TILE * s.width_k / 4;
-        whole_k_     = {reinterpret_cast<uint8_t *>(k_), after, after + TILE * s.n_blocks};
+        after        = k_ + LANES * s.width_k / 4;
+        whole_k_     = {reinterpret_cast<uint8_t *>(k_), after, after + LANES * s.n_blocks};
     }
 
     void run(const Block & b, int64_t from, int64_t to) {
@@ -185,10 +252,15 @@ public:
             const int64_t n = std::min(TILE, to - start);
             if (!seen(b, start, n)) continue;
             for (int64_t h = 0; h < b.heads; h++) {
-                read_rows(b, h, start, n);
-                score(b, h, start, n, std::min(TILE, to - start - n));
+                Ahead ahead = rows_ahead(b, h, start + TILE, to);
+                for (int64_t i = 0; i < n; i += s_.step) {
+                    const int64_t count = std::min(s_.step, n - i);
+                    read_keys(b, h, start, i, count);
+                    read_values(b, h, start, i, count);
+                    score(b, h, i, ahead);
+                }
                 for (int64_t r = h * b.rows; r < (h + 1) * b.rows; r++) weigh(b, r, start, n);
-                add_values(b, h, n);
+                add_values(b, h, n, ahead);
             }
         }
     }
@@ -202,8 +274,11 @@ public:
             if (!seen(b, start, n)) continue;
             float total[TILE] = {};
             for (int64_t h = 0; h < b.heads; h++) {
-                read_keys(b, h, start, n);
-                score(b, h, start, n, std::min(TILE, to - start - n));
+                for (int64_t i = 0; i < n; i += s_.step) {
+                    read_keys(b, h, start, i, std::min(s_.step, n - i));
+                    Ahead none;
+                    score(b, h, i, none);
+                }
                 for (int64_t r = h * b.rows; r < (h + 1) * b.rows; r++) {
                     const float * x = softmax + 2 * ((b.seq * p_.n_tokens + token(b, r)) * p_.n_heads + head(b, r));
                     masked_scores(b, r, start, n);
@@ -249,6 +324,8 @@ private:
             const auto * from = reinterpret_cast<const float *>(at);
             if (s_.whole) {
                 for (int64_t i = 0; i < s_.n_blocks; i++) round_block(from + i * QK, r, i);
+            } else if (s_.key_pairs) {
+                store_pairs(from, pairs(q_) + r * s_.width_k / 2, s_.width_k);
             } else {
                 float * to = q_ + r * s_.width_k;
                 std::copy(from, from + p_.width_k, to);
@@ -288,22 +365,42 @@ private:
         return std::any_of(mask, mask + n, [](uint16_t m) { return m != 0xfc00; });  // minus infinity
     }
 
-    void read_rows(const Block & b, int64_t h, int64_t start, int64_t n) {
-        read_keys(b, h, start, n);
-        if (s_.apart) read_floats(*p_.rows_v, row(p_.v, b, h, start), p_.v.nb1, n, p_.width_v, v_, s_.stride_v, s_.width_v);
-    }
-
-    void read_keys(const Block & b, int64_t h, int64_t start, int64_t n) {
+    // Rows start+i..start+i+count, as `score` wants them next.
+    void read_keys(const Block & b, int64_t h, int64_t start, int64_t i, int64_t count) {
+        const uint8_t * from = row(p_.k, b, h, start + i);
         if (s_.whole) {
-            for (int64_t i = 0; i < n; i += LANES) {
-                const int64_t at = i * s_.n_blocks;
-                p_.rows_k->to_codes(row(p_.k, b, h, start + i), p_.k.nb1, int(std::min<int64_t>(LANES, n - i)),
-                                    whole_k_.codes + i * s_.width_k, whole_k_.d + at, whole_k_.m + at, p_.width_k);
-            }
+            p_.rows_k->to_codes(from, p_.k.nb1, int(count), whole_k_.codes, whole_k_.d, whole_k_.m, p_.width_k);
+        } else if (s_.key_pairs) {
+            p_.rows_k->to_key_pairs(from, p_.k.nb1, int(count), pairs(k_), p_.width_k);
         } else {
-            read_floats(*p_.rows_k, row(p_.k, b, h, start), p_.k.nb1, n, p_.width_k, k_, s_.stride_k, s_.width_k);
+            read_floats(*p_.rows_k, from, p_.k.nb1, count, p_.width_k, k_ + i * s_.stride_k, s_.stride_k, s_.width_k);
         }
     }
+
+    // The same rows' values, for `add_values` behind the whole tile.
+    void read_values(const Block & b, int64_t h, int64_t start, int64_t i, int64_t count) {
+        if (!s_.apart) return;
+        const uint8_t * from = row(p_.v, b, h, start + i);
+        if (s_.value_pairs) {
+            for (int64_t j = 0; j < count; j += 2) {
+                const uint8_t * next = from + (j + 1 < count ? p_.v.nb1 : 0);  // the last of an odd number: nobody sees its other half
+                p_.rows_v->to_value_pairs(from, next, pairs(v_) + (i + j) / 2 * s_.stride_v, p_.width_v);
+                from += 2 * p_.v.nb1;
+            }
+        } else {
+            read_floats(*p_.rows_v, from, p_.v.nb1, count, p_.width_v, v_ + i * s_.stride_v, s_.stride_v, s_.width_v);
+        }
+    }
+
+    // The h-th part of the next tile, where the block reads all that the cache holds side by side.
+    Ahead rows_ahead(const Block & b, int64_t h, int64_t from, int64_t to) const {
+        if (from >= to || b.heads != p_.n_kv_heads) return {};
+        const size_t n = size_t(std::min(TILE, to - from)), part = size_t(h), heads = size_t(b.heads);
+        const size_t k = n * p_.k.nb1 / heads, v = p_.shared ? 0 : n * p_.v.nb1 / heads;
+        return {row(p_.k, b, 0, from) + part * k, k, row(p_.v, b, 0, from) + part * v, v};
+    }
+
+    static int32_t * pairs(float * p) { return reinterpret_cast<int32_t *>(p); }
 
     static void read_floats(const Rows & rows, const uint8_t * from, size_t step, int64_t n, int64_t width, float * to, int64_t stride, int64_t padded) {
         for (int64_t i = 0; i < n; i++, from += step, to += stride) {
@@ -312,31 +409,22 @@ private:
         }
     }
 
-    // Rows that come next are fetched while these are multiplied: read a tile at a time, the hardware does not foresee them.
-    void prefetch(const Block & b, int64_t h, int64_t from, int64_t to) const {
-        for (int64_t i = from; i < to; i++) {
-            const uint8_t * k = row(p_.k, b, h, i);
-            for (size_t at = 0; at < row_nbytes(*p_.rows_k, p_.width_k); at += 64) __builtin_prefetch(k + at);
-            if (p_.shared) continue;
-            const uint8_t * v = row(p_.v, b, h, i);
-            for (size_t at = 0; at < row_nbytes(*p_.rows_v, p_.width_v); at += 64) __builtin_prefetch(v + at);
-        }
-    }
-
-    // scores_[r][0..n] of rows start..start+n; what lies behind n in the last group is not used.
-    void score(const Block & b, int64_t h, int64_t start, int64_t n, int64_t n_next) {
-        const int64_t step = s_.whole ? LANES : R, first = h * b.rows;
-        for (int64_t i = 0; i < n; i += step) {
-            prefetch(b, h, start + n + i, start + n + std::min(i + step, n_next));
-            if (s_.whole) {
-                in_groups<WHOLE_DOTS>(first, first + b.rows, [&](auto rows, int64_t r) {
-                    whole_dots<rows.value>(whole_q_, r, whole_k_, i / LANES, s_.n_blocks, p_.rows_k->minima, scores_ + r * TILE + i);
-                });
-            } else {
-                in_groups<DOTS>(first, first + b.rows, [&](auto rows, int64_t r) {
-                    dots<rows.value>(q_ + r * s_.width_k, k_ + i * s_.stride_k, s_.width_k, s_.stride_k, scores_ + r * TILE + i);
-                });
-            }
+    // scores_[r][i..i+step] of the rows that were read last; what lies behind the tile's end is not used.
+    void score(const Block & b, int64_t h, int64_t i, Ahead & ahead) {
+        const int64_t first = h * b.rows, last = first + b.rows;
+        if (s_.whole) {
+            in_groups<WHOLE_DOTS>(first, last, [&](auto rows, int64_t r) {
+                whole_dots<rows.value>(whole_q_, r, whole_k_, s_.n_blocks, p_.rows_k->minima, scores_ + r * TILE + i);
+            });
+        } else if (s_.key_pairs) {
+            in_groups<PAIR_DOTS>(first, last, [&](auto rows, int64_t r) {
+                const int64_t n_pairs = s_.width_k / 2;
+                pair_dots<rows.value>(pairs(q_) + r * n_pairs, pairs(k_), n_pairs, scores_ + r * TILE + i, ahead);
+            });
+        } else {
+            in_groups<DOTS>(first, last, [&](auto rows, int64_t r) {
+                dots<rows.value>(q_ + r * s_.width_k, k_ + i * s_.stride_k, s_.width_k, s_.stride_k, scores_ + r * TILE + i);
+            });
         }
     }
 
@@ -345,9 +433,9 @@ private:
         float *     s     = scores_ + r * TILE;
         const float scale = p_.softcap != 0 ? p_.scale / p_.softcap : p_.scale;
         if (r == 0 || p_.mask_heads > 1 || token(b, r) != token(b, r - 1)) read_mask(mask(b, r, start), n);
-        std::fill(s + n, s + up(n, LANES), 0.0f);
+        std::fill(s + n, s + padded(n), 0.0f);
         vf tops = all(NOTHING);
-        for (int64_t i = 0; i < n; i += LANES) {
+        for (int64_t i = 0; i < padded(n); i += LANES) {
             vf x = load(s + i) * scale;
             if (p_.softcap != 0) {
                 for (int j = 0; j < LANES; j++) x[j] = p_.softcap * std::tanh(x[j]);
@@ -366,7 +454,7 @@ private:
         float *     s   = scores_ + r * TILE;
         const float top = std::max(b.largest[r], masked_scores(b, r, start, n));
         if (top == NOTHING) {
-            std::fill(s, s + n, 0.0f);
+            std::fill(s, s + padded(n), 0.0f);  // as floats and as pairs
             return;
         }
         if (top > b.largest[r]) {
@@ -377,11 +465,12 @@ private:
             b.largest[r] = top;
         }
         vf total = {};
-        for (int64_t i = 0; i < n; i += LANES) {
+        for (int64_t i = 0; i < padded(n); i += LANES) {
             const vf x = exp_negative(load(s + i) - top);
             store(s + i, x);
             total += x;
         }
+        if (s_.value_pairs) store_pairs(s, pairs(s), padded(n));
         for (int j = 0; j < LANES; j++) b.sum[r] += total[j];
     }
 
@@ -395,7 +484,11 @@ private:
         }
     }
 
-    void add_values(const Block & b, int64_t h, int64_t n) {
+    // Rows of a tile whose scores are computed: whole vectors of pairs.
+    static int64_t padded(int64_t n) { return up(n, 2 * LANES); }
+
+    void add_values(const Block & b, int64_t h, int64_t n, Ahead & ahead) {
+        if (s_.value_pairs) return add_value_pairs(b, h, n, ahead);
         in_groups<MIXED>(h * b.rows, (h + 1) * b.rows, [&](auto rows, int64_t r) {
             constexpr int M = columns(rows.value);
             const float * p = scores_ + r * TILE;
@@ -403,6 +496,18 @@ private:
             int64_t       c = 0;
             for (; c + M * LANES <= s_.width_v; c += M * LANES) mix<rows.value, M>(p, v_ + c, s_.stride_v, n, out + c, s_.width_v);
             for (; c < s_.width_v; c += LANES) mix<rows.value, 1>(p, v_ + c, s_.stride_v, n, out + c, s_.width_v);
+        });
+    }
+
+    void add_value_pairs(const Block & b, int64_t h, int64_t n, Ahead & ahead) {
+        const int64_t n_pairs = (n + 1) / 2;
+        in_groups<PAIR_MIXED>(h * b.rows, (h + 1) * b.rows, [&](auto rows, int64_t r) {
+            constexpr int   M = pair_columns(rows.value);
+            const int32_t * p = pairs(scores_ + r * TILE), *v = pairs(v_);
+            float *         out = b.out + r * s_.width_v;
+            int64_t         c = 0;
+            for (; c + M * LANES <= s_.width_v; c += M * LANES) pair_mix<rows.value, M>(p, v + c, s_.stride_v, n_pairs, out + c, s_.width_v, ahead);
+            for (; c < s_.width_v; c += LANES) pair_mix<rows.value, 1>(p, v + c, s_.stride_v, n_pairs, out + c, s_.width_v, ahead);
         });
     }
 };

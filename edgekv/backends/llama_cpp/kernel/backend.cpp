@@ -282,10 +282,10 @@ __attribute__((visibility("default"))) ggml_backend_reg_t ggml_backend_init(void
     return reinterpret_cast<ggml_backend_reg_t>(&reg);
 }
 
-// Whether queries are rounded to 8 bits beside keys of a ggml_type.
-__attribute__((visibility("default"))) bool edgekv_rounds_queries(int type) {
+// How rows of a ggml_type are multiplied: 1: keys as whole numbers, by queries that are rounded to 8 bits; 2: as bfloat16; or both.
+__attribute__((visibility("default"))) int edgekv_rounding(int type) {
     const edgekv::Rows * rows = edgekv::rows_of(static_cast<edgekv::Type>(type));
-    return rows && rows->to_codes;
+    return rows ? edgekv::rounding(*rows) : 0;
 }
 
 // Attention nodes computed since the library was loaded: whether it is really used.

@@ -17,6 +17,7 @@ from edgekv.errors import BackendError
 from edgekv.source import Array
 
 ARENA_NBYTES = 256 * 2**20
+EIGHT_BITS, BFLOAT16 = 1, 2  # bits of `rounding`
 
 
 def load_backend(path: Path, n_threads: int) -> Any:
@@ -119,11 +120,10 @@ def as_stored(array: Array, kind: GGMLType) -> Array:
     return np.asarray(gguf.quants.dequantize(stored_as(array, kind), kind), np.float32).reshape(array.shape)
 
 
-def rounds_queries(path: Path, kind: GGMLType) -> bool:
-    """Whether a plug-in multiplies keys of a type by queries that it rounds to 8 bits."""
-    function = ctypes.CDLL(str(path)).edgekv_rounds_queries
-    function.restype = ctypes.c_bool
-    return bool(function(int(kind)))
+def rounding(path: Path, node: Node) -> int:
+    """How a plug-in rounds a node's numbers, the bits of a sum: 1: queries to 8 bits; 2: to bfloat16."""
+    function = ctypes.CDLL(str(path)).edgekv_rounding
+    return int(function(int(node.type_k))) | int(function(int(node.type_v))) & BFLOAT16
 
 
 def rounded(q: Array) -> Array:

@@ -171,6 +171,16 @@ constexpr uint8_t SIGN = 0;
 constexpr uint8_t SIGN = 128;
 #endif
 
+// In one piece where `interleave` loads them so: a load waits until two stores that it spans are in the cache.
+inline void store_codes(uint8_t * to, u8x low, u8x high) {
+#if defined(__AVX2__)
+    _mm256_store_si256(reinterpret_cast<__m256i *>(to), _mm256_set_m128i(__m128i(high), __m128i(low)));
+#else
+    const u8x both[2] = {low, high};
+    std::memcpy(to, both, sizeof both);
+#endif
+}
+
 template <class Format>
 void codes(const uint8_t * rows, size_t stride, int count, uint8_t * to, float * d, float * m, int64_t n) {
     constexpr uint8_t sign = Format::SMALL ? 0 : SIGN;
@@ -178,8 +188,7 @@ void codes(const uint8_t * rows, size_t stride, int count, uint8_t * to, float *
     for (; n > 0; n -= QK, rows += Format::NBYTES, to += QK * LANES, d += LANES, m += LANES) {
         for (int i = 0; i < LANES && i < count; i++) {
             const Codes c    = Format::read(rows + size_t(i) * stride);
-            const u8x   both[2] = {u8x(c.low) ^ sign, u8x(c.high) ^ sign};
-            std::memcpy(block[i], both, sizeof both);
+            store_codes(block[i], u8x(c.low) ^ sign, u8x(c.high) ^ sign);
             d[i] = c.d;
             if (Format::MINIMA) m[i] = c.m;
         }
@@ -187,10 +196,70 @@ void codes(const uint8_t * rows, size_t stride, int count, uint8_t * to, float *
     }
 }
 
+// ---- rows as pairs of bfloat16, on machines that multiply them ----
+
+#if defined(__AVX512BF16__)
+struct F16 {
+    static vf read(const uint8_t * p) {
+        __m256i x;
+        std::memcpy(&x, p, sizeof x);
+        return vf(_mm512_cvtph_ps(x));
+    }
+    static vi neighbours(const uint8_t * p) { return edgekv::neighbours(read(p), read(p + 2 * LANES)); }
+};
+
+struct BF16 {
+    static vf read(const uint8_t * p) {
+        __m256i x;
+        std::memcpy(&x, p, sizeof x);
+        return vf(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+    }
+    static vi neighbours(const uint8_t * p) {
+        vi x;
+        std::memcpy(&x, p, sizeof x);
+        return x;
+    }
+};
+
+template <class Format>
+void key_pairs(const uint8_t * rows, size_t stride, int count, int32_t * out, int64_t n) {
+    for (; n > 0; n -= 2 * LANES, rows += 4 * LANES, out += LANES * LANES) {
+        vi x[LANES];
+        for (int i = 0; i < LANES; i++) x[i] = Format::neighbours(rows + size_t(i < count ? i : 0) * stride);
+        transpose(x);
+        for (int i = 0; i < LANES; i++) store(out + i * LANES, x[i]);
+    }
+}
+
+template <class Format>
+void value_pairs(const uint8_t * a, const uint8_t * b, int32_t * out, int64_t n) {
+    for (; n > 0; n -= LANES, a += 2 * LANES, b += 2 * LANES, out += LANES) {
+        store(out, pairs(Format::read(a), Format::read(b)));
+    }
+}
+
+template <class Format>
+void quantized_pairs(const uint8_t * a, const uint8_t * b, int32_t * out, int64_t n) {
+    const auto values = [](s8x x, float d, float m) { return vf(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(__m128i(x)))) * d + m; };
+    for (; n > 0; n -= QK, a += Format::NBYTES, b += Format::NBYTES, out += QK) {
+        const Codes x = Format::read(a), y = Format::read(b);
+        const float least_x = x.m - float(Format::OFFSET) * x.d, least_y = y.m - float(Format::OFFSET) * y.d;
+        store(out, pairs(values(x.low, x.d, least_x), values(y.low, y.d, least_y)));
+        store(out + LANES, pairs(values(x.high, x.d, least_x), values(y.high, y.d, least_y)));
+    }
+}
+#else
+struct F16 {};
+struct BF16 {};
+template <class Format> constexpr ToKeyPairs   key_pairs       = nullptr;
+template <class Format> constexpr ToValuePairs value_pairs     = nullptr;
+template <class Format> constexpr ToValuePairs quantized_pairs = nullptr;
+#endif
+
 template <class Format>
 constexpr Rows quantized() {
     return {Format::NBYTES, QK, floats<Format>, Format::SMALL || ANY_CODE ? codes<Format> : nullptr,
-            Format::SMALL ? Format::OFFSET : SIGN, Format::MINIMA};
+            Format::SMALL ? Format::OFFSET : SIGN, Format::MINIMA, nullptr, quantized_pairs<Format>};
 }
 
 }  // namespace
@@ -214,8 +283,9 @@ void halves_to_float(const uint8_t * p, float * out, int64_t n) {
 }
 
 const Rows * rows_of(Type type) {
-    static const Rows f32 = {4, 1, floats_f32, nullptr, 0, false}, f16 = {2, 1, halves_to_float, nullptr, 0, false},
-                      bf16 = {2, 1, floats_bf16, nullptr, 0, false}, q8_0 = quantized<Q8_0>(), q5_1 = quantized<Q5_1>(),
+    static const Rows f32 = {4, 1, floats_f32, nullptr, 0, false, nullptr, nullptr},
+                      f16 = {2, 1, halves_to_float, nullptr, 0, false, key_pairs<F16>, value_pairs<F16>},
+                      bf16 = {2, 1, floats_bf16, nullptr, 0, false, key_pairs<BF16>, value_pairs<BF16>}, q8_0 = quantized<Q8_0>(), q5_1 = quantized<Q5_1>(),
                       q5_0 = quantized<Q5_0>(), q4_1 = quantized<Q4_1>(), q4_0 = quantized<Q4_0>(),
                       iq4_nl = quantized<IQ4_NL>();
     switch (type) {

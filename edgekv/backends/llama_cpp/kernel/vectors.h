@@ -29,7 +29,9 @@ typedef uint8_t u8x __attribute__((vector_size(16)));
 typedef int8_t  s8x __attribute__((vector_size(16)));
 
 inline vf   load(const float * p) { vf x; std::memcpy(&x, p, sizeof x); return x; }
+inline vi   load(const int32_t * p) { vi x; std::memcpy(&x, p, sizeof x); return x; }
 inline void store(float * p, vf x) { std::memcpy(p, &x, sizeof x); }
+inline void store(int32_t * p, vi x) { std::memcpy(p, &x, sizeof x); }
 inline vf   all(float x) { return x - vf{}; }
 inline vi   all(int32_t x) { return x - vi{}; }
 inline u8x  bytes(const uint8_t * p) { u8x x; std::memcpy(&x, p, sizeof x); return x; }
@@ -71,10 +73,13 @@ inline vf exp_negative(vf x) {
 
 // out[i] = the sum of a[i]'s lanes, i < 4.
 inline void sums_of_four(const vf * a, float * out) {
+#if defined(__AVX2__)
 #if defined(__AVX512F__)
-    for (int i = 0; i < 4; i++) out[i] = _mm512_reduce_add_ps(__m512(a[i]));
-#elif defined(__AVX2__)
-    const __m256 both = _mm256_hadd_ps(_mm256_hadd_ps(__m256(a[0]), __m256(a[1])), _mm256_hadd_ps(__m256(a[2]), __m256(a[3])));
+    const auto half = [&](int i) { return _mm256_add_ps(_mm512_castps512_ps256(__m512(a[i])), _mm512_extractf32x8_ps(__m512(a[i]), 1)); };
+#else
+    const auto half = [&](int i) { return __m256(a[i]); };
+#endif
+    const __m256 both = _mm256_hadd_ps(_mm256_hadd_ps(half(0), half(1)), _mm256_hadd_ps(half(2), half(3)));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
 #elif defined(__aarch64__)
     for (int i = 0; i < 4; i++) out[i] = vaddvq_f32(float32x4_t(a[i]));
@@ -177,5 +182,64 @@ inline void add_dots(const uint8_t * k, const int8_t * q, int64_t q_stride, vi *
     (void) four;
 #endif
 }
+
+// ---- pairs of bfloat16 in 32 bits, the first in the lower half ----
+
+#if defined(__AVX512BF16__)
+// Lane i: values 2 i and 2 i + 1 of both, one behind the other.
+inline vi neighbours(vf first, vf second) { return vi(_mm512_cvtne2ps_pbh(__m512(second), __m512(first))); }
+#endif
+
+// n floats as n / 2 pairs, which may lie in the same place.
+inline void store_pairs(const float * from, int32_t * to, int64_t n) {
+#if defined(__AVX512BF16__)
+    for (int64_t i = 0; i < n; i += 2 * LANES) {
+        store(to + i / 2, neighbours(load(from + i), load(from + i + LANES)));
+    }
+#else
+    (void) from, (void) to, (void) n;  // no type has pairs here
+#endif
+}
+
+// sum plus both products of a and b in each lane.
+inline vf add_products(vf sum, vi a, vi b) {
+#if defined(__AVX512BF16__)
+    return vf(_mm512_dpbf16_ps(__m512(sum), __m512bh(a), __m512bh(b)));
+#else
+    return sum + vf(a << 16) * vf(b << 16) + vf(a & ~0xffff) * vf(b & ~0xffff);
+#endif
+}
+
+#if defined(__AVX512BF16__)
+// Lane i: (low[i], high[i]).
+inline vi pairs(vf low, vf high) {
+    alignas(64) static constexpr uint16_t ORDER[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return vi(_mm512_permutexvar_epi16(_mm512_load_si512(ORDER), __m512i(neighbours(low, high))));
+}
+
+// x[i][j] to x[j][i].
+inline void transpose(vi (&x)[16]) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i += 2) {
+        a[i]     = _mm512_unpacklo_epi32(__m512i(x[i]), __m512i(x[i + 1]));
+        a[i + 1] = _mm512_unpackhi_epi32(__m512i(x[i]), __m512i(x[i + 1]));
+    }
+    for (int i = 0; i < 16; i += 4) {
+        for (int j = 0; j < 2; j++) {
+            b[i + 2 * j]     = _mm512_unpacklo_epi64(a[i + j], a[i + j + 2]);
+            b[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + j + 2]);
+        }
+    }
+    for (int j = 0; j < 4; j++) {  // b[4 i + j]: rows 4 i to 4 i + 3, columns j, j + 4, j + 8 and j + 12
+        const __m512i low = _mm512_shuffle_i32x4(b[j], b[j + 4], 0x88), high = _mm512_shuffle_i32x4(b[j], b[j + 4], 0xdd);
+        const __m512i low_2 = _mm512_shuffle_i32x4(b[j + 8], b[j + 12], 0x88), high_2 = _mm512_shuffle_i32x4(b[j + 8], b[j + 12], 0xdd);
+        x[j]      = vi(_mm512_shuffle_i32x4(low, low_2, 0x88));
+        x[j + 8]  = vi(_mm512_shuffle_i32x4(low, low_2, 0xdd));
+        x[j + 4]  = vi(_mm512_shuffle_i32x4(high, high_2, 0x88));
+        x[j + 12] = vi(_mm512_shuffle_i32x4(high, high_2, 0xdd));
+    }
+}
+#endif
 
 }  // namespace edgekv
