@@ -22,7 +22,7 @@ constexpr int64_t TILE    = 64;   // cached rows at a time
 constexpr int64_t BLOCK   = 72;   // rows of queries at a time: heads times tokens
 constexpr int     R       = 4;    // cached rows in registers
 constexpr int64_t PADDING = 16;   // floats behind a row of the tile: rows a power of two apart would share sets of the L1 cache
-constexpr int64_t CHUNK   = 512;  // least cached rows that one thread takes
+constexpr int64_t CHUNK   = 128;  // least cached rows that one thread takes
 constexpr float   NOTHING = -std::numeric_limits<float>::infinity();
 
 // Rows of queries in registers at a time, by what was fastest: x86 without AVX-512 has 16 registers, the others 32.
@@ -249,8 +249,8 @@ public:
         std::fill(b.largest, b.largest + b.count, NOTHING);
         std::fill(b.sum, b.sum + b.count, 0.0f);
         for (int64_t start = from; start < to; start += TILE) {
-            const int64_t n = std::min(TILE, to - start);
-            if (!seen(b, start, n)) continue;
+            const int64_t n = n_seen(b, start, std::min(TILE, to - start));
+            if (n == 0) continue;
             for (int64_t h = 0; h < b.heads; h++) {
                 Ahead ahead = rows_ahead(b, h, start + TILE, to);
                 for (int64_t i = 0; i < n; i += s_.step) {
@@ -270,8 +270,8 @@ public:
     void add_mass(const Block & b, const float * softmax, int64_t from, int64_t to) {
         read_queries(b);
         for (int64_t start = from; start < to; start += TILE) {
-            const int64_t n = std::min(TILE, to - start);
-            if (!seen(b, start, n)) continue;
+            const int64_t n = n_seen(b, start, std::min(TILE, to - start));
+            if (n == 0) continue;
             float total[TILE] = {};
             for (int64_t h = 0; h < b.heads; h++) {
                 for (int64_t i = 0; i < n; i += s_.step) {
@@ -350,19 +350,21 @@ private:
         whole_q_.sum[at]   = d * float(sum);
     }
 
-    // Whether any query of the block sees any of these rows. Masks are of tokens, or of tokens and heads.
-    bool seen(const Block & b, int64_t start, int64_t n) const {
-        if (!p_.mask.data) return true;
+    // How many of n rows there are up to the last one that any query of the block sees. Masks are of tokens, or of tokens and
+    // heads.
+    int64_t n_seen(const Block & b, int64_t start, int64_t n) const {
+        if (!p_.mask.data) return n;
         const int64_t step = p_.mask_heads == 1 ? s_.group : 1, rows = p_.mask_heads == 1 ? b.rows : b.count;
-        for (int64_t r = 0; r < rows; r += step) {
-            if (sees(mask(b, r, start), n)) return true;
-        }
+        int64_t       found = 0;
+        for (int64_t r = 0; r < rows; r += step) found = last_seen(mask(b, r, start), found, n);
         // A block that began within a token: its last one was not looked at.
-        return step > 1 && b.first % step != 0 && sees(mask(b, rows - 1, start), n);
+        return step > 1 && b.first % step != 0 ? last_seen(mask(b, rows - 1, start), found, n) : found;
     }
 
-    static bool sees(const uint16_t * mask, int64_t n) {
-        return std::any_of(mask, mask + n, [](uint16_t m) { return m != 0xfc00; });  // minus infinity
+    // One more than the last index below n that is seen; at least `found`.
+    static int64_t last_seen(const uint16_t * mask, int64_t found, int64_t n) {
+        while (n > found && mask[n - 1] == 0xfc00) n--;  // minus infinity
+        return n;
     }
 
     // Rows start+i..start+i+count, as `score` wants them next.
