@@ -1,11 +1,12 @@
 """The coefficients of devices/predict/kernel.json from a result of benchmarks/kernel_speed.py, and every row's error.
 
-    python benchmarks/plan/kernel_fit.py benchmarks/results/kernel-epyc.json --clock-ghz 2.45 --read-gb-s 15.5 \
-        --model original=MODEL.gguf --model 'healed 192+64=SMALL.gguf' --machine '2 cores of an AMD EPYC (AVX2)'
+    python benchmarks/plan/kernel_fit.py benchmarks/results/kernel-zen4.json --clock-ghz 3.67 --read-gb-s 33 \
+        --model original=MODEL.gguf --model 192+64=SMALL.gguf ... --machine '2 cores of an AMD EPYC (Zen 4)'
 
 Attention's time is a measured token's time less that of the same model without a cache: measured at depth 0 where the
 result has such a row, else as `edgekv plan` projects it. Cost per FLOP (by kind of attention) and per cached value (by
-cache type) are the least squares of relative errors over decode and prefill.
+cache type) are the least squares of relative errors over decode and prefill. A row is projected twice: by the fit on all
+rows, and by one without the rows of its model and cache type, where others have that type.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Sample:
     """A measured time per token, and what it is made of: `base_s` without attention, FLOPs, and values read."""
 
     label: str
+    case: tuple[str, str]
     kind: str
     cache_type: str
     measured_s: float
@@ -63,6 +65,7 @@ def samples(rows: list[dict[str, Any]], models: dict[str, Path], board: Board) -
             mean = depth + n / 2
             yield Sample(
                 f"{row['model']} {cache} {measure} at {depth}",
+                (row["model"], cache),
                 "mla" if work.latent else "gqa",
                 f16_or_name(cache),
                 1 / row[f"{measure}_edgekv"]["median"],
@@ -87,6 +90,12 @@ def fitted(found: list[Sample], core_hz: float) -> tuple[dict[str, float], dict[
     costs = positive_least_squares(table, wanted)
     flops = {kind: 1 / (core_hz * max(cost, 1e-15)) for kind, cost in zip(kinds, costs, strict=False)}
     return flops, {name: core_hz * cost for name, cost in zip(types, costs[len(kinds) :], strict=True)}
+
+
+def error(s: Sample, flops: dict[str, float], cycles: dict[str, float], core_hz: float) -> float:
+    """How much faster than measured a fit projects a sample, as a share."""
+    seconds = s.base_s + (s.flops / flops[s.kind] + s.values * cycles[s.cache_type]) / core_hz
+    return s.measured_s / seconds - 1
 
 
 def positive_least_squares(table: Any, wanted: Any) -> Any:
@@ -116,10 +125,18 @@ def main() -> None:
     found = list(samples(json.loads(options.result.read_text())["rows"], models, board))
     flops, cycles = fitted(found, THREADS * options.clock_ghz * 1e9)
     core_hz = THREADS * options.clock_ghz * 1e9
+    unseen = []
     for s in found:
-        seconds = s.base_s + (s.flops / flops[s.kind] + s.values * cycles[s.cache_type]) / core_hz
-        error = s.measured_s / seconds - 1
-        print(f"{s.label}: {1 / s.measured_s:.1f} measured, {1 / seconds:.1f} projected ({error:+.0%})")
+        line = f"{s.label}: {1 / s.measured_s:.1f} measured, {error(s, flops, cycles, core_hz):+.0%} of the fit on all"
+        others = [other for other in found if other.case != s.case]
+        if s.cache_type in {other.cache_type for other in others}:
+            unseen.append(error(s, *fitted(others, core_hz), core_hz))
+            line += f", {unseen[-1]:+.0%} of one that did not see it"
+        print(line)
+    if unseen:
+        print(
+            f"median of {len(unseen)} unseen: {np.median(np.abs(unseen)):.1%}, worst {np.max(np.abs(unseen)):.1%}"
+        )
     quantized = [value for name, value in cycles.items() if name != "f16"]
     about = load_kernel_coefficients()
     about["x86"] = replace(
