@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from edgekv.convert.encoded.division import divide
 from edgekv.convert.encoded.layers import EncodedTarget, convert_encoded, require_gqa
 from edgekv.convert.layers import LayerLoss
 from edgekv.convert.target import SIMD_STEP
@@ -57,6 +59,12 @@ def encode(
     """
     target = encoded_target(source.spec, request.target, request.kv_lora_rank, request.rope_dim)
     windows = calibration_windows(source, request, request.calibration_tokens, WINDOW, spill, progress)
+    if request.target is not None and request.target < 1:
+        dividing = progress("dividing the cache over layers")
+        widths = divide(
+            source, target.widths, target.rope_dim, windows, lambda n: dividing(n, source.spec.n_layers)
+        )
+        target = replace(target, widths=widths)
     losses: list[LayerLoss] = []
     advance = progress("converting")
 
@@ -96,6 +104,8 @@ def encoded_target(
 ) -> EncodedTarget:
     """The size of each layer's cached row: a share of what it caches, or a latent and a rope key.
 
+    Shares are not divided over the layers yet (edgekv.convert.encoded.division).
+
     By share, rope key and latent divide a row between them as loses least, unless `rope_dim` is given.
 
     Raises:
@@ -111,7 +121,7 @@ def encoded_target(
             f"--rope-dim {rope_dim} is not possible; it is even, from 2 to {most_rope}; leave it out for the best"
         )
     if share is not None:
-        widths = _first_whole([attention.cache_values for attention in attentions], share)
+        widths = [_width(attention.cache_values, share) for attention in attentions]
     else:
         assert rank is not None
         rope_dim = rope_dim or min(attention.head_dim for attention in attentions)
@@ -124,21 +134,6 @@ def encoded_target(
             f"--rope-dim {rope_dim} leaves nothing of {min(widths)} values to the latent; make it smaller"
         )
     return EncodedTarget(tuple(widths), rope_dim)
-
-
-def _first_whole(cached: list[int], share: float) -> list[int]:
-    """Values that each layer keeps of those it caches: all of the first, and the others what is left, in equal shares.
-
-    The first layer adds to a small residual stream, in which its error is large, and all layers stand on it. What steps
-    of SIMD_STEP leave over goes to the layers in front.
-    """
-    widths = [_width(values, share) for values in cached]
-    missing = cached[0] - widths[0]
-    if share == 1 or missing % SIMD_STEP or missing // SIMD_STEP >= len(cached):
-        return widths
-    first_cut = len(widths) - missing // SIMD_STEP
-    cut = [width - SIMD_STEP * (i >= first_cut) for i, width in enumerate(widths)]
-    return [cached[0], *cut[1:]] if min(cut) > 0 else widths
 
 
 def _width(values: int, share: float) -> int:

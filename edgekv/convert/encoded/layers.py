@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.convert.encoded.heads import plain_attention, value_bias_output
-from edgekv.convert.encoded.maps import Maps, find_maps
+from edgekv.convert.encoded.maps import Candidates, Maps
 from edgekv.convert.encoded.observe import LayerJob, Seen, advance, mix, observe, probes
 from edgekv.convert.layers import LayerLoss, require_finite, save_tensor
 from edgekv.convert.output_fit import fit_outputs
@@ -126,7 +126,8 @@ def _convert_layer(
     """One layer: its tensors and shape, what it lost, and the hidden states behind it, which overwrite `states`."""
     seen = observe(w, job, states)
     w_o = w["attn_output.weight"]
-    maps = find_maps(seen.stats, w_o, job.gqa, job.source, target.widths[job.layer], target.rope_dim)
+    candidates = Candidates(seen.stats, w_o, job.gqa)
+    maps = candidates.maps(job.source, target.widths[job.layer], target.rope_dim)
     maps = _with_fitted_queries(job, maps, seen, target.query_iterations)
     latents, fitted, held_out = mix(w, job, maps, seen)
     v_b = maps.value

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgekv.convert.encoded.heads import rope_at
-from edgekv.convert.encoded.rope_slots import RopeSlots, find_slots
+from edgekv.convert.encoded.rope_slots import find_slots
 from edgekv.convert.latent import DISTANCE, joint_latent, weighted_values
 from edgekv.convert.rope_key import RopeKey
 from edgekv.reference.ops import inverse_frequencies
@@ -61,46 +61,70 @@ class Maps:
     latent_kept_at: dict[int, float]
 
 
-def find_maps(stats: Stats, w_o: Array, gqa: GQA, source: GQA, width: int, rope_dim: int | None) -> Maps:
-    """The best maps to rows of `width` values, `rope_dim` of them rotated, or as many as lose least.
+class Candidates:
+    """Rows of all widths for one layer: what each loses, and the maps of one.
 
-    w_o (D, H * K). `gqa` is `source` behind biases, norms and order of dims (edgekv.convert.encoded.heads).
+    w_o (D, H * K). `gqa`: the attention behind biases, norms and order of dims (edgekv.convert.encoded.heads).
     """
-    held, held_far = (_without_rope(gqa, distance) for distance in (DISTANCE, FAR))
-    slots = find_slots(stats.queries, stats.keys, gqa, np.square(held_far))
-    of_scores = SCORE_WEIGHT * stats.output_scale * gqa.score_scale
-    readers = _roots(stats.queries, gqa)
-    values = _weighted_values(w_o, gqa)
-    share = np.trace(stats.moment) / np.trace(stats.mixed_moment)
-    inputs = 0.5 * (stats.moment + share * stats.mixed_moment)
 
-    def latent_rows(rope_key: RopeKey) -> tuple[Matrix, Matrix]:
-        keys = rope_key.leftover * np.repeat(held, 2)[None, :, None]
-        return keys, of_scores * (readers @ keys).reshape(-1, keys.shape[-1])
+    def __init__(self, stats: Stats, w_o: Array, gqa: GQA) -> None:
+        self._stats, self._gqa = stats, gqa
+        self._held, held_far = (_without_rope(gqa, distance) for distance in (DISTANCE, FAR))
+        self._slots = find_slots(stats.queries, stats.keys, gqa, np.square(held_far))
+        self._of_scores = SCORE_WEIGHT * stats.output_scale * gqa.score_scale
+        self._readers = _roots(stats.queries, gqa)
+        self._values = _weighted_values(w_o, gqa)
+        share = np.trace(stats.moment) / np.trace(stats.mixed_moment)
+        self._inputs = 0.5 * (stats.moment + share * stats.mixed_moment)
+        self._energies: dict[int, NDArray[np.float64]] = {}
 
-    def lost(n: int) -> float:
-        rows = np.concatenate([values, latent_rows(slots.rope_key(n, gqa))[1]])
-        energy = np.linalg.eigvalsh(rows @ inputs @ rows.T)[::-1]
-        return float(energy[width - 2 * n :].sum() + 0.5 * of_scores**2 * slots.unheld(n))
+    def lost(self, width: int, rope_dim: int | None) -> float:
+        """What rows of `width` values lose of the layer's output, per token, squared: a guide, not a measurement."""
+        return self._lost(self._split(width, rope_dim), width)
 
-    n = _split(slots, width, rope_dim, lost)
-    rope_key = slots.rope_key(n, gqa)
-    keys, rows = latent_rows(rope_key)
-    rank = width - 2 * n
-    latent = joint_latent(values, rows, inputs, rank, keys)
-    group = gqa.n_heads // gqa.n_kv_heads
-    nope = np.repeat((keys @ latent.decoder).swapaxes(1, 2), group, axis=0)  # (H, R, K)
-    value = latent.decoder[len(latent.decoder) // 2 :].reshape(gqa.n_kv_heads, gqa.head_dim, rank)
-    return Maps(
-        target=target_spec(source, rank, rope_at(slots.speeds(n, gqa)).factors),
-        encoder=np.concatenate([latent.encoder, rope_key.encoder]).astype(np.float32),
-        offset=np.concatenate([-latent.encoder @ stats.center, np.zeros(2 * n)]).astype(np.float32),
-        query_map=(np.concatenate([nope, rope_key.query], axis=1) * gqa.score_scale).astype(np.float32),
-        value=np.repeat(value, group, axis=0).astype(np.float32),
-        rope_kept=rope_key.kept,
-        latent_kept=latent.kept,
-        latent_kept_at=latent.kept_at,
-    )
+    def maps(self, source: GQA, width: int, rope_dim: int | None) -> Maps:
+        """The best maps to rows of `width` values, `rope_dim` of them rotated, or as many as lose least."""
+        gqa, n = self._gqa, self._split(width, rope_dim)
+        rope_key = self._slots.rope_key(n, gqa)
+        keys, rows = self._latent_rows(rope_key)
+        rank = width - 2 * n
+        latent = joint_latent(self._values, rows, self._inputs, rank, keys)
+        group = gqa.n_heads // gqa.n_kv_heads
+        nope = np.repeat((keys @ latent.decoder).swapaxes(1, 2), group, axis=0)  # (H, R, K)
+        value = latent.decoder[len(latent.decoder) // 2 :].reshape(gqa.n_kv_heads, gqa.head_dim, rank)
+        offset = np.concatenate([-latent.encoder @ self._stats.center, np.zeros(2 * n)])
+        return Maps(
+            target=target_spec(source, rank, rope_at(self._slots.speeds(n, gqa)).factors),
+            encoder=np.concatenate([latent.encoder, rope_key.encoder]).astype(np.float32),
+            offset=offset.astype(np.float32),
+            query_map=(np.concatenate([nope, rope_key.query], axis=1) * gqa.score_scale).astype(np.float32),
+            value=np.repeat(value, group, axis=0).astype(np.float32),
+            rope_kept=rope_key.kept,
+            latent_kept=latent.kept,
+            latent_kept_at=latent.kept_at,
+        )
+
+    def _split(self, width: int, rope_dim: int | None) -> int:
+        """How many slots the rope key gets: one for each pair at least, where that leaves half of the row."""
+        most = min(self._slots.turning, (width - 1) // 2)
+        if rope_dim is not None:
+            return min(rope_dim // 2, most)
+        firsts = self._slots.firsts
+        least = min(firsts, most) if width >= 4 * firsts else 0
+        return min(range(least, most + 1, SPLIT_STEP // 2), key=lambda n: self._lost(n, width))
+
+    def _lost(self, n: int, width: int) -> float:
+        if n not in self._energies:
+            _, scores = self._latent_rows(self._slots.rope_key(n, self._gqa))
+            rows = np.concatenate([self._values, scores])
+            self._energies[n] = np.linalg.eigvalsh(rows @ self._inputs @ rows.T)[::-1]
+        beyond = np.maximum(self._energies[n][width - 2 * n :], 0.0)
+        return float(beyond.sum() + 0.5 * self._of_scores**2 * self._slots.unheld(n))
+
+    def _latent_rows(self, rope_key: RopeKey) -> tuple[Matrix, Matrix]:
+        """The keys that the latent serves, and the same weighted by what an error of theirs costs."""
+        keys = rope_key.leftover * np.repeat(self._held, 2)[None, :, None]
+        return keys, self._of_scores * (self._readers @ keys).reshape(-1, keys.shape[-1])
 
 
 def target_spec(source: GQA, rank: int, factors: tuple[float, ...]) -> MLA:
@@ -122,15 +146,6 @@ def _without_rope(gqa: GQA, distance: float) -> Matrix:
     """What is left of a key on each pair, (K/2,), where it stands for all angles up to that distance."""
     turn = inverse_frequencies(gqa.rope) * distance
     return np.where(turn < np.pi, np.sinc(turn / np.pi), 0.0)
-
-
-def _split(slots: RopeSlots, width: int, rope_dim: int | None, lost: Callable[[int], float]) -> int:
-    """How many slots the rope key gets: one for each pair at least, where that leaves half of the row to the latent."""
-    most = min(slots.turning, (width - 1) // 2)
-    if rope_dim is not None:
-        return min(rope_dim // 2, most)
-    least = min(slots.firsts, most) if width >= 4 * slots.firsts else 0
-    return min(range(least, most + 1, SPLIT_STEP // 2), key=lost)
 
 
 def _roots(queries: Matrix, gqa: GQA) -> Matrix:
