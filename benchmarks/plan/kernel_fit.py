@@ -5,8 +5,8 @@
 
 Attention's time is a measured token's time less that of the same model without a cache: measured at depth 0 where the
 result has such a row, else as `edgekv plan` projects it. Cost per FLOP (by kind of attention) and per cached value (by
-cache type) are the least squares of relative errors over decode and prefill. A row is projected twice: by the fit on all
-rows, and by one without the rows of its model and cache type, where others have that type.
+cache type) are the least squares of relative errors over decode and prefill. A row is projected twice: by the fit on
+all rows, and by one without the rows of its model and cache type, where others have that type.
 """
 
 from __future__ import annotations
