@@ -31,9 +31,9 @@ def command(tolerance: float, as_json: bool, **wanted: Any) -> None:
     """Compare two models, or one model in two engines; exit 1 past the tolerance.
 
     \b
-    edgekv verify small.gguf                           llama.cpp against the NumPy reference
+    edgekv verify small.gguf --tolerance 0.01          llama.cpp against the NumPy reference; weights of 4 bits
     edgekv verify model.gguf small.gguf --backend-a llama.cpp --tolerance 0.1
-    edgekv verify model.gguf model-onnx --tolerance 1e-6
+    edgekv verify model.gguf model-onnx --tolerance 1e-6      an export with --weights f32
     """
     from edgekv.workflows.verify import VerifyRequest, verify_models
 
