@@ -3,9 +3,10 @@
     python benchmarks/eviction.py MODEL.gguf SMALL.gguf --cache-type f16 --length 4096 --samples 10 \
         -o benchmarks/results/eviction.json --plot docs/eviction.svg
 
-A context runs once and is cut by each policy from a copy of its rows, all at once, as papers do it; `edgekv eval
---budget` measures the cutting in slices. A table per share of the rows goes to the file as benchmarks/results/README.md
-says. Killed, it goes on: every task is noted in --cache-dir.
+A context runs once: all policies choose of the same rows, all at once, as papers do it, and each answers from a copy
+of what it kept; `edgekv eval --budget` measures the cutting in slices. Every task is noted in --cache-dir as soon as
+all its settings are answered, so a run that was killed, or ended by --minutes, goes on where it was. The table, in the
+form of benchmarks/results/README.md, holds the tasks that are done.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import json
 import shlex
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -24,17 +27,20 @@ from typing import Any
 import numpy as np
 
 from edgekv.backends.base import EvictableBackend
-from edgekv.backends.evicting import EvictingBackend
 from edgekv.backends.llama_cpp.backend import LlamaCppBackend
+from edgekv.backends.llama_cpp.evict import WATCHED
+from edgekv.cache.policies.base import Need, Rows, chosen
+from edgekv.cache.policies.merge import merged
 from edgekv.cache.policies.named import POLICIES, policy_named
-from edgekv.cache.policies.settings import Eviction
+from edgekv.cache.policies.settings import RECENT, SINKS
 from edgekv.devices.sensors.machine import probe
 from edgekv.errors import UnsupportedError
 from edgekv.evaluate.journal import default_folder, open_journal
 from edgekv.evaluate.model_under_test import ModelUnderTest, cache_nbytes_per_token, read_tokenizer
 from edgekv.evaluate.plot import ContextPoint, plot_contexts
-from edgekv.evaluate.ruler.measure import RulerScore, answers, scores_of, undisturbed
+from edgekv.evaluate.ruler.measure import RulerScore, Scores, scores_of, write_answer
 from edgekv.evaluate.ruler.tasks import KINDS, AskedTask, TaskMaker
+from edgekv.source import Array
 from edgekv.text.windows import OTHER_KINDS
 from edgekv.tokenizer.tokenizer import Tokenizer
 
@@ -55,10 +61,15 @@ class Setting:
         """Its name in journals."""
         return f"{self.policy} {self.kept:g} {'seen' if self.sees_question else 'blind'}"
 
+    def n_kept(self, task: AskedTask) -> int:
+        """Rows that stay of a task's context."""
+        return int(self.kept * len(task.context))
+
 
 def main() -> None:
     """Measure model by model, then write."""
     wanted = arguments()
+    wanted.ends = time.monotonic() + 60 * wanted.minutes
     kinds = tuple(wanted.kinds.split(","))
     settings = [
         Setting(policy, kept, seen)
@@ -71,7 +82,8 @@ def main() -> None:
     for path in wanted.models:
         for cache_type in wanted.cache_type.split(","):
             subject = ModelUnderTest(path, cache_type=cache_type)
-            found = scores(subject, wanted, kinds, settings)
+            if not (found := scores(subject, wanted, kinds, settings)):
+                continue
             nbytes = cache_nbytes_per_token(subject, wanted.cache_dir) * wanted.length
             rows += table(path.stem, cache_type, found, kinds, settings, nbytes)
     for row in rows:
@@ -104,7 +116,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--questions", choices=("blind", "seen", "both"), default="both")
     parser.add_argument("--text", type=Path, default=OTHER_KINDS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, help="by default one per big core")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="no task begins after this time")
     parser.add_argument("--cache-dir", type=Path, default=default_folder())
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--plot", type=Path, help="a picture of it, SVG")
@@ -114,11 +127,10 @@ def arguments() -> argparse.Namespace:
 def scores(
     subject: ModelUnderTest, wanted: argparse.Namespace, kinds: tuple[str, ...], settings: list[Setting]
 ) -> list[Found]:
-    """Scores of every task, sample by sample and all kinds of each, by setting."""
+    """Scores of the tasks that are done, sample by sample and all kinds of each, by setting."""
     tokenizer = read_tokenizer(subject.path)
     maker = TaskMaker(wanted.text, tokenizer, wanted.seed)
     tasks = [maker.make(kind, wanted.length, i) for i in range(wanted.samples) for kind in kinds]
-    n_ctx = max(task.room for task in tasks)
     identity = subject.identity() | {
         "text": maker.sha256,
         "seed": wanted.seed,
@@ -126,50 +138,97 @@ def scores(
         "kinds": ",".join(kinds),
         "settings": ",".join(setting.key for setting in settings),
     }
-    backend = LlamaCppBackend(subject.path, n_ctx=n_ctx, cache_type=subject.cache, n_threads=wanted.threads)
-    try:
-        with open_journal(wanted.cache_dir, "eviction", identity) as journal:
-            possible = usable(backend, settings)
-            for i, task in enumerate(tasks):
-                if i not in journal.done:
-                    journal.add(i, ask(backend, possible, task, tokenizer))
-                best = ", ".join(
-                    f"{key} {np.mean(found):.0%}" for key, found in sorted(journal.done[i].items())
-                )
-                print(
-                    f"{subject.path.stem} {i + 1}/{len(tasks)} {task.kind}: {best}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            return [journal.done[i] for i in range(len(tasks))]
-    finally:
-        backend.close()
+    with open_journal(wanted.cache_dir, "eviction", identity) as journal:
+        left = [i for i in range(len(tasks)) if i not in journal.done]
+        if left and time.monotonic() < wanted.ends:
+            backend, possible = opened(subject, wanted.threads, max(task.room for task in tasks), settings)
+            try:
+                for i in left:
+                    if time.monotonic() >= wanted.ends:
+                        break
+                    journal.add(i, ask(backend, possible, tasks[i], tokenizer))
+                    show(subject.path.stem, len(journal.done), len(tasks), list(journal.done.values()))
+            finally:
+                backend.close()
+        return [journal.done[i] for i in sorted(journal.done) if i < len(tasks)]
 
 
-def usable(backend: EvictableBackend, settings: list[Setting]) -> list[Setting]:
-    """The settings that the engine can do; the others are named."""
-    found = []
+def opened(
+    subject: ModelUnderTest, threads: int | None, n_ctx: int, settings: list[Setting]
+) -> tuple[LlamaCppBackend, list[Setting]]:
+    """The engine, showing what the policies need, and the settings that it can do; the others are named."""
+    needs = frozenset[Need]().union(*(policy_named(setting.policy).needs for setting in settings))
+    backend = LlamaCppBackend(
+        subject.path,
+        n_ctx=n_ctx,
+        cache_type=subject.cache,
+        n_threads=threads,
+        shows_queries=not needs.isdisjoint(WATCHED),
+    )
+    possible = []
     for setting in settings:
         try:
             backend.require_evictable(policy_named(setting.policy).needs)
-            found.append(setting)
+            possible.append(setting)
         except UnsupportedError as error:
             print(f"{setting.key}: {error}", file=sys.stderr)
-    return found
+    backend.require_evictable(
+        frozenset[Need]().union(*(policy_named(setting.policy).needs for setting in possible))
+    )
+    return backend, possible
 
 
-def ask(backend: EvictableBackend, settings: list[Setting], task: AskedTask, tokenizer: Tokenizer) -> Found:
+def show(model: str, done: int, n_tasks: int, found: list[Found]) -> None:
+    """Mean scores of the first questions so far, the best first."""
+    means = {key: np.mean([scores[key][0] for scores in found]) for key in found[0]}
+    best = ", ".join(f"{key} {mean:.0%}" for key, mean in sorted(means.items(), key=lambda item: -item[1]))
+    print(f"{time.strftime('%H:%M')} {model} {done}/{n_tasks}: {best}", file=sys.stderr, flush=True)
+
+
+def ask(
+    backend: EvictableBackend, settings: Sequence[Setting], task: AskedTask, tokenizer: Tokenizer
+) -> Found:
     """A task's scores in the whole cache, and in what each setting leaves of it."""
+    blind = [setting for setting in settings if not setting.sees_question]
+    seen = [setting for setting in settings if setting.sees_question]
     backend.trim(0)
     backend.prefill(task.context)
+    kept = choices(backend, blind, task)
     context = backend.save()
-    found = {WHOLE: scores_of(task, answers(backend, task, tokenizer, False))}
+    backend.prefill(task.questions[0].asked)
+    kept |= choices(backend, seen, task)
+    asked = backend.save() if seen else context
+    found = {WHOLE: answered(backend, task, tokenizer, is_asked=True)}
     for setting in settings:
-        eviction = Eviction(setting.policy, int(setting.kept * len(task.context)), slice_size=backend.n_ctx)
-        cutter = EvictingBackend(backend, undisturbed(eviction, [task]), backend.n_ctx)
-        backend.load(context)
-        found[setting.key] = scores_of(task, answers(cutter, task, tokenizer, setting.sees_question))
+        backend.load(asked if setting.sees_question else context)
+        backend.keep([kept[setting.key]])
+        found[setting.key] = answered(backend, task, tokenizer, setting.sees_question)
     return found
+
+
+def choices(backend: EvictableBackend, settings: Sequence[Setting], task: AskedTask) -> dict[str, Rows]:
+    """The rows that each setting keeps of those that are cached: a share of the context's, never of a question's."""
+    scores: dict[str, list[Array]] = {setting.key: [] for setting in settings}
+    for view in backend.views() if settings else ():
+        for setting in settings:
+            scores[setting.key].append(policy_named(setting.policy).scores(view, setting.n_kept(task)))
+    n_recent = max(RECENT, len(task.questions[0].asked) + 1)
+    return {
+        setting.key: chosen(merged(scores[setting.key]), setting.n_kept(task), SINKS, n_recent)
+        for setting in settings
+    }
+
+
+def answered(backend: EvictableBackend, task: AskedTask, tokenizer: Tokenizer, is_asked: bool) -> Scores:
+    """Scores of each question, asked behind what is cached: the context, or that and the first question."""
+    texts = []
+    for i, question in enumerate(task.questions):
+        if i or not is_asked:
+            backend.trim(len(task.context))
+            assert backend.n_past == len(task.context)
+            backend.prefill(question.asked)
+        texts.append(write_answer(backend, question, backend.prefill(question.opening), tokenizer))
+    return scores_of(task, texts)
 
 
 def table(
@@ -180,7 +239,8 @@ def table(
     settings: list[Setting],
     nbytes: float,
 ) -> list[dict[str, Any]]:
-    """A row for all of the cache, and one for each setting that was measured."""
+    """A row for all of the cache, and one for each setting that was measured, of the tasks that are done."""
+    n_kinds = min(len(kinds), len(found))
 
     def mean(key: str, question: int, kind_numbers: range) -> RulerScore:
         each = [found[i :: len(kinds)] for i in kind_numbers if len(found[i][WHOLE]) > question]
@@ -195,9 +255,9 @@ def table(
         )
 
     def row(key: str, setting: Setting | None) -> dict[str, Any]:
-        first = mean(key, 0, range(len(kinds)))
+        first = mean(key, 0, range(n_kinds))
         has_second = any(len(scores[WHOLE]) > 1 for scores in found)
-        second = mean(key, 1, range(len(kinds))) if has_second else None
+        second = mean(key, 1, range(n_kinds)) if has_second else None
         return {
             "model": model,
             "cache": cache_type,
@@ -209,8 +269,10 @@ def table(
             "again": percent(second.score, second.score_se) if second else None,
             "nbytes": round(nbytes * (setting.kept if setting else 1)),
             "kinds": {
-                kind: round(100 * mean(key, 0, range(i, i + 1)).score, 1) for i, kind in enumerate(kinds)
+                kind: round(100 * mean(key, 0, range(i, i + 1)).score, 1)
+                for i, kind in enumerate(kinds[:n_kinds])
             },
+            "tasks": len(found),
         }
 
     measured = [setting for setting in settings if setting.key in found[0]]
@@ -247,9 +309,9 @@ def document(rows: list[dict[str, Any]], wanted: argparse.Namespace) -> str:
         "command": [shlex.join(["python", *sys.argv])],
         "columns": [{"key": key, "title": title} for key, title in columns.items()],
         "rows": rows,
-        "notes": f"{wanted.samples} samples of each of {wanted.kinds}; seed {wanted.seed}; the kinds' means in "
-        "`kinds`. Rows are cut at once when the whole context is in the cache. Changes are from the whole cache on the "
-        "same tasks.",
+        "notes": f"Up to {wanted.samples} samples of each of {wanted.kinds}, `tasks` in all; seed {wanted.seed}; the "
+        "kinds' means in `kinds`. Rows are cut at once when the whole context is in the cache. Changes are from the "
+        "whole cache on the same tasks.",
     }
     return json.dumps(result, indent=2) + "\n"
 

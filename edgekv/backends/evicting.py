@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from edgekv.backends.base import DEFAULT_N_CTX, Backend, EvictableBackend, require_free
-from edgekv.cache.policies.base import LayerView, Need, Policy, Rows, highest, protected
+from edgekv.cache.policies.base import LayerView, Need, Policy, Rows, chosen
 from edgekv.cache.policies.budgets import by_entropy, pyramid
 from edgekv.cache.policies.merge import merged
 from edgekv.cache.policies.named import policy_named
@@ -101,8 +101,7 @@ class EvictingBackend(Backend):
         self.evict(self._eviction.budget)
 
     def _chosen(self, scores: Array, n_rows: int) -> Rows:
-        recent = min(self._eviction.recent, n_rows // 2)
-        return highest(protected(scores, min(self._eviction.sinks, n_rows // 2), recent), n_rows)
+        return chosen(scores, n_rows, self._eviction.sinks, self._eviction.recent)
 
     def _budgets(self, views: Sequence[LayerView], n_rows: int) -> list[int]:
         """Rows that each layer is to keep."""

@@ -84,7 +84,9 @@ class KVCache:
             n_past = self.dense_from = 0
             self._evicted = [0] * len(self._evicted)
         self.n_past = n_past
-        if self.observer is not None:
+        if self.observer is not None and not n_past:
+            self.observer.forget()
+        elif self.observer is not None:
             for layer in range(len(self._k)):
                 self.observer.trim(layer, self.n_rows(layer))
 

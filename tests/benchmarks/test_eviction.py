@@ -7,8 +7,13 @@ import sys
 from decimal import Decimal
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
+
+from edgekv.evaluate.model_under_test import ModelUnderTest, read_tokenizer
+from edgekv.evaluate.ruler.tasks import AskedQuestion, AskedTask
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -21,6 +26,39 @@ def load(name: str) -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses look themselves up
     spec.loader.exec_module(module)
     return module
+
+
+def test_policies_choose_of_the_same_rows_and_answer_from_their_own(tiny_llama: Path) -> None:
+    """What a setting keeps is what the policy keeps when nothing ran in between, the question its own or not."""
+    eviction = load("eviction")
+    tokens = [int(token) for token in np.random.default_rng(5).integers(0, 250, 300)]
+    question = AskedQuestion(tokens[200:220], tokens[220:224], ("never",), limit=8)
+    task = AskedTask("qa_1", 224, tokens[:200], (question, question))
+    policies = ("snapkv", "critical-expected", "keydiff")
+    settings = [eviction.Setting(policy, 0.5, seen) for seen in (False, True) for policy in policies]
+    subject = ModelUnderTest(tiny_llama, cache_type="f32")
+    backend, possible = eviction.opened(subject, 1, 320, [*settings, eviction.Setting("h2o", 0.5, True)])
+    assert possible == settings
+    found = eviction.ask(backend, settings, task, read_tokenizer(tiny_llama))
+    assert set(found) == {"all rows", *(setting.key for setting in settings)}
+    assert all(len(scores) == 2 for scores in found.values())
+
+    def kept(setting: Any, n_cached: int) -> Any:
+        backend.trim(0)
+        backend.prefill(tokens[:200])
+        if n_cached > 200:
+            backend.prefill(tokens[200:n_cached])
+        return eviction.choices(backend, [setting], task)[setting.key]
+
+    for n_cached, group in ((200, settings[:3]), (220, settings[3:])):
+        backend.trim(0)
+        backend.prefill(tokens[:200])
+        backend.prefill(tokens[200:n_cached]) if n_cached > 200 else None
+        together = eviction.choices(backend, group, task)
+        for setting in group:
+            np.testing.assert_array_equal(together[setting.key], kept(setting, n_cached))
+            assert len(together[setting.key]) == 100
+    backend.close()
 
 
 def test_rows_and_their_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,8 @@ class LlamaCppBackend(LlamaContext, EvictableBackend):
         self.n_past = n_past
         if self._mass:
             self._mass.rows[:, n_past:] = 0
+        if self._watch is not None and not n_past:
+            self._watch.forget()
 
     def require_evictable(self, needs: Collection[Need]) -> None:
         api = self._api

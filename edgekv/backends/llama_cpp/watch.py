@@ -44,6 +44,11 @@ class QueryWatch:
         self.observer = Observer(needs, len(attentions))
         self._attentions, self._turn = attentions, turn
 
+    def forget(self) -> None:
+        """Begin anew, as the cache does when another text comes."""
+        if self.observer is not None:
+            self.observer.forget()
+
     def watch(self, address: int, ask: bool, _: object) -> bool:
         """Called twice per graph node: whether its data are wanted (`ask`), then once they are computed."""
         if self.observer is None:

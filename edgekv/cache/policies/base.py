@@ -81,6 +81,14 @@ def protected(scores: Array, n_sinks: int, n_recent: int) -> Array:
     return out
 
 
+def chosen(scores: Array, n_kept: int, n_sinks: int, n_recent: int) -> Rows:
+    """Indices of the `n_kept` rows that stay by scores (..., S): the first and the last rows, then the highest.
+
+    Neither the first nor the last rows take more than half of those that stay.
+    """
+    return highest(protected(scores, min(n_sinks, n_kept // 2), min(n_recent, n_kept // 2)), n_kept)
+
+
 def n_tail(rows: Rows, n_rows: int) -> int:
     """How many of the last of `n_rows` rows all heads keep, of the rows (..., n) that each keeps."""
     n = rows.shape[-1]

@@ -27,7 +27,12 @@ class Observer:
     """
 
     def __init__(self, needs: Collection[Need], n_layers: int) -> None:
-        self._needs = needs
+        self._needs, self._n_layers = needs, n_layers
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, as the cache does when another text comes."""
+        n_layers = self._n_layers
         self._queries: list[Array | None] = [None] * n_layers
         self._statistics: list[Statistics] = [(0, 0.0, 0.0)] * n_layers
         self._sums: list[Array] = [np.zeros((1, 0), np.float32)] * n_layers  # (G, S)
