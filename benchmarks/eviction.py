@@ -28,7 +28,6 @@ import numpy as np
 
 from edgekv.backends.base import EvictableBackend
 from edgekv.backends.llama_cpp.backend import LlamaCppBackend
-from edgekv.backends.llama_cpp.evict import WATCHED
 from edgekv.cache.policies.base import Need, Rows, chosen
 from edgekv.cache.policies.merge import merged
 from edgekv.cache.policies.named import POLICIES, policy_named
@@ -163,7 +162,7 @@ def opened(
         n_ctx=n_ctx,
         cache_type=subject.cache,
         n_threads=threads,
-        shows_queries=not needs.isdisjoint(WATCHED),
+        shows=needs,
     )
     possible = []
     for setting in settings:

@@ -149,7 +149,7 @@ class EvictableBackend(Backend):
 
         Args:
             rows: for each layer the indices (G, n) of rows that each head keeps, ascending; where the engine
-                merges, one array (n,) for all layers.
+                merges, one array (n,) for all layers. The last row is among them: engines number tokens from it.
         """
 
 

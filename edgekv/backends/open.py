@@ -92,7 +92,6 @@ def _open(
                 f"{path} has no graph in llama.cpp; run `edgekv export onnx` on it, or leave out --backend"
             )
         from edgekv.backends.llama_cpp.backend import LlamaCppBackend
-        from edgekv.backends.llama_cpp.evict import WATCHED
 
         cache_type = options["cache_type"] or default_cache_type(path, kind)
         return LlamaCppBackend(
@@ -101,7 +100,7 @@ def _open(
             cache_type=cache_type,
             n_threads=options["n_threads"],
             abort_flag=options["abort_flag"],
-            shows_queries=not needs.isdisjoint(WATCHED),
+            shows=needs,
         )
     if kind != "reference":
         raise InputError(f"unknown backend {kind!r}; there are {', '.join(KINDS)}")

@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgekv.backends.evicting import EvictingBackend
 from edgekv.backends.isolated.backend import IsolatedBackend
 from edgekv.backends.kernel_names import KERNEL_VARIABLE
+from edgekv.backends.llama_cpp.backend import LlamaCppBackend
 from edgekv.backends.open import open_backend
+from edgekv.cache.policies.settings import Eviction
 from edgekv.errors import UnsupportedError
 from edgekv.reference import attention
 
@@ -85,6 +88,34 @@ def test_as_the_reference_attends(
     engine.collect_attention(True)
     engine.prefill(TOKENS[310:])
     assert np.all(engine.attention_mass()[:, 310:].sum(axis=1) < 4 * 20), "counted from nothing again"
+    engine.close()
+
+
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_mla"])
+def test_h2o_sees_what_the_reference_sees(kernel: None, model: str, request: pytest.FixtureRequest) -> None:
+    """By position, where cells of evicted rows are used again; both keep the same rows, and again choose alike."""
+    path = request.getfixturevalue(model)
+    settings = Eviction("h2o", budget=200)
+    reference = open_backend(path, "reference", n_ctx=500, eviction=settings)
+    engine = open_backend(path, "llama.cpp", n_ctx=500, cache_type="f32", n_threads=1, eviction=settings)
+    assert isinstance(reference, EvictingBackend)
+    assert isinstance(engine, EvictingBackend)
+    kept = np.append(np.sort(np.random.default_rng(1).choice(149, 89, replace=False)), 149)
+    for start, stop in ((0, 150), (150, 230)):
+        for backend in (reference, engine):
+            backend.prefill(TOKENS[start:stop])
+        both = list(zip(reference.backend.views(), engine.backend.views(), strict=True))
+        for theirs, ours in both:
+            assert theirs.attention is not None
+            assert ours.attention is not None
+            wanted = theirs.attention.mean(axis=0)
+            np.testing.assert_allclose(ours.attention[0], wanted, rtol=5e-3, atol=2e-5)
+        if not start:
+            reference.backend.keep([np.broadcast_to(kept, (view.n_heads, 90)) for view, _ in both])
+            engine.backend.keep([kept])
+    engine.trim(200)
+    assert isinstance(engine.backend, LlamaCppBackend)
+    assert engine.backend.attention_mass().shape == (3, 140)
     engine.close()
 
 

@@ -12,8 +12,11 @@ from msgspec.structs import replace
 from edgekv.backends.base import EvictableBackend
 from edgekv.backends.evicting import EvictingBackend
 from edgekv.backends.isolated.backend import IsolatedBackend
+from edgekv.backends.llama_cpp.backend import LlamaCppBackend
+from edgekv.backends.llama_cpp.state import StoredRows
 from edgekv.backends.open import open_backend, open_sequences
 from edgekv.backends.sequences import Piece
+from edgekv.cache.policies.base import Need
 from edgekv.cache.policies.expected import ExpectedAttention
 from edgekv.cache.policies.settings import Eviction
 from edgekv.cache.policies.snapkv import SnapKV
@@ -124,11 +127,59 @@ def test_trim_goes_back_into_the_recent_rows_or_empties(tiny_llama: Path, kind: 
     fresh.close()
 
 
-def test_llama_cpp_names_the_policies_that_work(tiny_llama: Path) -> None:
-    with pytest.raises(
-        UnsupportedError, match=r"does not show the attention .* take another policy: streaming"
-    ):
+def test_llama_cpp_tells_attention_with_the_kernel_alone(tiny_llama: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"does not tell .* take llama.cpp with EdgeKV's kernel"):
         opened(tiny_llama, "llama.cpp", "h2o")
+
+
+@pytest.mark.parametrize("cache_type", ["f16", "q8_0"])
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_mla"])
+def test_rows_are_read_where_llama_cpp_keeps_them(
+    request: pytest.FixtureRequest, model: str, cache_type: str
+) -> None:
+    """The same bytes as in llama.cpp's own copy, behind evictions that leave gaps, which are filled, and a trim."""
+    backend = LlamaCppBackend(request.getfixturevalue(model), n_ctx=256, cache_type=cache_type, n_threads=1,
+                              shows={"keys"})  # fmt: skip
+    backend.require_evictable({"keys"})
+    rng = np.random.default_rng(0)
+    for start in range(0, 120, 40):
+        backend.prefill(TOKENS[start : start + 40])
+        last = backend.n_rows - 1
+        backend.keep([np.append(np.sort(rng.choice(last, 29, replace=False)), last)])
+    backend.prefill(TOKENS[120:140])
+    backend.trim(130)
+    found = backend._stored_rows()
+    copied = StoredRows.of_state(backend._state(0), backend._encodings)
+    assert (found.are_cells, copied.are_cells) == (True, False)
+    assert not np.shares_memory(found.planes[0], copied.planes[0])
+    assert found.layout == copied.layout
+    np.testing.assert_array_equal(found.positions, copied.positions)
+    for i in range(len(found.layout)):
+        np.testing.assert_array_equal(found.plane(i), copied.plane(i))
+    backend.close()
+
+
+def test_norms_of_rows_that_stay_are_not_computed_again(tiny_llama: Path) -> None:
+    """What was kept of earlier evictions is what a fresh look at all rows gives, also where tokens were replaced."""
+    needs: frozenset[Need] = frozenset({"keys", "norms"})
+    backend = LlamaCppBackend(tiny_llama, n_ctx=256, cache_type="f32", n_threads=1, shows=needs)
+    backend.require_evictable(needs)
+    backend.prefill(TOKENS[:100])
+    list(backend.views())
+    backend.keep([np.r_[0:10, 40:100]])
+    backend.prefill(TOKENS[100:130])
+    list(backend.views())
+    backend.trim(120)
+    backend.prefill(TOKENS[5:45])
+    kept = [view.norms for view in backend.views()]
+    assert backend._views is not None
+    assert backend._views.norms is not None
+    backend._views.norms.trim(0)
+    for norms, view in zip(kept, backend.views(), strict=True):
+        assert norms is not None
+        assert norms.shape == (2, 130)
+        np.testing.assert_allclose(norms, view.norms, rtol=1e-5)
+    backend.close()
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgekv.backends.base import (
     EvictableBackend,
@@ -21,11 +22,13 @@ from edgekv.backends.base import (
     require_no_window,
     require_room,
 )
+from edgekv.backends.llama_cpp.cells import rows_in_place
 from edgekv.backends.llama_cpp.context import LlamaContext
-from edgekv.backends.llama_cpp.evict import CachedPositions, StateViews, runs
 from edgekv.backends.llama_cpp.kernel.mass import AttentionMass
 from edgekv.backends.llama_cpp.library import LOG, logits_rows
-from edgekv.backends.llama_cpp.state import StateFormat
+from edgekv.backends.llama_cpp.positions import CachedPositions, runs
+from edgekv.backends.llama_cpp.state import StateFormat, StoredRows
+from edgekv.backends.llama_cpp.views import WATCHED, StateViews
 from edgekv.backends.llama_cpp.watch import QueryWatch
 from edgekv.cache.policies.base import LayerView, Need, Rows
 from edgekv.cache.rows import CacheRows, Layout
@@ -40,8 +43,8 @@ LOGITS_ROWS = 128
 class LlamaCppBackend(LlamaContext, EvictableBackend):
     """llama.cpp as a Backend: a LlamaContext of one sequence, with its arguments and errors.
 
-    A call in progress ends with Interrupted when the first byte of the abort flag is set. Only where it
-    `shows_queries` can policies go by them.
+    A call in progress ends with Interrupted when the first byte of the abort flag is set. Policies can go
+    by what it `shows`, and by nothing else.
     """
 
     merges = True  # llama_memory_seq_rm drops a position in all layers
@@ -54,8 +57,10 @@ class LlamaCppBackend(LlamaContext, EvictableBackend):
         cache_type: str = "f16",
         n_threads: int | None = None,
         abort_flag: ctypes.Array[ctypes.c_char] | None = None,
-        shows_queries: bool = False,
+        shows: Collection[Need] = (),
     ) -> None:
+        # Before the model is loaded: what reading the file takes is free again by then.
+        self._views = StateViews(path, shows) if shows else None
         super().__init__(
             path,
             n_ctx=n_ctx,
@@ -65,12 +70,10 @@ class LlamaCppBackend(LlamaContext, EvictableBackend):
             n_outputs=LOGITS_ROWS,
             keeps_all=False,
             abort_flag=abort_flag,
-            watch=QueryWatch() if shows_queries else None,
+            watch=None if WATCHED.isdisjoint(shows) else QueryWatch(),
         )
         self._format: StateFormat | None = None
-        self._path = path
         self._positions = CachedPositions()
-        self._views: StateViews | None = None
         self._mass: AttentionMass | None = None
         self.n_past = 0
         self._token = (ctypes.c_int32 * 1)()
@@ -107,14 +110,18 @@ class LlamaCppBackend(LlamaContext, EvictableBackend):
         if n_past == self.n_past:
             return
         api, memory = self._api, self._memory
+        if self._mass:
+            self._mass.rows[:, self._cells()[self._positions.all(self.n_past) >= n_past]] = 0
         gone = bool(n_past) and n_past <= self._positions.dense_from
         if gone or not (self._remembers(n_past) and api.llama_memory_seq_rm(memory, 0, n_past, -1)):
             api.llama_memory_clear(memory, False)
             n_past = 0
         self._positions.trim(n_past)
         self.n_past = n_past
-        if self._mass:
-            self._mass.rows[:, n_past:] = 0
+        if self._mass and not n_past:
+            self._mass.rows[:] = 0
+        if self._views and self._views.norms:
+            self._views.norms.trim(n_past)
         if self._watch is not None and not n_past:
             self._watch.forget()
 
@@ -125,15 +132,23 @@ class LlamaCppBackend(LlamaContext, EvictableBackend):
                 "a recurrent state has no rows that could be evicted; leave the budget out"
             )
         require_no_window([self._window])
-        self._views = StateViews(self._path, needs, self._encodings, self._watch) if needs else None
+        if "attention" in needs:
+            self.collect_attention(True)
+        if self._views:
+            self._views.begin(needs, self._encodings, self._watch)
 
     def views(self) -> Iterator[LayerView]:
         if self._views is None:  # a policy that looks at nothing
             yield LayerView(1, self.n_rows)
         else:
-            yield from self._views.of(self._state(0), self.n_past)
+            rows = self._stored_rows()
+            mass = self._mass.rows[:, self._cells(rows)] if self._mass else None
+            yield from self._views.of(rows, self.n_past, mass)
 
     def keep(self, rows: Sequence[Rows]) -> None:
+        assert rows[0][-1] == self.n_rows - 1
+        if self._mass:
+            self._mass.rows[:, np.delete(self._cells(), rows[0])] = 0
         for start, stop in runs(self._positions.keep(rows[0], self.n_past)):
             self._api.llama_memory_seq_rm(self._memory, 0, start, stop)
 
@@ -166,7 +181,30 @@ class LlamaCppBackend(LlamaContext, EvictableBackend):
         self._mass = AttentionMass(int(self._api.llama_model_n_layer(self._model)), self.n_ctx)
 
     def attention_mass(self) -> Array:
-        return self._mass.rows[:, : self.n_past].copy() if self._mass else super().attention_mass()
+        return self._mass.rows[:, self._cells()] if self._mass else super().attention_mass()
+
+    def _cells(self, rows: StoredRows | None = None) -> NDArray[np.int64]:
+        """The cells of the cached rows by position; `rows` are they, where they have been asked for."""
+        if not self.n_rows:
+            return np.zeros(0, np.int64)
+        rows = rows or self._stored_rows()
+        if not rows.are_cells:
+            raise UnsupportedError(
+                "this llama.cpp does not tell the cells of its cache, by which attention is collected; "
+                "pip install llama-cpp-python==0.3.36"
+            )
+        return rows.places
+
+    def _stored_rows(self) -> StoredRows:
+        """The cached rows where they lie, or of a copy where llama.cpp does not show that."""
+        nbytes = int(self._api.llama_state_seq_get_size(self._context, 0))
+        try:
+            found = rows_in_place(self._memory, nbytes, self._encodings)
+            return found or StoredRows.of_state(self._state(0), self._encodings)
+        except (ValueError, KeyError) as error:
+            raise UnsupportedError(
+                f"llama.cpp keeps more of this model than one plain cache ({error}); leave the budget out"
+            ) from error
 
     def _remembers(self, n_past: int) -> bool:
         """Whether the cache holds all that a token at position `n_past` sees.

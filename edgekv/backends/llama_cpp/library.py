@@ -183,9 +183,9 @@ def exact_cache_nbytes(memory: int) -> int | None:
     vtable tells.
     """
     try:
-        if _is_a("llama_kv_cache", memory):
+        if is_a("llama_kv_cache", memory):
             caches = [memory]
-        elif _is_a("llama_kv_cache_iswa", memory):
+        elif is_a("llama_kv_cache_iswa", memory):
             getters = ("_ZNK19llama_kv_cache_iswa8get_baseEv", "_ZNK19llama_kv_cache_iswa7get_swaEv")
             caches = [_call(getter, ctypes.c_void_p, memory) for getter in getters]
         else:
@@ -195,7 +195,7 @@ def exact_cache_nbytes(memory: int) -> int | None:
         return None
 
 
-def _is_a(name: str, pointer: int) -> bool:
+def is_a(name: str, pointer: int) -> bool:
     """Whether a C++ object of llama.cpp is of this very class."""
     vtable = ctypes.addressof(ctypes.c_char.in_dll(llama()._lib, f"_ZTV{len(name)}{name}"))
     # Itanium C++ ABI: an object points 16 bytes into its class's vtable.

@@ -41,6 +41,35 @@ class StateFormat:
     layout: Layout
 
 
+@dataclass(frozen=True)
+class StoredRows:
+    """The rows of one sequence as llama.cpp stores them.
+
+    Attributes:
+        planes: memory (n, bytes) of each plane of the layout: of a state, or of the cache itself.
+        positions: of the S rows, ascending.
+        places: which of the n rows each of them is, (S,).
+        are_cells: whether the planes are the cache itself, and the places its cells.
+    """
+
+    layout: Layout
+    planes: list[Bytes]
+    positions: NDArray[np.int32]
+    places: NDArray[np.int64]
+    are_cells: bool
+
+    @classmethod
+    def of_state(cls, state: Bytes, encodings: tuple[str, str]) -> StoredRows:
+        """Those of a state; raises as `read_cells` does."""
+        form, positions, planes = read_cells(state, encodings)
+        order = np.argsort(positions)
+        return cls(form.layout, planes, positions[order], order, are_cells=False)
+
+    def plane(self, index: int, start: int = 0) -> Bytes:
+        """A copy of a plane's rows by position, from the row `start` on, (S, bytes)."""
+        return self.planes[index][self.places[start:]]
+
+
 class _Reader:
     def __init__(self, state: Bytes) -> None:
         self._state, self._at = state, 0

@@ -39,10 +39,15 @@ class QueryWatch:
 
     def begin(
         self, needs: Collection[Need], attentions: Sequence[AttentionSpec], turn: Sequence[Array | None]
-    ) -> None:
-        """Collect what is needed; `turn` is what turns each layer's keys before they are rounded, (K, K) or None."""
+    ) -> Observer:
+        """Collect what is needed, in the Observer that is returned.
+
+        Args:
+            turn: what turns each layer's keys before they are rounded, (K, K) or None.
+        """
         self.observer = Observer(needs, len(attentions))
         self._attentions, self._turn = attentions, turn
+        return self.observer
 
     def forget(self) -> None:
         """Begin anew, as the cache does when another text comes."""

@@ -69,8 +69,13 @@ def highest(scores: Array, n_kept: int) -> Rows:
     """Indices of the `n_kept` highest scores (..., S) along the last axis, ascending; of equal ones the later."""
     n_rows = scores.shape[-1]
     assert 0 <= n_kept <= n_rows, (n_kept, n_rows)
-    order = np.argsort(scores, axis=-1, kind="stable")
-    return np.sort(order[..., n_rows - n_kept :], axis=-1)
+    if not n_kept:
+        return np.zeros((*scores.shape[:-1], 0), np.int64)
+    least = np.partition(scores, n_rows - n_kept, axis=-1)[..., n_rows - n_kept, None]
+    above, equal = scores > least, scores == least
+    missing = n_kept - above.sum(axis=-1, keepdims=True)
+    among_last = equal[..., ::-1].cumsum(axis=-1)[..., ::-1] <= missing
+    return np.nonzero(above | (equal & among_last))[-1].reshape(*scores.shape[:-1], n_kept)
 
 
 def protected(scores: Array, n_sinks: int, n_recent: int) -> Array:

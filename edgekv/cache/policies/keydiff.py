@@ -21,7 +21,8 @@ class KeyDiff:
     def scores(self, view: LayerView, n_kept: int) -> Array:
         assert view.keys is not None
         lengths = np.maximum(lengths_of(view.keys), np.float32(1e-12))
-        mean = (1 / lengths)[:, None, :] @ view.keys  # (G, 1, K), n times the mean
+        # einsum: a BLAS takes some megabytes of its own once it is called
+        mean = np.einsum("gs,gsk->gk", 1 / lengths, view.keys)  # n times the mean
         mean /= np.maximum(np.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
-        cosines = (view.keys @ mean.swapaxes(-2, -1))[..., 0] / lengths
+        cosines = np.einsum("gsk,gk->gs", view.keys, mean) / lengths
         return np.asarray(np.maximum(1 - cosines, 0))

@@ -35,4 +35,5 @@ def norm_factors(maps: Array, n_groups: int) -> Array:
 
 def quick_norms(values: Array, factors: Array) -> Array:
     """(G, S) of values (G, S, V), by `norm_factors`."""
-    return np.asarray(np.linalg.norm(values @ factors, axis=-1))
+    outputs = values @ factors
+    return np.asarray(np.sqrt(np.einsum("gsv,gsv->gs", outputs, outputs)))
