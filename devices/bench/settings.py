@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgekv.backends.open import Kind
-from edgekv.cache.policies.names import DEFAULT_POLICY
+from edgekv.cache.policies.names import DEFAULT_POLICY, LayerBudgets
 from edgekv.cache.policies.settings import Eviction, wanted_eviction
 from edgekv.errors import InputError
 from edgekv.host.threads import allowed_cpus
@@ -39,6 +39,7 @@ class BenchSettings:
     with_hash: bool = True
     budget: int | None = None
     policy: str = DEFAULT_POLICY
+    layers: LayerBudgets = "uniform"
 
     @property
     def n_ctx(self) -> int:
@@ -48,7 +49,7 @@ class BenchSettings:
     @property
     def eviction(self) -> Eviction | None:
         """What leaves the caches."""
-        return wanted_eviction(self.budget, self.policy)
+        return wanted_eviction(self.budget, self.policy, self.layers)
 
     def n_cached(self, n_tokens: float) -> float:
         """Of so many tokens, those that a cache has."""
@@ -73,7 +74,7 @@ def check(candidates: Sequence[Candidate], settings: BenchSettings) -> None:
         raise InputError(f"depths {s.depths}: give whole numbers from 0, each once, in rising order")
     if min(s.n_prompt, s.n_gen, s.repeats) < 1:
         raise InputError("tokens to prefill, tokens to decode and repeats must each be at least 1")
-    wanted_eviction(s.budget, s.policy)
+    wanted_eviction(s.budget, s.policy, s.layers)
     if unknown := sorted(set(s.cpus) - set(allowed_cpus())):
         raise InputError(
             f"CPU {unknown[0]} is closed to this process; choose from {', '.join(map(str, allowed_cpus()))}"

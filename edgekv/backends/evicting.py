@@ -37,7 +37,9 @@ class EvictingBackend(Backend):
         self._backend, self._eviction = backend, eviction
         self._policy: Policy = policy_named(eviction.policy)
         if eviction.layers != "uniform" and not backend.layers_differ:
-            raise UnsupportedError(f"{backend.name} keeps as many rows in each layer; take uniform budgets")
+            raise UnsupportedError(
+                f"{backend.name} keeps as many rows in each layer; leave --layers out, or take --backend reference"
+            )
         also: frozenset[Need] = frozenset({"attention"} if eviction.layers == "entropy" else ())
         backend.require_evictable(self._policy.needs | also)
         self._n_left = eviction.budget  # behind the last eviction, in the layer that has most

@@ -10,7 +10,7 @@ from pathlib import Path
 from edgekv.backends.base import DEFAULT_N_CTX
 from edgekv.backends.isolated.backend import IsolatedBackend
 from edgekv.backends.open import Kind, default_kind
-from edgekv.cache.policies.names import DEFAULT_POLICY
+from edgekv.cache.policies.names import DEFAULT_POLICY, LayerBudgets
 from edgekv.cache.policies.settings import wanted_eviction
 from edgekv.cache.rows import Layout, cache_type_of
 from edgekv.chat.generate import Generator, Step
@@ -40,6 +40,7 @@ class ChatRequest(Request):
         threads: by default the big physical cores.
         budget: rows that the cache keeps; others are evicted, and `ctx_size` is by default the trained length.
         policy: which rows those are; edgekv.cache.policies.named.POLICIES.
+        layers: how the budget is spread over layers, in engines where they may differ.
         system: the system prompt; by default the session's.
         template: whether to use the model's chat template.
         max_tokens: most tokens of an answer; by default as many as the context holds.
@@ -55,6 +56,7 @@ class ChatRequest(Request):
     threads: int | None = None
     budget: int | None = None
     policy: str = DEFAULT_POLICY
+    layers: LayerBudgets = "uniform"
     system: str = ""
     template: bool = True
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -123,7 +125,7 @@ def open_chat(request: ChatRequest) -> Iterator[Chat]:
             n_ctx=request.ctx_size or _found_ctx_size(saved, packs),
             cache_type=request.cache_type or stored_cache_type(layout, request.model, request.backend),
             n_threads=request.threads,
-            eviction=wanted_eviction(request.budget, request.policy),
+            eviction=wanted_eviction(request.budget, request.policy, request.layers),
         )
         stack.callback(engine.close)
         language = engine.language()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from edgekv.backends.open import Kind, default_kind
-from edgekv.cache.policies.names import DEFAULT_POLICY
+from edgekv.cache.policies.names import DEFAULT_POLICY, LayerBudgets
 from edgekv.cache.policies.settings import SLICE, wanted_eviction
 from edgekv.evaluate.journal import default_folder
 from edgekv.evaluate.model_under_test import ModelUnderTest, Weights
@@ -53,6 +53,7 @@ class EvaluateRequest(Request):
         against_backend: by default the NumPy reference, for ONNX folders onnx; llama.cpp runs it with an f32 cache.
         weights: "keep", or a format to dequantize the weights to first, so that only the cache's loss is left.
         budget, policy: rows that the model's cache keeps, never the reference's, and which; by default all stay.
+        layers: how the budget is spread over layers, in engines where they may differ.
         slice_size: tokens of a prompt between two evictions.
         command: recorded in the report as the command that made it.
     """
@@ -66,6 +67,7 @@ class EvaluateRequest(Request):
     weights: Weights = "keep"
     budget: int | None = None
     policy: str = DEFAULT_POLICY
+    layers: LayerBudgets = "uniform"
     slice_size: int = SLICE
     effort: Effort = field(default_factory=Effort)
     command: str = "edgekv.evaluate_model"
@@ -102,7 +104,7 @@ def evaluate_model(
         request.backend or default_kind(model),
         request.cache_type,
         request.weights,
-        wanted_eviction(request.budget, request.policy, request.slice_size),
+        wanted_eviction(request.budget, request.policy, request.layers, request.slice_size),
     )
     reference = _reference(request, request.against) if request.against else None
     evaluation = Evaluation(measured, reference, request.effort.run(), progress, say)

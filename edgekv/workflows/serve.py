@@ -9,7 +9,7 @@ from typing import Any
 
 from edgekv.backends.base import require_positive
 from edgekv.backends.open import Kind, default_kind
-from edgekv.cache.policies.names import DEFAULT_POLICY
+from edgekv.cache.policies.names import DEFAULT_POLICY, LayerBudgets
 from edgekv.cache.policies.settings import wanted_eviction
 from edgekv.errors import BackendError, InputError
 from edgekv.serve.settings import ServerSettings
@@ -31,7 +31,7 @@ class ServeRequest(Request):
         ctx_size: tokens of one request and its answer; by default the trained length, but at most 4096.
         cache_type: how their keys and values are stored; by default f16 in llama.cpp.
         threads: by default the big physical cores.
-        budget, policy: as edgekv.workflows.chat.ChatRequest has them; one request at a time then.
+        budget, policy, layers: as edgekv.workflows.chat.ChatRequest has them; one request at a time then.
         packs: a folder of packs that requests can name.
         sessions: a folder for what the cache lets go of, in at most `sessions_bytes`; it is made where it is missing.
     """
@@ -44,6 +44,7 @@ class ServeRequest(Request):
     threads: int | None = None
     budget: int | None = None
     policy: str = DEFAULT_POLICY
+    layers: LayerBudgets = "uniform"
     packs: Path | None = None
     sessions: Path | None = None
     sessions_bytes: int = 2**30
@@ -81,7 +82,7 @@ def serve_model(request: ServeRequest, ready: Callable[[str, dict[str, Any]], No
         n_ctx=request.ctx_size,
         cache_type=request.cache_type,
         n_threads=request.threads,
-        eviction=wanted_eviction(request.budget, request.policy),
+        eviction=wanted_eviction(request.budget, request.policy, request.layers),
         packs=None if request.packs is None else str(request.packs),
         sessions=None if request.sessions is None else str(request.sessions),
         sessions_bytes=request.sessions_bytes,

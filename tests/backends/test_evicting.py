@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from msgspec.structs import replace
 
 from edgekv.backends.base import EvictableBackend
@@ -20,6 +22,7 @@ from edgekv.cache.policies.base import Need
 from edgekv.cache.policies.expected import ExpectedAttention
 from edgekv.cache.policies.settings import Eviction
 from edgekv.cache.policies.snapkv import SnapKV
+from edgekv.cli.main import cli
 from edgekv.errors import InputError, UnsupportedError
 from edgekv.export.gguf.write import write_gguf
 from edgekv.export.onnx.write import OnnxOptions, write_onnx
@@ -55,7 +58,7 @@ def wide_llama(make_llama: Callable[..., LazySource], tmp_path_factory: pytest.T
     return path
 
 
-def opened(path: Path, kind: str, policy: str = "streaming", **changes: int) -> EvictingBackend:
+def opened(path: Path, kind: str, policy: str = "streaming", **changes: Any) -> EvictingBackend:
     backend = open_backend(
         path,
         kind,
@@ -358,8 +361,18 @@ def test_layers_may_keep_different_numbers_in_the_reference(tiny_llama: Path, la
     for token in TOKENS[250:]:
         logits = backend.decode(token)
     assert np.isfinite(logits).all()
-    with pytest.raises(UnsupportedError, match="as many rows in each layer"):
+    with pytest.raises(UnsupportedError, match="as many rows in each layer; leave --layers out"):
         open_backend(tiny_llama, "llama.cpp", eviction=settings)
+
+
+def test_budgets_over_layers_from_the_command_line(tiny_llama: Path) -> None:
+    arguments = ["chat", str(tiny_llama), "-p", "ab", "-n", "4", "--temp", "0", "--budget", "64"]
+    run = CliRunner().invoke(cli, [*arguments, "--layers", "pyramid", "--backend", "reference"])
+    assert run.exit_code == 0, run.output
+    refused = CliRunner().invoke(cli, [*arguments, "--layers", "pyramid"])
+    assert "as many rows in each layer; leave --layers out" in f"{refused.exception}{refused.output}"
+    with pytest.raises(InputError, match="budgets over layers cannot be 'steep'"):
+        opened(tiny_llama, "reference", layers="steep")
 
 
 @pytest.mark.parametrize("kind", ["llama.cpp", "reference"])

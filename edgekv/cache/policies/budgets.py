@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.source import Array
 
-LayerBudgets = Literal["uniform", "pyramid", "entropy"]
 STEEPNESS = 20  # the last layer's share of an even one is 1 in so many
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from edgekv.cache.policies.budgets import LayerBudgets
 from edgekv.cache.policies.named import policy_named
+from edgekv.cache.policies.names import LAYER_BUDGETS, LayerBudgets
 from edgekv.documents import Document
 from edgekv.errors import InputError
 
@@ -40,7 +40,9 @@ class Eviction(Document, frozen=True):
         return most + max(self.slice_size, self.every)
 
 
-def wanted_eviction(budget: int | None, policy: str, slice_size: int = SLICE) -> Eviction | None:
+def wanted_eviction(
+    budget: int | None, policy: str, layers: LayerBudgets = "uniform", slice_size: int = SLICE
+) -> Eviction | None:
     """What options ask for; without a budget nothing is evicted.
 
     Raises:
@@ -48,7 +50,7 @@ def wanted_eviction(budget: int | None, policy: str, slice_size: int = SLICE) ->
     """
     if budget is None:
         return None
-    eviction = Eviction(policy, budget, slice_size)
+    eviction = Eviction(policy, budget, slice_size, layers=layers)
     require_possible(eviction)
     return eviction
 
@@ -59,6 +61,9 @@ def require_possible(eviction: Eviction) -> None:
     least = 4 * max(eviction.sinks, 4)
     if eviction.budget < least:
         raise InputError(f"a budget of {eviction.budget} tokens is too small; it must be at least {least}")
+    if eviction.layers not in LAYER_BUDGETS:
+        known = ", ".join(LAYER_BUDGETS)
+        raise InputError(f"budgets over layers cannot be {eviction.layers!r}; there are {known}")
     for name in ("slice_size", "every", "recent"):
         if getattr(eviction, name) < 1:
             raise InputError(f"{name} is {getattr(eviction, name)}; it must be at least 1")

@@ -18,7 +18,7 @@ import click
 
 from edgekv.backends.kernel_names import KERNEL_VARIABLE, KERNELS
 from edgekv.backends.open import KINDS
-from edgekv.cache.policies.names import DEFAULT_POLICY
+from edgekv.cache.policies.names import DEFAULT_POLICY, LAYER_BUDGETS
 from edgekv.models.hub.names import is_hub_name
 from edgekv.quant.formats import CACHE_TYPES
 
@@ -209,7 +209,7 @@ def threads() -> Option[Any]:
 
 
 def budget() -> Option[Any]:
-    """--budget and --policy, a cache of fixed size."""
+    """--budget, --policy and --layers, a cache of fixed size."""
     return _all(
         click.option(
             "--budget",
@@ -222,6 +222,13 @@ def budget() -> Option[Any]:
             default=DEFAULT_POLICY,
             show_default=True,
             help="Which stay: streaming, knorm, keydiff, or critical- in front of one; docs/eviction.md has more.",
+        ),
+        click.option(
+            "--layers",
+            type=click.Choice(LAYER_BUDGETS),
+            default=LAYER_BUDGETS[0],
+            show_default=True,
+            help="How --budget is spread over layers; others than uniform in the reference alone.",
         ),
     )
 
