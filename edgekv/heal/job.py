@@ -93,8 +93,8 @@ def heal(job: HealJob, report: Report) -> HealedRecord:
     """
     device = pick_device(job.device)
     _check(job)
+    stream, windows = _text(job)  # refuses too little text before minutes go into a conversion
     record, tensors = _begin(job, device, report)
-    stream, windows = _text(job)
     report(Stage("loading teacher and student"))
     from edgekv.heal.training import Healer
 
