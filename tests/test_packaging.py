@@ -21,7 +21,7 @@ ROOMS = {
 LEVELS = (
     ("errors", "quant", "spec", "progress"),
     ("documents", "source", "tensors", "files", "host", "tokenizer"),
-    ("cache", "models"),
+    ("cache", "models", "route"),
     ("reference",),
     ("rewrite", "backends"),
     ("text", "convert", "chat"),
