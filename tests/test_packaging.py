@@ -45,6 +45,7 @@ HOMES = {
     "torch": ("edgekv/heal/",),
     "transformers": (),
     "llguidance": ("edgekv/serve/",),
+    "httpx": ("edgekv/serve/peers/",),
     "starlette": ("edgekv/serve/",),
     "uvicorn": ("edgekv/serve/",),
 }

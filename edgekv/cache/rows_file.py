@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 
@@ -218,12 +218,17 @@ def write_rows_file(
         OutputError: the folder is missing or not writable, the disk is full, or the file exists without `force`.
     """
     with atomic_path(path, force) as partial, partial.open("wb") as file:
-        _json_block(HEADER, (0, 0), header).write(file)
-        for block in _save(0, tokens, rows, notes):
-            block.write(file)
+        write_rows(file, header, tokens, rows, notes)
         file.flush()
         os.fsync(file.fileno())
         return file.tell()
+
+
+def write_rows(file: IO[bytes], header: Header, tokens: Sequence[int], rows: CacheRows, notes: Any) -> None:
+    """Write what a whole file holds, for others to read at once: it need not outlive the machine."""
+    _json_block(HEADER, (0, 0), header).write(file)
+    for block in _save(0, tokens, rows, notes):
+        block.write(file)
 
 
 def file_nbytes(header: Header | None, layout: Layout, n_tokens: int, notes: Any) -> int:

@@ -35,6 +35,19 @@ from edgekv.cli.common import options
     help="Folder for what the cache lets go of; it is found again after a restart.",
 )
 @click.option("--sessions-bytes", default=2**30, show_default=True, help="Most bytes there.")
+@click.option(
+    "--peer",
+    "peers",
+    multiple=True,
+    metavar="URL",
+    help="A server of the same model, which may help. Repeatable.",
+)
+@click.option(
+    "--peer-key",
+    default="",
+    envvar="EDGEKV_PEER_KEY",
+    help="Key of all servers that help each other; needed between machines. Also EDGEKV_PEER_KEY.",
+)
 @options.threads()
 @options.backend()
 @options.kernel()
@@ -46,11 +59,15 @@ def command(model: Path, parallel: int | None, as_json: bool, **wanted: Any) -> 
     edgekv serve model.gguf
     edgekv serve model.gguf --parallel 2 -c 8192 --cache-type q4_0
     edgekv serve model.gguf --host 0.0.0.0 --api-key "$KEY"
+    edgekv serve model.gguf --host 0.0.0.0 --api-key "$KEY" --peer-key "$PEERS" --peer http://pi-2:8080
     curl http://127.0.0.1:8080/v1/chat/completions -H "Content-Type: application/json" -d @question.json
 
     The cache holds --parallel times --ctx-size tokens, all of it from the start. What running requests leave
     free of it keeps earlier prompts, which later ones that begin alike need not compute again. The engine runs in
     a process of its own: if it crashes, running requests get an error and it is started again. Ctrl-C ends it.
+
+    With --peer servers of one model tell each other what they have cached. A request goes where its answer costs
+    least: to a peer, here with rows that a peer gives, or here alone, which it also does when peers fail.
 
     Exit codes: 2 the input cannot be used, 3 the engine cannot be started, 130 ended by Ctrl-C.
     """
@@ -74,4 +91,4 @@ def command(model: Path, parallel: int | None, as_json: bool, **wanted: Any) -> 
             f"{megabytes:.1f} MB of cache"
         )
 
-    serve_model(request, ready)
+    serve_model(request, ready, lambda words: click.echo(words, err=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -25,14 +25,18 @@ from edgekv.serve.guard import (
 )
 from edgekv.serve.messages import ChatBody, CompletionBody
 
+Answer = Callable[..., AsyncIterator[Event]]  # as EngineProcess.answer
+
 
 class EventStream(StreamingResponse):
-    """Server-sent events; their source is closed when the client leaves, at once and not by the garbage collector."""
+    """Events as lines; their source is closed when the client leaves, at once and not by the garbage collector."""
 
-    def __init__(self, source: AsyncIterator[Event], lines: AsyncIterator[bytes]) -> None:
+    def __init__(
+        self, source: AsyncIterator[Event], lines: AsyncIterator[bytes], media_type: str = "text/event-stream"
+    ) -> None:
         self._source = source
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        super().__init__(lines, headers=headers, media_type="text/event-stream")
+        super().__init__(lines, headers=headers, media_type=media_type)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._source), aclosing(self.body_iterator):  # type: ignore[type-var]
@@ -40,10 +44,17 @@ class EventStream(StreamingResponse):
 
 
 class API:
-    """The endpoints over one engine, whose model is known to clients as `model`."""
+    """The endpoints over one engine, whose model is known to clients as `model`.
 
-    def __init__(self, engine: EngineProcess, model: str, started: int, max_body: int) -> None:
-        self._engine, self._model, self._started, self._max_body = engine, model, started, max_body
+    Args:
+        answer: gives the events of a job: the engine's own, or those of wherever a router sends it.
+    """
+
+    def __init__(
+        self, engine: EngineProcess, answer: Answer, model: str, started: int, max_body: int
+    ) -> None:
+        self._engine, self._answer = engine, answer
+        self._model, self._started, self._max_body = model, started, max_body
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
@@ -73,7 +84,7 @@ class API:
         body = await read_body(request, kind, self._max_body)
         self._require(body.model)
         form = form_of(self._model)
-        events = self._engine.answer(**body.job())
+        events = self._answer(**body.job())
         if not body.stream:
             async with aclosing(events):  # type: ignore[type-var]
                 return as_json(await unless_gone(request, _collect(events, form)))

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.resources import files
+from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -20,6 +21,10 @@ from edgekv.serve.engine_process import EngineProcess
 from edgekv.serve.figures import prometheus, status
 from edgekv.serve.guard import Endpoint, Guard, RefusedError, as_json, error_response
 from edgekv.serve.settings import ServerSettings
+
+if TYPE_CHECKING:  # they need httpx, which a server without peers does without
+    from edgekv.serve.peers.endpoints import PeerAPI
+    from edgekv.serve.peers.router import Router
 
 # The page runs its own script alone, and talks to this server alone.
 PAGE_HEADERS = {
@@ -36,14 +41,28 @@ PAGE = {
 }
 
 
-def make_app(engine: EngineProcess, model: str, settings: ServerSettings) -> ASGIApp:
-    """The application over an open engine, which lives and ends with it."""
-    api = API(engine, model, int(time.time()), settings.max_body)
+def make_app(
+    engine: EngineProcess,
+    model: str,
+    settings: ServerSettings,
+    router: Router | None = None,
+    peer_api: PeerAPI | None = None,
+) -> ASGIApp:
+    """The application over an open engine, which lives and ends with it.
+
+    Args:
+        router: sends requests to other servers; without one all are answered by the engine.
+        peer_api: what other servers may ask for.
+    """
+    api = API(engine, router.answer if router else engine.answer, model, int(time.time()), settings.max_body)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         life = asyncio.create_task(engine.live())
+        routing = asyncio.create_task(router.live()) if router else None
         yield
+        if routing is not None:
+            routing.cancel()
         await engine.end()
         await life
 
@@ -53,10 +72,10 @@ def make_app(engine: EngineProcess, model: str, settings: ServerSettings) -> ASG
         return as_json({"status": "restarting", "error": engine.failure}, 503)
 
     async def metrics(request: Request) -> Response:
-        return PlainTextResponse(prometheus(engine), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(prometheus(engine, router), media_type="text/plain; version=0.0.4")
 
     async def tell_status(request: Request) -> Response:
-        return as_json(status(engine, model), headers={"Cache-Control": "no-store"})
+        return as_json(status(engine, model, router), headers={"Cache-Control": "no-store"})
 
     routes = [
         Route("/v1/chat/completions", guarded(api.chat), methods=["POST"]),
@@ -68,6 +87,7 @@ def make_app(engine: EngineProcess, model: str, settings: ServerSettings) -> ASG
         Route("/metrics", metrics),
         Route("/status", tell_status),
         *(Route(path, _file(*content)) for path, content in PAGE.items()),
+        *(peer_api.routes() if peer_api else []),
     ]
     handlers = {HTTPException: _http_error}
     return Guard(Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers), settings)  # type: ignore[arg-type]

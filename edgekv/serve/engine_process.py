@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import os
 import signal
+import statistics
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,8 @@ class EngineDiedError(BackendError):
 
 @dataclass(frozen=True)
 class Options:
-    """Arguments of edgekv.backends.open.open_sequences, and the folders of packs and of what is kept on disk."""
+    """Arguments of edgekv.backends.open.open_sequences, the folders of packs and of what is kept on disk, and whether
+    rows are exchanged with other servers."""
 
     path: str
     kind: str | None
@@ -47,6 +49,7 @@ class Options:
     packs: str | None = None
     sessions: str | None = None
     sessions_bytes: int = 2**30
+    shares: bool = False
 
 
 @dataclass
@@ -68,7 +71,10 @@ class EngineProcess:
     Attributes:
         about: the model and its cache, as edgekv.serve.engine.child tells them.
         stats: the latest figures of the engine's scheduler.
+        catalogue: what other servers may ask for, as edgekv.serve.engine.exchange tells it.
         failure: why there is no engine now; "" while there is one.
+        n_waiting: requests in the queue.
+        answer_s: how long answers took lately.
     """
 
     options: Options
@@ -76,15 +82,18 @@ class EngineProcess:
     timeout_s: float
     about: dict[str, Any] = field(default_factory=dict)
     stats: dict[str, Any] = field(default_factory=dict)
+    catalogue: dict[str, str] = field(default_factory=dict)
     counts: Counts = field(default_factory=Counts)
     failure: str = ""
     n_waiting: int = 0
+    answer_s: float = 0.0
 
     def __post_init__(self) -> None:
         self._slots = asyncio.Semaphore(self.options.n_parallel)
         self._ready = asyncio.Event()
         self._ids = itertools.count(1)
         self._streams: dict[int, asyncio.Queue[Event]] = {}
+        self._began: dict[object, float] = {}  # when each answer did that runs
         self._writer = ThreadPoolExecutor(1)  # a full pipe holds up a thread, not the server
         self._closing = False
         self._heard_at = 0.0
@@ -100,9 +109,22 @@ class EngineProcess:
         return self._ready.is_set()
 
     @property
+    def wait_s(self) -> float:
+        """Seconds until the engine would begin with a new prompt, about.
+
+        Of answers that run it is known how long they have run, and how long others took: as long again is expected.
+        """
+        slots_s = 0.0
+        if self._slots.locked():
+            now = time.monotonic()
+            left = [max(self.answer_s, now - began) for began in self._began.values()] or [self.answer_s]
+            slots_s = (self.n_waiting + 1) * statistics.fmean(left) / self.options.n_parallel
+        return slots_s + float(self.stats.get("unread_s", 0.0))
+
+    @property
     def n_running(self) -> int:
         """Requests that are being answered."""
-        return len(self._streams)
+        return len(self._began)
 
     def open(self) -> None:
         """Start the engine and wait until the model is loaded.
@@ -168,12 +190,12 @@ class EngineProcess:
         deadline = time.monotonic() + self.timeout_s
         self.counts.n_requests += 1
         await self._take_slot(deadline)
+        slot = object()
+        began = self._began[slot] = time.monotonic()
         try:
             async with asyncio.timeout(self.timeout_s):
                 await self._started()
-            id = next(self._ids)
-            stream = self._streams[id] = asyncio.Queue()
-            self._send({"do": "start", "id": id, **wanted})
+            id, stream = self._begin("start", wanted)
             finished = False
             try:
                 while not finished:
@@ -188,7 +210,46 @@ class EngineProcess:
                 if not finished:
                     self._send({"do": "stop", "id": id})
         finally:
+            del self._began[slot]
             self._slots.release()
+        self.answer_s += (time.monotonic() - began - self.answer_s) / (4 if self.answer_s else 1)
+
+    async def ask(self, do: str, **wanted: Any) -> Event:
+        """The one answer to what takes the engine no time; `do` is a method of edgekv.serve.engine.exchange.Exchange.
+
+        Raises:
+            EngineDiedError: the engine's process died.
+            EdgeKVError: it cannot be done.
+        """
+        await self._started()
+        id, stream = self._begin(do, wanted)
+        try:
+            event = await stream.get()
+        finally:
+            del self._streams[id]
+        if "error" in event:
+            raise event["error"]
+        return event
+
+    async def take(self, block: str, count: int, path: str) -> None:
+        """Have the engine keep rows of a file, once a sequence is free for them.
+
+        Raises:
+            BusyError, EngineDiedError: as `answer` does.
+            EdgeKVError: they are not what was asked for, or the engine refused them.
+        """
+        await self._take_slot(time.monotonic() + self.timeout_s)
+        try:
+            await self.ask("take", block=block, count=count, path=path)
+        finally:
+            self._slots.release()
+
+    def _begin(self, do: str, wanted: dict[str, Any]) -> tuple[int, asyncio.Queue[Event]]:
+        """Send the engine something to do; its id, and where what it says to that comes in."""
+        id = next(self._ids)
+        stream = self._streams[id] = asyncio.Queue()
+        self._send({"do": do, "id": id, **wanted})
+        return id, stream
 
     async def _take_slot(self, deadline: float) -> None:
         if self._slots.locked() and self.n_waiting >= self.queue:
@@ -229,6 +290,8 @@ class EngineProcess:
         self._heard_at = time.monotonic()
         if "stats" in message:
             self.stats = message["stats"]
+        elif "catalogue" in message:
+            self.catalogue = message["catalogue"]
         elif stream := self._streams.get(message["id"]):
             if "error" in message:
                 message["error"] = from_wire(*message["error"])
@@ -236,7 +299,7 @@ class EngineProcess:
 
     def _died(self, cause: str) -> None:
         self.counts.n_deaths += 1
-        self.stats = {}
+        self.stats, self.catalogue = {}, {}
         for stream in self._streams.values():
             error = EngineDiedError(f"{cause}; it is being started again, so send the request once more")
             stream.put_nowait({"error": error})

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgekv.host.proc import status_nbytes
 from edgekv.serve.engine_process import EngineProcess
+
+if TYPE_CHECKING:
+    from edgekv.serve.peers.router import Router
 
 # name: (kind, help); kinds and the text's form are those of Prometheus' exposition format 0.0.4
 METRICS = {
@@ -32,11 +35,16 @@ METRICS = {
     "restored_tokens_total": ("counter", "Tokens of prompts that were read from there."),
     "engine_resident_bytes": ("gauge", "Resident memory of the engine's process."),
     "server_resident_bytes": ("gauge", "Resident memory of the server's process."),
+    "peers": ("gauge", "Other servers that are known."),
+    "peers_usable": ("gauge", "Of those, the ones that are asked."),
+    "routed_total": ("counter", "Requests that other servers answered."),
+    "fetched_total": ("counter", "Requests for which rows came from other servers."),
+    "peer_failures_total": ("counter", "Times that another server failed, and a request went another way."),
     "up": ("gauge", "1 while there is an engine."),
 }
 
 
-def figures(engine: EngineProcess) -> dict[str, float]:
+def figures(engine: EngineProcess, router: Router | None = None) -> dict[str, float]:
     """The value of every metric now; those that the system does not tell are missing."""
     counts, stats, about = engine.counts, engine.stats, engine.about
     values = {
@@ -61,20 +69,23 @@ def figures(engine: EngineProcess) -> dict[str, float]:
         "engine_resident_bytes": status_nbytes(engine.pid).get("VmRSS"),
         "server_resident_bytes": status_nbytes().get("VmRSS"),
         "up": int(engine.ready),
+        **(router.figures() if router else {}),
     }
     return {name: value for name, value in values.items() if value is not None}
 
 
-def status(engine: EngineProcess, model: str) -> dict[str, Any]:
-    """What the page shows."""
+def status(engine: EngineProcess, model: str, router: Router | None = None) -> dict[str, Any]:
+    """What the page shows, and what is known of other servers."""
     names = ("name", "kernel", "n_ctx", "n_parallel", "has_template")
-    return {"model": model, **{name: engine.about[name] for name in names}, "figures": figures(engine)}
+    known = {"peers": [peer.about() for peer in router.peers]} if router else {}
+    about = {name: engine.about[name] for name in names}
+    return {"model": model, **about, "figures": figures(engine, router), **known}
 
 
-def prometheus(engine: EngineProcess) -> str:
+def prometheus(engine: EngineProcess, router: Router | None = None) -> str:
     """The metrics as text."""
     lines = []
-    for name, value in figures(engine).items():
+    for name, value in figures(engine, router).items():
         kind, words = METRICS[name]
         full = f"edgekv_{name}"
         lines += [f"# HELP {full} {words}", f"# TYPE {full} {kind}", f"{full} {value}"]

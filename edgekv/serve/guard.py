@@ -22,6 +22,7 @@ RETRY_S = 5  # what a client that is refused for now should wait
 T = TypeVar("T")
 Endpoint = Callable[[Request], Awaitable[Response]]
 OPEN_PATHS = ("/", "/page.css", "/page.js", "/health")  # tell nothing that needs a key
+PEER_PATHS = "/peer/"  # what servers ask of each other
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -122,14 +123,14 @@ async def _disconnect(request: Request) -> None:
 
 
 class Guard:
-    """Checks of every request, in front of an ASGI application: its Host and its key.
+    """Checks of every request, in front of an ASGI application: its Host and its key; other servers have their own.
 
     Without a key only programs on this machine may ask. Host is checked then, since a name of another site that leads
     here would let that site's pages read answers (DNS rebinding).
     """
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
-        self._app, self._key = app, settings.api_key
+        self._app, self._key, self._peer_key = app, settings.api_key, settings.peer_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (refusal := self._refusal(Request(scope))):
@@ -138,7 +139,8 @@ class Guard:
             await self._app(scope, receive, send)
 
     def _refusal(self, request: Request) -> RefusedError | None:
-        if not self._key:
+        key = self._peer_key if request.url.path.startswith(PEER_PATHS) else self._key
+        if not key:
             host = request.headers.get("host", "")
             name = host if host.endswith("]") else host.rpartition(":")[0] or host
             if name not in LOCAL_NAMES:
@@ -147,9 +149,9 @@ class Guard:
         if request.url.path in OPEN_PATHS:
             return None
         kind, _, given = request.headers.get("authorization", "").partition(" ")
-        same = hmac.compare_digest(given.strip().encode("utf-8", "replace"), self._key.encode())
+        same = hmac.compare_digest(given.strip().encode("utf-8", "replace"), key.encode())
         if kind.lower() == "bearer" and same:
             return None
         return RefusedError(
-            401, "the API key is missing or wrong; send Authorization: Bearer KEY", "invalid_api_key"
+            401, "the key is missing or wrong; send Authorization: Bearer KEY", "invalid_api_key"
         )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Callable
 from typing import Any
 
 import h11
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from edgekv.errors import InputError
+from edgekv.files import temporary_folder
 from edgekv.serve.app import make_app
 from edgekv.serve.engine_process import EngineProcess, Options
 from edgekv.serve.settings import ServerSettings
@@ -44,13 +47,18 @@ class PatientProtocol(H11Protocol):
 
 
 def run(
-    options: Options, model: str, settings: ServerSettings, ready: Callable[[str, dict[str, Any]], None]
+    options: Options,
+    model: str,
+    settings: ServerSettings,
+    ready: Callable[[str, dict[str, Any]], None],
+    tell: Callable[[str], None],
 ) -> None:
     """Serve until SIGINT or SIGTERM.
 
     Args:
         model: the name that clients know the model by.
         ready: called with the server's address and what is known of the engine, once it takes requests.
+        tell: called with words on other servers, when one is lost or found.
 
     Raises:
         InputError: the address cannot be listened on, an option is impossible, the file is malformed or unsupported.
@@ -67,8 +75,33 @@ def run(
             await super().startup(sockets)
             ready(address, engine.about)
 
-    config = uvicorn.Config(
-        make_app(engine, model, settings),
+    with contextlib.ExitStack() as ends:
+        ends.callback(engine.close)
+        app = _app(engine, model, settings, tell, ends)
+        Server(_config(app, settings)).run(sockets=[listener])
+
+
+def _app(
+    engine: EngineProcess,
+    model: str,
+    settings: ServerSettings,
+    tell: Callable[[str], None],
+    ends: contextlib.ExitStack,
+) -> ASGIApp:
+    """The application; what it needs of others is undone by `ends`."""
+    if not settings.shares:
+        return make_app(engine, model, settings)
+    from edgekv.serve.peers.endpoints import PeerAPI
+    from edgekv.serve.peers.router import Router
+
+    folder = ends.enter_context(temporary_folder("edgekv-peers-"))
+    router = Router(engine, settings, folder, tell) if settings.peers else None
+    return make_app(engine, model, settings, router, PeerAPI(engine, folder, settings.max_body))
+
+
+def _config(app: ASGIApp, settings: ServerSettings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
         http=PatientProtocol,
         ws="none",
         lifespan="on",
@@ -78,10 +111,6 @@ def run(
         limit_concurrency=settings.parallel + settings.queue + SPARE_CONNECTIONS,
         timeout_graceful_shutdown=GRACE_S,
     )
-    try:
-        Server(config).run(sockets=[listener])
-    finally:
-        engine.close()
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -55,8 +55,11 @@ def default_parallel(model: Path, backend: Kind | None, budget: int | None = Non
     return PARALLEL if (backend or default_kind(model)) == "llama.cpp" and budget is None else 1
 
 
-def serve_model(request: ServeRequest, ready: Callable[[str, dict[str, Any]], None]) -> None:
-    """Serve until SIGINT or SIGTERM; `ready` is called with the address once requests are taken.
+def serve_model(
+    request: ServeRequest, ready: Callable[[str, dict[str, Any]], None], tell: Callable[[str], None]
+) -> None:
+    """Serve until SIGINT or SIGTERM; `ready` is called with the address once requests are taken, `tell` with words on
+    other servers.
 
     Raises:
         InputError: an option is impossible, the address cannot be listened on, the file is malformed or unsupported,
@@ -75,6 +78,10 @@ def serve_model(request: ServeRequest, ready: Callable[[str, dict[str, Any]], No
         raise InputError(
             "packs and sessions hold every token, which a budget would evict; leave --budget out, or them"
         )
+    if request.budget is not None and request.settings.shares:
+        raise InputError(
+            "servers exchange rows of every token, which a budget would evict; leave --budget out, or --peer"
+        )
     options = Options(
         path=str(request.model),
         kind=request.backend,
@@ -86,5 +93,6 @@ def serve_model(request: ServeRequest, ready: Callable[[str, dict[str, Any]], No
         packs=None if request.packs is None else str(request.packs),
         sessions=None if request.sessions is None else str(request.sessions),
         sessions_bytes=request.sessions_bytes,
+        shares=request.settings.shares,
     )
-    run(options, request.model.name.removesuffix(".gguf"), request.settings, ready)
+    run(options, request.model.name.removesuffix(".gguf"), request.settings, ready, tell)

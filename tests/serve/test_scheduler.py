@@ -85,7 +85,7 @@ def test_parallel_answers_are_those_of_lone_runs(request: pytest.FixtureRequest,
     for i, prompt in enumerate(prompts):
         lone.start(i, prompt)
         lone.run()
-        lone.scheduler._prefixes.make_room(lone.engine.n_cells)  # nothing is reused
+        lone.scheduler.prefixes.make_room(lone.engine.n_cells)  # nothing is reused
     desk = Desk(path)
     waiting = dict(enumerate(prompts))
     while waiting or desk.scheduler.busy:
@@ -167,7 +167,7 @@ def test_refused_jobs_take_nothing(desk: Desk, prompt: Any, wanted: Any, words: 
     assert event["error"][0] == "InputError"
     assert words in event["error"][1]
     assert not desk.scheduler.busy
-    assert not desk.scheduler._prefixes._running
+    assert not desk.scheduler.prefixes._running
 
 
 def test_a_chat_goes_through_the_template(desk: Desk) -> None:

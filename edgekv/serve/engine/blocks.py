@@ -6,7 +6,7 @@ import hashlib
 import itertools
 from array import array
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
 BLOCK = 16  # tokens; a shorter beginning is not looked for
@@ -39,25 +39,36 @@ T = TypeVar("T", bound=Indexed)
 
 
 class BlockIndex(Generic[T]):
-    """Finds what begins as a prompt does."""
+    """Finds what begins as a prompt does; `n_changes` tells whether it is what it was."""
 
     def __init__(self) -> None:
         self._by_block: defaultdict[bytes, set[T]] = defaultdict(set)
+        self.n_changes = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        """The hashes of all blocks that something has."""
+        return iter(self._by_block)
 
     def __len__(self) -> int:
         return len(self._by_block)
 
     def add(self, item: T, blocks: Sequence[bytes]) -> None:
         """Note blocks of an item."""
+        self.n_changes += bool(blocks)
         for block in blocks:
             self._by_block[block].add(item)
 
     def discard(self, item: T, blocks: Sequence[bytes]) -> None:
         """Forget blocks of an item."""
+        self.n_changes += bool(blocks)
         for block in blocks:
             self._by_block[block].discard(item)
             if not self._by_block[block]:
                 del self._by_block[block]
+
+    def having(self, block: bytes) -> T | None:
+        """Something that has this block, and so all before it."""
+        return next(iter(self._by_block.get(block, ())), None)
 
     def find(self, prompt: Sequence[int], blocks: Sequence[bytes]) -> tuple[T | None, int]:
         """The item that has most of the prompt's first tokens, and how many; a last block may go beyond the prompt."""

@@ -2,26 +2,31 @@
 
 Run as `python -m edgekv.serve.engine.child`. The first request, {"do": "open", ...}, is answered as
 edgekv.backends.isolated.child says. After it come {"do": "start", "id": n, ...} and {"do": "stop", "id": n}, which are
-answered by the messages of edgekv.serve.engine.scheduler, and {"do": "end"}, which puts on the disk what is not there.
+answered by the messages of edgekv.serve.engine.scheduler, those of other servers, which edgekv.serve.engine.exchange
+answers, and {"do": "end"}, which puts on the disk what is not there.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from edgekv.backends.isolated.child import Parent
 from edgekv.backends.open import model_identity, open_sequences
 from edgekv.cache.policies.settings import Eviction
+from edgekv.cache.rows_file import Header
 from edgekv.documents import decode
 from edgekv.errors import to_wire
 from edgekv.host.memory import release_code, release_heap
 from edgekv.serve.engine.disk import Disk
+from edgekv.serve.engine.exchange import Exchange
 from edgekv.serve.engine.packs import PackFolder
 from edgekv.serve.engine.scheduler import Scheduler
 
+EXCHANGES = ("look", "offer", "take")  # messages that the exchange answers
 IDLE_S = 2.0  # without a message, after which one more beginning goes to the disk
 
 
@@ -31,10 +36,12 @@ def open_scheduler(
     packs: str | None,
     sessions: str | None,
     sessions_bytes: int,
+    shares: bool,
     eviction: dict[str, Any] | None = None,
     **options: Any,
-) -> tuple[Scheduler, dict[str, Any]]:
-    """A scheduler of a model opened with the options of `open_sequences`, and what the parent is to know of it."""
+) -> tuple[Scheduler, Exchange | None, dict[str, Any]]:
+    """A scheduler of a model opened with the options of `open_sequences`, an exchange with other servers if its rows
+    are shared, and what the parent is to know of them."""
     wanted = decode(Eviction, eviction) if eviction else None
     engine = open_sequences(Path(path), eviction=wanted, **options)
     language = engine.language()
@@ -42,16 +49,21 @@ def open_scheduler(
         name: getattr(engine, name)
         for name in ("name", "kernel", "n_ctx", "n_ctx_train", "n_cells", "n_parallel")
     }
-    folder = disk = None
-    if packs or sessions:
+    folder = disk = exchange = None
+    if packs or sessions or shares:
         kept = model_identity(Path(path)), engine.layout()
         folder = PackFolder(Path(packs), *kept) if packs else None
         disk = Disk(Path(sessions), sessions_bytes, *kept) if sessions else None
     about |= {"cache_nbytes": engine.cache_nbytes(), "has_template": language.chat_template is not None}
     about["packs"] = folder.about if folder else []
+    scheduler = Scheduler(engine, language, parent.send, folder, disk)
+    if shares:
+        exchange = Exchange(scheduler, engine, Header.of("edgekv.prefix", *kept), parent.send)
+        exchange.measure()
+        about |= exchange.about()
     release_heap()
     release_code()
-    return Scheduler(engine, language, parent.send, folder, disk), about
+    return scheduler, exchange, about
 
 
 def main() -> None:
@@ -62,35 +74,44 @@ def main() -> None:
         return
     assert request.pop("do") == "open"
     try:
-        scheduler, about = open_scheduler(parent, **request)
+        scheduler, exchange, about = open_scheduler(parent, **request)
     except Exception as error:
         parent.send({"error": to_wire(error)})
         return
     parent.send({"ok": about})
     inbox: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(parent, inbox), daemon=True).start()
+
+    def tell() -> None:
+        scheduler.tell()
+        if exchange is not None:
+            exchange.tell()
+
+    tell()
     while True:
         while not scheduler.busy or not inbox.empty():
-            if (message := _next(inbox, scheduler)) is None:
+            if (message := _next(inbox, scheduler, tell)) is None:
                 return
             do = message.pop("do")
-            getattr(scheduler, do)(**message)
+            getattr(exchange if do in EXCHANGES else scheduler, do)(**message)
             if do == "end":
                 return
-            scheduler.tell()
+            tell()
         scheduler.step()
-        scheduler.tell()
+        tell()
 
 
-def _next(inbox: queue.SimpleQueue[dict[str, Any] | None], scheduler: Scheduler) -> dict[str, Any] | None:
+def _next(
+    inbox: queue.SimpleQueue[dict[str, Any] | None], scheduler: Scheduler, tell: Callable[[], None]
+) -> dict[str, Any] | None:
     """The next message. While none comes and nothing runs, what is kept goes to the disk, piece by piece."""
     saved = True
     while saved and not scheduler.busy:
         try:
             return inbox.get(timeout=IDLE_S)
         except queue.Empty:
-            if saved := scheduler.save_one():
-                scheduler.tell()
+            saved = scheduler.save_one()
+            tell()
     return inbox.get()
 
 

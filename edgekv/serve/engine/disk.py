@@ -51,6 +51,7 @@ class Disk:
     """A folder of beginnings, of which no other server may have the same; its files never take more than `n_bytes`.
 
     Attributes:
+        index: its files by their blocks.
         used: bytes of all files.
         n_errors: how often writing failed.
         n_damaged: files that were found to be damaged.
@@ -63,7 +64,7 @@ class Disk:
     def __init__(self, folder: Path, n_bytes: int, model: ModelIdentity, layout: Layout) -> None:
         self._folder, self._n_bytes = folder, n_bytes
         self._header = Header.of("edgekv.prefix", model, layout)
-        self._index: BlockIndex[Entry] = BlockIndex()
+        self.index: BlockIndex[Entry] = BlockIndex()
         self._entries: list[Entry] = []
         self._clock = itertools.count(1)
         self._paused_until = 0.0
@@ -93,7 +94,7 @@ class Disk:
         self, prompt: Sequence[int], blocks: Sequence[bytes], more_than: int
     ) -> tuple[Entry | None, int]:
         """The file that has most of a prompt's first tokens, and how many; none where it is hardly more than given."""
-        entry, count = self._index.find(prompt, blocks)
+        entry, count = self.index.find(prompt, blocks)
         return (entry, count) if count >= more_than + MIN_TOKENS else (None, 0)
 
     def load(self, entry: Entry, count: int) -> CacheRows | None:
@@ -116,7 +117,7 @@ class Disk:
         Args:
             rows: gives those from a token on.
         """
-        entry, known = self._index.find(tokens, blocks)
+        entry, known = self.index.find(tokens, blocks)
         if entry is not None:
             self._touch(entry)
         if len(tokens) - known < MIN_TOKENS or time.monotonic() < self._paused_until:
@@ -134,7 +135,7 @@ class Disk:
     def set_aside(self, entry: Entry) -> None:
         """Leave a file out that cannot be used; it goes first when room is needed."""
         self.n_damaged += 1
-        self._index.discard(entry, entry.blocks)
+        self.index.discard(entry, entry.blocks)
         entry.tokens, entry.blocks, entry.used_at = array("i"), [], 0
         with contextlib.suppress(OSError):
             entry.path = entry.path.rename(entry.path.with_suffix(DAMAGED))
@@ -171,7 +172,7 @@ class Disk:
         before = len(entry.blocks)
         entry.tokens = array("i", tokens)
         entry.blocks = block_hashes(entry.tokens, entry.blocks)
-        self._index.add(entry, entry.blocks[before:])
+        self.index.add(entry, entry.blocks[before:])
 
     def _append(self, entry: Entry, tokens: Sequence[int], rows: Callable[[int], CacheRows]) -> None:
         assert entry.end is not None
@@ -201,7 +202,7 @@ class Disk:
         while self.used + count > self._n_bytes:
             oldest = min((each for each in self._entries if each is not keep), key=lambda each: each.used_at)
             oldest.path.unlink(missing_ok=True)
-            self._index.discard(oldest, oldest.blocks)
+            self.index.discard(oldest, oldest.blocks)
             self._entries.remove(oldest)
             self.used -= oldest.size
         return True

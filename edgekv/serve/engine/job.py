@@ -31,6 +31,7 @@ class Wanted:
         stop: texts before which it ends.
         top_logprobs: how many of the likeliest tokens to name with each one; None for no logprobs at all.
         schema: the JSON schema that the answer is to follow.
+        said: the answer's first tokens, which another engine has given already.
     """
 
     sampling: dict[str, Any]
@@ -38,17 +39,24 @@ class Wanted:
     stop: tuple[str, ...]
     top_logprobs: int | None
     schema: str | None
+    said: tuple[int, ...] = ()
 
 
 @dataclass(eq=False)
 class Job:
-    """A request that runs. `feed` is what the model has yet to read: the prompt's rest, or the last token."""
+    """A request that runs.
+
+    Attributes:
+        prompt: what is read before the first new token: the request's own, and what was said already.
+        room: tokens that the context holds beside the request's own.
+        feed: the last token, which the model has yet to read; nothing while the prompt is read.
+    """
 
     id: int
     prompt: list[int]
     wanted: Wanted
     language: Language
-    room: int  # tokens that the context holds beside the prompt
+    room: int
     grammar: Grammar | None
     rows: Rows
     blocks: list[bytes]
@@ -62,11 +70,16 @@ class Job:
         self._sampler = Sampler(SamplingParams(**self.wanted.sampling))
         self._text = AnswerText(self.language, self.wanted.stop)
         self._seen = list(self.prompt)
+        self.n_generated = len(self.wanted.said)
+        for token in self.wanted.said:
+            self._text.push(token)
+            if self.grammar is not None:
+                self.grammar.accept(token)
 
     @property
     def answering(self) -> bool:
         """Whether the prompt has been read."""
-        return self.n_generated > 0
+        return bool(self.feed)
 
     def accept(self, logits: Array) -> dict[str, Any]:
         """Sample the next token from logits (vocab,); the message of the text that it completes.
@@ -94,7 +107,7 @@ class Job:
 
     def _message(self, text: str) -> dict[str, Any]:
         """Text and the logprobs of its tokens; those of text that is held back wait for it."""
-        message: dict[str, Any] = {"id": self.id, "text": text}
+        message: dict[str, Any] = {"id": self.id, "text": text, "token": self.feed[0]}
         if self.wanted.top_logprobs is not None and (text or self.finish):
             message["logprobs"], self._pending = self._pending, []
         if self.finish:
@@ -130,7 +143,8 @@ def make_job(
     """
     SamplingParams(**wanted.sampling)  # refuses before a sequence is taken
     origin = b"" if packs is None else packs.origin
-    prompt, blocks = list(prompt), block_hashes(prompt, origin=origin)
+    prompt = [*prompt, *wanted.said]
+    blocks = block_hashes(prompt, origin=origin)
     rows = prefixes.begin(prompt, blocks, origin)
     if (
         packs is not None
@@ -138,6 +152,7 @@ def make_job(
         and prompt[: len(placed)] == placed
     ):
         prefixes.place(rows, placed, functools.partial(packs.put, engine))
-    job = Job(id, prompt, wanted, language, engine.n_ctx - len(prompt), grammar, rows, blocks)
+    room = engine.n_ctx - len(prompt) + len(wanted.said)
+    job = Job(id, prompt, wanted, language, room, grammar, rows, blocks)
     job.n_reused = len(rows.tokens)
     return job

@@ -9,22 +9,30 @@ from pathlib import Path
 from typing import Any
 
 from edgekv.backends.sequences import SequenceCache, Sequences
-from edgekv.cache.rows import Layout
+from edgekv.cache.rows import CacheRows, Layout
 from edgekv.chat.packs import Pack, place_packs, read_pack
 from edgekv.chat.saved import require_same_model
 from edgekv.errors import BackendError, InputError
 from edgekv.models.identity import ModelIdentity
+from edgekv.serve.engine.blocks import BlockIndex, block_hashes
+from edgekv.serve.engine.disk import MIN_TOKENS
 
 SUFFIX = ".pack"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Known:
     """A pack of the folder; its rows stay in the file."""
 
     path: Path
     before: list[int]
     documents: array[int]
+    used_at: int = 0
+
+    @property
+    def tokens(self) -> list[int]:
+        """All its tokens, those in front of the documents first."""
+        return [*self.before, *self.documents]
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,10 @@ class Chosen:
 class PackFolder:
     """The packs of a folder, by their file's name without `.pack`.
 
+    A prompt that begins as a pack does, whether it names it or spells its text, finds its rows.
+
     Attributes:
+        index: the packs by their blocks.
         about: each pack's `id`, `tokens` and `documents`, or the `error` for which it cannot be used.
 
     Raises:
@@ -83,6 +94,7 @@ class PackFolder:
         except OSError as error:
             raise InputError(f"cannot read packs in {folder}: {error.strerror}; check the path") from error
         self._known: dict[str, Known] = {}
+        self.index: BlockIndex[Known] = BlockIndex()
         self.about: list[dict[str, Any]] = []
         for path in paths:
             try:
@@ -90,7 +102,8 @@ class PackFolder:
             except InputError as error:
                 self.about.append({"id": path.stem, "error": str(error)})
                 continue
-            self._known[path.stem] = Known(path, pack.before, array("i", pack.documents))
+            known = self._known[path.stem] = Known(path, pack.before, array("i", pack.documents))
+            self.index.add(known, block_hashes(known.tokens))
             told = {"tokens": len(pack.documents), "documents": list(pack.notes.documents)}
             self.about.append({"id": path.stem, **told})
 
@@ -105,6 +118,25 @@ class PackFolder:
                 there = ", ".join(self._known) or "none"
                 raise InputError(f"there is no pack {name!r} here; there are: {there}")
         return Chosen(self, [self._known[name] for name in names], list(before))
+
+    def find(
+        self, prompt: Sequence[int], blocks: Sequence[bytes], more_than: int
+    ) -> tuple[Known | None, int]:
+        """The pack that has most of a prompt's first tokens, and how many; none where it is hardly more than given."""
+        known, count = self.index.find(prompt, blocks)
+        return (known, count) if count >= more_than + MIN_TOKENS else (None, 0)
+
+    def load(self, known: Known, count: int) -> CacheRows | None:
+        """The first rows of a pack; None where its file has changed, and then it is found no more."""
+        try:
+            return self.read_again(known).stored.rows(count)
+        except BackendError:
+            self.set_aside(known)
+            return None
+
+    def set_aside(self, known: Known) -> None:
+        """Find a pack no more; requests that name it are told why."""
+        self.index.discard(known, block_hashes(known.tokens))
 
     def read_again(self, known: Known) -> Pack:
         """A pack with its rows; raises BackendError if the file is not what it was."""

@@ -6,11 +6,14 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from edgekv.backends.sequences import Sequences
+from edgekv.cache.rows import CacheRows
 from edgekv.errors import BackendError
 from edgekv.serve.engine.blocks import BLOCK, BlockIndex, block_hashes
-from edgekv.serve.engine.disk import Disk, Entry
+from edgekv.serve.engine.disk import Disk
+from edgekv.serve.engine.packs import PackFolder
 
 MIN_TRIM = 256  # tokens cut off at once from what is least used, so that not each token looks for room
 
@@ -33,6 +36,21 @@ class Rows:
     n_judged: int = 0
 
 
+class Store(Protocol):
+    """Where rows lie outside of the cache: the disk, or a folder of packs. What it finds is its own kind of entry."""
+
+    index: BlockIndex[Any]
+
+    def find(self, prompt: Sequence[int], blocks: Sequence[bytes], more_than: int) -> tuple[Any, int]:
+        """What has most of a prompt's first tokens, and how many; None where it is hardly more than given."""
+
+    def load(self, entry: Any, count: int) -> CacheRows | None:
+        """The first rows of an entry; None where it is damaged, which sets it aside."""
+
+    def set_aside(self, entry: Any) -> None:
+        """Find an entry no more."""
+
+
 class Prefixes:
     """Sequences that run, and those that are kept because a later prompt may begin as they do.
 
@@ -41,8 +59,9 @@ class Prefixes:
     What is kept goes to the disk, if there is one, before it is taken back, or earlier when nothing else is to do.
     """
 
-    def __init__(self, engine: Sequences, disk: Disk | None = None) -> None:
+    def __init__(self, engine: Sequences, disk: Disk | None = None, packs: PackFolder | None = None) -> None:
         self._engine, self._disk = engine, disk
+        self._stores: list[Store] = [store for store in (disk, packs) if store is not None]
         self._slots = list(range(engine.n_parallel))  # free sequences that can run
         self._shelves = list(range(engine.n_parallel, engine.n_sequences))  # free ones that only keep rows
         self._running: list[Rows] = []
@@ -63,12 +82,11 @@ class Prefixes:
         return len(self._owners) - len(running)
 
     def begin(self, prompt: Sequence[int], blocks: Sequence[bytes], origin: bytes = b"") -> Rows:
-        """A running sequence that holds as much of the prompt, but for its last token, as the cache or disk does."""
+        """A running sequence that holds as much of the prompt, but for its last token, as the cache or a store does."""
         source, count = self._index.find(prompt[:-1], blocks)
-        if self._disk is not None and not origin:
-            entry, there = self._disk.find(prompt[:-1], blocks, more_than=count)
-            if entry is not None:
-                return self._restore(entry, prompt[:there]) or self.begin(prompt, blocks)
+        store, entry, there = self._stored(prompt, blocks, count, origin)
+        if store is not None:
+            return self._restore(store, entry, prompt[:there]) or self.begin(prompt, blocks)
         if source in self._kept and (count == len(source.tokens) or not self._slots):
             rows = source
             self._kept.remove(rows)
@@ -81,6 +99,39 @@ class Prefixes:
                 self._share(source, rows, count)
         self._running.append(rows)
         return rows
+
+    def held(self, prompt: Sequence[int], blocks: Sequence[bytes], origin: bytes = b"") -> int:
+        """How many of a prompt's first tokens `begin` would find."""
+        _, count = self._index.find(prompt[:-1], blocks)
+        return max(count, self._stored(prompt, blocks, count, origin)[2])
+
+    def blocks(self) -> set[bytes]:
+        """The hashes of all blocks whose rows `rows_of` gives."""
+        return set(self._index).union(*(store.index for store in self._stores))
+
+    @property
+    def n_changes(self) -> int:
+        """Tells whether `blocks` is what it was."""
+        return self._index.n_changes + sum(store.index.n_changes for store in self._stores)
+
+    def rows_of(self, block: bytes, count: int) -> tuple[list[int], CacheRows] | None:
+        """The tokens and rows of a block and all before it, `count` in all; None where nothing has them."""
+        if (rows := self._index.having(block)) is not None and count <= len(rows.tokens):
+            return rows.tokens[:count], self._engine.save(rows.sequence).part(0, count)
+        for store in self._stores:
+            if (entry := store.index.having(block)) is not None and count <= len(entry.tokens):
+                tokens = list(entry.tokens[:count])  # before it is set aside
+                if (found := store.load(entry, count)) is not None:
+                    return tokens, found
+        return None
+
+    def adopt(self, tokens: Sequence[int], found: CacheRows) -> None:
+        """Keep rows that were computed elsewhere; a sequence has to be free.
+
+        Raises:
+            BackendError: the engine refused them.
+        """
+        self.finish(self._loaded(tokens, found))
 
     def place(self, rows: Rows, tokens: Sequence[int], put: Callable[[int], object]) -> None:
         """Give a running sequence rows of tokens by `put`, which puts them into an empty sequence.
@@ -154,21 +205,39 @@ class Prefixes:
             self._disk.save(rows.tokens, rows.blocks, lambda start: self._engine.save(rows.sequence, start))
         rows.n_judged = len(rows.tokens)
 
-    def _restore(self, entry: Entry, tokens: Sequence[int]) -> Rows | None:
-        """A running sequence with the first rows of a file; None where it is damaged."""
-        assert self._disk is not None
-        if (found := self._disk.load(entry, len(tokens))) is None:
+    def _stored(
+        self, prompt: Sequence[int], blocks: Sequence[bytes], more_than: int, origin: bytes
+    ) -> tuple[Store | None, Any, int]:
+        """The store and its entry that has most of a prompt, and how many tokens; no store has rows that were moved."""
+        best: tuple[Store | None, Any, int] = None, None, 0
+        for store in self._stores if not origin else []:
+            entry, there = store.find(prompt[:-1], blocks, more_than)
+            if there > best[2]:
+                best = store, entry, there
+        return best
+
+    def _restore(self, store: Store, entry: Any, tokens: Sequence[int]) -> Rows | None:
+        """A running sequence with the first rows of an entry; None where it is damaged."""
+        if (found := store.load(entry, len(tokens))) is None:
             return None
+        try:
+            rows = self._loaded(tokens, found)
+        except BackendError:
+            store.set_aside(entry)
+            return None
+        rows.n_judged = len(tokens)
+        return rows
+
+    def _loaded(self, tokens: Sequence[int], found: CacheRows) -> Rows:
+        """A running sequence with these rows; raises BackendError if the engine refuses them."""
         rows = Rows(self._free_slot())
         self.make_room(len(tokens))
         try:
             self._engine.load(rows.sequence, found)
         except BackendError:
-            self._disk.set_aside(entry)
             self._give_back(rows.sequence)
-            return None
+            raise
         self.appended(rows, tokens)
-        rows.n_judged = len(tokens)
         self._running.append(rows)
         return rows
 

@@ -9,16 +9,17 @@ from typing import Any
 
 from edgekv.backends.sequences import Piece, Sequences
 from edgekv.chat.session import PromptFormat
+from edgekv.documents import encode
 from edgekv.errors import EdgeKVError, InputError, to_wire
 from edgekv.serve.engine.disk import Disk
 from edgekv.serve.engine.grammar import ANY_OBJECT, Grammars
 from edgekv.serve.engine.job import Job, Wanted, make_job
 from edgekv.serve.engine.packs import Chosen, PackFolder
 from edgekv.serve.engine.prefixes import Prefixes
+from edgekv.serve.engine.rates import FIRST_TPS, MIN_SLICE, Rates
 from edgekv.tokenizer.language import Language, opening_tokens
 
 SLICE_S, LONE_SLICE_S = 0.25, 1.0  # how long a slice of a prompt may hold up others' tokens, or a new request
-MIN_SLICE, FIRST_TPS = 16, 256.0  # tokens; tokens/s that are assumed before any were measured
 STATS_EVERY_S = 0.5
 
 Send = Callable[[dict[str, Any]], None]
@@ -27,10 +28,14 @@ Send = Callable[[dict[str, Any]], None]
 class Scheduler:
     """Runs jobs over one model; at most engine.n_parallel at a time, which whoever starts them sees to.
 
+    Attributes:
+        prefixes: what its cache holds.
+        rates: how fast it was.
+
     Args:
         send: takes messages for the parent: {"id": job, "n_prompt", "n_reused"} once a job begins, {"id", "n_read"}
-            after each slice of its prompt; {"id", "text"[, "logprobs"]} for each token, with "finish", "n_generated"
-            and "n_reused" for the last; or {"id", "error": (class, message)}; and {"stats": {...}}.
+            after each slice of its prompt; {"id", "text", "token"[, "logprobs"]} for each token, with "finish",
+            "n_generated" and "n_reused" for the last; or {"id", "error": (class, message)}; and {"stats": {...}}.
     """
 
     def __init__(
@@ -43,7 +48,8 @@ class Scheduler:
     ) -> None:
         self._engine, self._language, self._send = engine, language, send
         self._packs, self._disk = packs, disk
-        self._prefixes = Prefixes(engine, disk)
+        self.prefixes = Prefixes(engine, disk, packs)
+        self.rates = Rates()
         self._grammars = Grammars(language, engine.n_vocab)
         self._format: PromptFormat | None = None
         self._jobs: dict[int, Job] = {}
@@ -57,22 +63,29 @@ class Scheduler:
         """Whether there is something to do."""
         return bool(self._jobs)
 
-    def start(self, id: int, messages: list[dict[str, str]] | None, text: str | None, tokens: list[int] | None,
-              json_object: bool, packs: Sequence[str] = (), **wanted: Any) -> None:  # fmt: skip
+    def start(
+        self,
+        id: int,
+        messages: list[dict[str, str]] | None,
+        text: str | None,
+        tokens: list[int] | None,
+        json_object: bool,
+        packs: Sequence[str] = (),
+        said: Sequence[int] = (),
+        **wanted: Any,
+    ) -> None:
         """Begin a job on a conversation, a text or tokens, behind packs; other arguments are fields of Wanted."""
         try:
-            chosen = self._choose(packs, messages is not None) if packs else None
-            prompt = self._prompt(messages, text, tokens, chosen)
+            prompt, chosen = self.prompt_of(messages, text, tokens, packs)
             if not 0 < len(prompt) < self._engine.n_ctx:
                 raise InputError(
                     f"the prompt takes {len(prompt)} tokens and the context holds {self._engine.n_ctx}; "
                     + ("shorten it" if prompt else "send some text")
                 )
-            wish = Wanted(**wanted | {"stop": tuple(wanted["stop"])})
+            wish = Wanted(**wanted | {"stop": tuple(wanted["stop"]), "said": tuple(said)})
             schema = ANY_OBJECT if json_object else wish.schema
             grammar = None if schema is None else self._grammars.of_schema(schema)
-            engine, prefixes = self._engine, self._prefixes
-            job = make_job(id, prompt, wish, self._language, engine, grammar, prefixes, chosen)
+            job = make_job(id, prompt, wish, self._language, self._engine, grammar, self.prefixes, chosen)
         except Exception as error:
             self._send({"id": id, "error": to_wire(error)})
             return
@@ -99,15 +112,17 @@ class Scheduler:
                 self._slice(job, self._engine.n_batch - len(pieces), LONE_SLICE_S if not pieces else SLICE_S)
             )
         try:
-            self._prefixes.make_room(sum(len(piece.tokens) for piece in pieces))
+            self.prefixes.make_room(sum(len(piece.tokens) for piece in pieces))
             rows = iter(self._engine.run(pieces))
         except EdgeKVError as error:
             for job in jobs:
                 self._fail(job, error)
             return
-        self._count(pieces, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        self.rates.ran(pieces, seconds)
+        self._count(pieces, seconds)
         for job, piece in zip(jobs, pieces, strict=True):
-            self._prefixes.appended(job.rows, piece.tokens)
+            self.prefixes.appended(job.rows, piece.tokens)
             if not piece.logits:
                 self._send({"id": job.id, "n_read": len(job.rows.tokens)})
                 continue
@@ -135,19 +150,41 @@ class Scheduler:
         self._told, self._told_at = dict(self._totals), now
         cells = {
             "n_running": len(self._jobs),
-            "cells_used": self._prefixes.used_cells,
-            "cells_kept": self._prefixes.kept_cells,
+            "cells_used": self.prefixes.used_cells,
+            "cells_kept": self.prefixes.kept_cells,
         }
         disk = self._disk.figures() if self._disk else {}
-        self._send({"stats": self._totals | rates | cells | disk})
+        speeds = {"rates": encode(self.rates.now()), "unread_s": self._unread_s()}
+        self._send({"stats": self._totals | rates | cells | disk | speeds})
+
+    def _unread_s(self) -> float:
+        """Seconds that the prompts will take which are not read yet."""
+        prefill, depths = self.rates.prefill, [(job, len(job.rows.tokens)) for job in self._reading]
+        return sum(prefill.seconds(len(job.prompt) - depth, depth) for job, depth in depths)
 
     def save_one(self) -> bool:
         """While nothing is to do: put something on the disk, if it is not there yet; whether there was something."""
-        return self._disk is not None and self._prefixes.save_one()
+        return self._disk is not None and self.prefixes.save_one()
 
     def end(self) -> None:
         """Put all on the disk."""
-        self._prefixes.save_all()
+        self.prefixes.save_all()
+
+    def prompt_of(
+        self,
+        messages: list[dict[str, str]] | None,
+        text: str | None,
+        tokens: list[int] | None,
+        packs: Sequence[str],
+    ) -> tuple[list[int], Chosen | None]:
+        """The tokens of a conversation, a text or tokens behind packs, and those packs.
+
+        Raises:
+            InputError: a pack or a token is not there, or the model has no chat template.
+            ModelFileError: the template refused or failed.
+        """
+        chosen = self._choose(packs, messages is not None) if packs else None
+        return self._prompt(messages, text, tokens, chosen), chosen
 
     def _choose(self, names: Sequence[str], chat: bool) -> Chosen:
         if self._packs is None:
@@ -181,7 +218,7 @@ class Scheduler:
     def _slice(self, job: Job, most: int, seconds: float) -> Piece:
         """The next tokens of a prompt, after what others have computed of it meanwhile."""
         before = len(job.rows.tokens)
-        self._prefixes.grow(job.rows, job.prompt, job.blocks)
+        self.prefixes.grow(job.rows, job.prompt, job.blocks)
         start = len(job.rows.tokens)
         job.n_reused += start - before
         self._totals["n_reused"] += start - before
@@ -210,4 +247,4 @@ class Scheduler:
         del self._jobs[job.id]
         if job in self._reading:
             self._reading.remove(job)
-        self._prefixes.finish(job.rows, keep)
+        self.prefixes.finish(job.rows, keep)
