@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edgekv.devices.predict.plan import Plan
+    from edgekv.devices.predict.route import RoutePlan
+    from edgekv.route.cost import Link
     from edgekv.workflows.plan import PlanResult
 
 DOES_NOT_FIT = 1
@@ -30,6 +32,16 @@ DOES_NOT_FIT = 1
 @options.ctx_size("Tokens of context.", default=4096)
 @options.cache_type("Cache type.", default="f16")
 @click.option("--ram", help="RAM of the board, or all a program may use: 512M, 2G.  [default: the board's]")
+@click.option(
+    "--route",
+    type=click.IntRange(1),
+    metavar="TOKENS",
+    help="Where a prompt of so many tokens is best answered.",
+)
+@click.option("--peer-board", help="With --route: the board that has its rows.  [default: the same]")
+@click.option(
+    "--link", default="117,0.5", show_default=True, help="With --route: MB/s and ms of a round trip."
+)
 @options.threads()
 @options.output("Write a projected report for compare.", required=False)
 @options.force()
@@ -42,6 +54,9 @@ def command(
     ctx_size: int,
     cache_type: str,
     ram: str | None,
+    route: int | None,
+    peer_board: str | None,
+    link: str,
     threads: int | None,
     output: Path | None,
     force: bool,
@@ -57,6 +72,7 @@ def command(
     edgekv plan model.gguf --board pi-zero-2w --cache-type q8_0
     edgekv plan model.gguf --ram 512M -c 8192
     edgekv plan model.gguf --boards
+    edgekv plan model.gguf --board pi-4b --route 2000 --link 5,4
     """
     from edgekv.devices.predict import tables
     from edgekv.workflows import plan as plans
@@ -66,6 +82,10 @@ def command(
         return
     if model is None:
         raise click.UsageError("name a model, as in: edgekv plan model.gguf --board pi-5")
+    if route is not None:
+        asked = plans.RouteRequest(model, route, parse_link(link), board, peer_board or board, cache_type)
+        _show_route(plans.plan_question(asked), as_json)
+        return
     nbytes = parse_size(ram) if ram else None
     request = plans.PlanRequest(
         model, board, ctx_size, cache_type, nbytes, threads, output, force, command_line()
@@ -86,6 +106,26 @@ def parse_size(text: str) -> int:
     if nbytes < 1:
         raise click.BadParameter(f"{text!r} is not a size such as 512M or 2G", param_hint="--ram")
     return int(nbytes)
+
+
+def parse_link(text: str) -> Link:
+    """The link of "117,0.5": MB/s, and milliseconds of a round trip."""
+    from edgekv.route.cost import Link
+
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*,\s*(\d+(?:\.\d+)?)\s*", text)
+    if not match or not float(match[1]):
+        raise click.BadParameter(f"{text!r} is no link such as 117,0.5", param_hint="--link")
+    return Link(float(match[2]) / 1e3, float(match[1]) * 1e6)
+
+
+def _show_route(plan: RoutePlan, as_json: bool) -> None:
+    from edgekv.devices.predict.route import route_as_dict, route_table
+
+    if as_json:
+        print_json(route_as_dict(plan))
+        return
+    click.echo(as_text(route_table(plan)))
+    click.echo(f"cheapest: {plan.cheapest}")
 
 
 def _show_boards(plans: Sequence[Plan], as_json: bool) -> None:

@@ -9,12 +9,14 @@ from edgekv.devices.boards.profile import Board, find_board, load_boards
 from edgekv.devices.predict.choices import Option, all_options, option
 from edgekv.devices.predict.model_info import describe_model
 from edgekv.devices.predict.plan import MIB, Plan, make_plan, recommend, this_board
+from edgekv.devices.predict.route import RoutePlan, plan_route
 from edgekv.devices.predict.tables import projected_report
 from edgekv.devices.reporting.report import dumps
 from edgekv.errors import InputError
 from edgekv.files import atomic_path
 from edgekv.models.gguf.source import GGUFSource
 from edgekv.quant.formats import KEEP
+from edgekv.route.cost import Link
 from edgekv.workflows.request import Request
 
 THIS = "this"  # the machine that this runs on
@@ -66,7 +68,7 @@ def plan_board(request: PlanRequest) -> PlanResult:
     """
     source = GGUFSource(request.model)
     chosen = _option(source, request)
-    board = find_board(request.board) if request.board != THIS else this_board(chosen.read_nbytes)[0]
+    board = _board(request.board, chosen)
     sizes = _sizes(board, request)
     if request.board == THIS and request.ram_nbytes:
         board = _with_budget(board, request.ram_nbytes)
@@ -90,12 +92,47 @@ def plan_all_boards(request: PlanRequest) -> tuple[Plan, ...]:
     )
 
 
+@dataclass(frozen=True)
+class RouteRequest(Request):
+    """Two boards to plan a question between.
+
+    Attributes:
+        n_tokens: of the prompt.
+        link: the connection between them.
+        board, peer_board: where it is asked, and where its rows are; "this" is this machine.
+    """
+
+    model: Path
+    n_tokens: int
+    link: Link
+    board: str = THIS
+    peer_board: str = THIS
+    cache_type: str = "f16"
+
+
+def plan_question(request: RouteRequest) -> RoutePlan:
+    """Predict what it costs to route a question, to fetch its rows, and to compute it anew.
+
+    Raises:
+        InputError: no such board, a cache type that does not fit the model, or a prompt that is too short.
+        ModelFileError, UnsupportedError: the model is malformed, or of a kind that is not handled.
+    """
+    chosen = _option(GGUFSource(request.model), request)
+    names = {name: _board(name, chosen) for name in {request.board, request.peer_board}}
+    here, there = names[request.board], names[request.peer_board]
+    return plan_route(chosen, here, there, request.n_tokens, request.link)
+
+
+def _board(name: str, chosen: Option) -> Board:
+    return find_board(name) if name != THIS else this_board(chosen.read_nbytes)[0]
+
+
 def _sizes(board: Board, request: PlanRequest) -> list[int]:
     """The sizes of RAM in question, in bytes."""
     return [request.ram_nbytes] if request.ram_nbytes else [ram * MIB for ram in board.ram_mib]
 
 
-def _option(source: GGUFSource, request: PlanRequest) -> Option:
+def _option(source: GGUFSource, request: PlanRequest | RouteRequest) -> Option:
     try:
         return option(source, None, request.cache_type, KEEP)
     except ValueError as error:
