@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgekv.backends.kernel_names import RPC_VARIABLE
 from edgekv.cli.common import options
 from edgekv.errors import InputError
 
@@ -48,10 +50,18 @@ if TYPE_CHECKING:
 @options.threads()
 @options.backend()
 @options.kernel()
+@click.option("--rpc", metavar="HOST:PORT,...",
+              help="Workers (`edgekv worker`) that take a part of the layers; for trusted networks alone.")  # fmt: skip
 @click.option("--stats", is_flag=True, help="Show times, tokens/s and memory after each answer.")
 @options.as_json("One-shot: the answer and its figures as JSON.")
 def command(
-    model: Path, prompt: str | None, file: Path | None, stats: bool, as_json: bool, **wanted: Any
+    model: Path,
+    prompt: str | None,
+    file: Path | None,
+    rpc: str | None,
+    stats: bool,
+    as_json: bool,
+    **wanted: Any,
 ) -> None:
     """Talk to MODEL: a GGUF file, or a folder that `edgekv export onnx` wrote.
 
@@ -63,6 +73,7 @@ def command(
     edgekv chat model.gguf -p "Hi" --temp 0 --json          figures for a script
     edgekv chat model.gguf -c 32768 --cache-type q8_0 --stats
     edgekv chat model.gguf --budget 2048                    talks on in the memory of 2,048 tokens
+    edgekv chat large.gguf --rpc pi-2:50052,pi-3:50052      layers on other boards
     edgekv chat model.gguf --session talk.session           goes on where it ended, without a prefill
 
     Answers go to standard output, everything else to standard error. Ctrl-C stops an answer. The engine
@@ -73,6 +84,8 @@ def command(
     question = one_shot_question(prompt, file)
     if as_json and question is None:
         raise click.UsageError("--json answers one question: give it with --prompt, --file or a pipe")
+    if rpc is not None:
+        os.environ[RPC_VARIABLE] = rpc  # for the engine's process
     from edgekv.workflows.chat import ChatRequest, SamplingParams, open_chat
 
     request = ChatRequest(model, sampling=options.build(SamplingParams, wanted), **wanted)

@@ -13,7 +13,7 @@ from edgekv.cli.common.lazy import LazyGroup
 from edgekv.cli.common.streams import flush_output, is_lost_output, prepare_streams, report_lost_output
 from edgekv.errors import EdgeKVError, InputError
 
-COMMANDS = {  # name: one line for `edgekv --help`; the command lives in edgekv/cli/<name>.py as `command`, or in HUB
+COMMANDS = {  # name: one line for `edgekv --help`; it lives in edgekv/cli/<name>.py as `command`, or in ELSEWHERE
     "pull": "Fetch a model of the Hugging Face Hub, for any command.",
     "models": "List the models that were fetched.",
     "inspect": "What a model is, what its cache costs, what it could become.",
@@ -25,6 +25,7 @@ COMMANDS = {  # name: one line for `edgekv --help`; the command lives in edgekv/
     "chat": "Talk to a model.",
     "pack": "Prefill documents once, for chats that begin with them.",
     "serve": "Serve a model to programs that speak OpenAI's API, and to a browser.",
+    "worker": "Hold layers of a large model for a chat on another machine.",
     "eval": "Perplexity, KL and task accuracy of a model and its cache.",
     "sweep": "Compare many conversions and cache types by loss and bytes.",
     "bench": "Measure prefill and decode speed, memory, and what explains them.",
@@ -34,9 +35,10 @@ COMMANDS = {  # name: one line for `edgekv --help`; the command lives in edgekv/
     "doctor": "Check whether this machine is ready, and what would make it so.",
 }
 
-HUB = {
+ELSEWHERE = {
     "pull": "edgekv.cli.hub.pull",
     "models": "edgekv.cli.hub.models",
+    "worker": "edgekv.cli.talk.worker",
 }  # modules of commands in a folder of theirs
 
 
@@ -44,7 +46,7 @@ HUB = {
     cls=LazyGroup,
     modules="edgekv.cli.",
     lines=COMMANDS,
-    elsewhere=HUB,
+    elsewhere=ELSEWHERE,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(__version__, prog_name="edgekv")

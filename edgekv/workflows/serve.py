@@ -1,4 +1,4 @@
-"""Serving a model over HTTP, as OpenAI's API has it."""
+"""Serving a model over HTTP, as OpenAI's API has it, or layers of one to a chat on another machine."""
 
 from __future__ import annotations
 
@@ -12,10 +12,18 @@ from edgekv.backends.open import Kind, default_kind
 from edgekv.cache.policies.names import DEFAULT_POLICY, LayerBudgets
 from edgekv.cache.policies.settings import wanted_eviction
 from edgekv.errors import BackendError, InputError
+from edgekv.host.threads import default_threads
 from edgekv.serve.settings import ServerSettings
 from edgekv.workflows.request import Request
 
-__all__ = ["ServeRequest", "ServerSettings", "default_parallel", "serve_model"]
+__all__ = [
+    "ServeRequest",
+    "ServerSettings",
+    "WorkerRequest",
+    "default_parallel",
+    "serve_layers",
+    "serve_model",
+]
 
 PARALLEL = 4
 
@@ -96,3 +104,32 @@ def serve_model(
         shares=request.settings.shares,
     )
     run(options, request.model.name.removesuffix(".gguf"), request.settings, ready, tell)
+
+
+@dataclass(frozen=True)
+class WorkerRequest(Request):
+    """A worker to run.
+
+    Attributes:
+        host: the address to listen on. Whoever reaches it may use it: llama.cpp's RPC engine asks for no key.
+        threads: by default the big physical cores.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 50052
+    threads: int | None = None
+
+
+def serve_layers(request: WorkerRequest) -> None:
+    """Run until the process ends.
+
+    Raises:
+        InputError: an option is out of its range.
+        BackendError: llama.cpp is not installed or has no RPC engine, or cannot listen there.
+    """
+    from edgekv.backends.llama_cpp.rpc import run_worker
+
+    require_positive(threads=request.threads)
+    if not 0 < request.port < 65536:
+        raise InputError(f"port is {request.port}; it must be between 1 and 65535")
+    run_worker(request.host, request.port, request.threads or default_threads())

@@ -18,12 +18,14 @@ from edgekv.backends.llama_cpp.library import (
     LOG,
     abort_callback,
     exact_cache_nbytes,
+    has_gpu,
     llama,
     load_model,
     possible_ubatch,
     repacking_is_safe,
     require_one_row,
 )
+from edgekv.backends.llama_cpp.rpc import layers_on_workers
 from edgekv.backends.llama_cpp.state import StateFormat, read_state, write_state
 from edgekv.backends.llama_cpp.watch import QueryWatch
 from edgekv.cache.rows import Bytes, CacheRows
@@ -88,8 +90,9 @@ class LlamaContext:
         n_cells = n_ctx * n_sequences
         n_ubatch = possible_ubatch(header, min(default_ubatch(machine_nbytes()), n_cells))
         self._api = llama()
+        layers_away = layers_on_workers(header.n_layers)
         repack = repacking_is_safe()
-        if not self._api.llama_supports_gpu_offload():
+        if not has_gpu():
             spare = require_memory(
                 path, header, n_cells, cache_type, n_ubatch, n_sequences=n_sequences, keeps_all=keeps_all
             )
@@ -104,7 +107,7 @@ class LlamaContext:
         self._watch = watch
         self._abort = abort_flag if abort_flag is not None else ctypes.create_string_buffer(2)
         self._context: Any = None
-        self._model = load_model(path, repack, mapped)
+        self._model = load_model(path, repack, mapped, layers_away=layers_away)
         # What is in a CPU's formats alone the kernel leaves to llama.cpp.
         self.kernel = "stock" if cache.cpu_only else use_kernel()
         params = self._api.llama_context_default_params()
@@ -171,7 +174,7 @@ class LlamaContext:
 
     def _open(self, path: Path, params: Any) -> Any:
         choices = (self._api.LLAMA_FLASH_ATTN_TYPE_ENABLED, self._api.LLAMA_FLASH_ATTN_TYPE_AUTO)
-        params.flash_attn_type = choices[self._api.llama_supports_gpu_offload()]
+        params.flash_attn_type = choices[has_gpu()]
         params.abort_callback = abort_callback()
         params.abort_callback_data = ctypes.addressof(self._abort)
         context = self._api.llama_init_from_model(self._model, params)

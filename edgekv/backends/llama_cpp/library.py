@@ -21,6 +21,7 @@ from edgekv.models.gguf.layout import GGUFHeader
 from edgekv.quant.cache_format import CacheFormat
 from edgekv.source import Array
 
+_GPU_TYPES = (1, 2)  # enum ggml_backend_dev_type: cards, and those of the chip
 _LOG_DEBUG, _LOG_ERROR, _LOG_CONTINUED = 1, 4, 5  # enum ggml_log_level
 
 
@@ -122,8 +123,27 @@ def repacking_is_safe(root: Path = Path("/")) -> bool:
     return "amx_tile" not in cpu_flags(root)
 
 
-def load_model(path: Path, repack: bool, mapped: bool, gpu: bool = True) -> Any:
-    """A llama_model, to be freed with llama_model_free; BackendError if llama.cpp refuses the file."""
+def has_gpu() -> bool:
+    """Whether llama.cpp would put layers elsewhere than into the CPU's memory: on a card, or on workers.
+
+    llama_supports_gpu_offload says so of every build with the RPC engine too, whether it has workers or not.
+    """
+    api = llama()
+    if not api.llama_supports_rpc():
+        return bool(api.llama_supports_gpu_offload())
+    by_type = api._lib.ggml_backend_dev_by_type
+    by_type.restype, by_type.argtypes = ctypes.c_void_p, [ctypes.c_int]
+    return any(by_type(kind) for kind in _GPU_TYPES)
+
+
+def load_model(
+    path: Path, repack: bool, mapped: bool, gpu: bool = True, layers_away: int | None = None
+) -> Any:
+    """A llama_model, to be freed with llama_model_free; BackendError if llama.cpp refuses the file.
+
+    Args:
+        layers_away: layers that lie elsewhere than in the CPU's memory; by default all that llama.cpp can put there.
+    """
     api = llama()
     params = api.llama_model_default_params()
     params.use_extra_bufts = repack
@@ -131,6 +151,8 @@ def load_model(path: Path, repack: bool, mapped: bool, gpu: bool = True) -> Any:
         params.load_mode = api.LLAMA_LOAD_MODE_NONE
     if not gpu:
         params.n_gpu_layers = 0
+    elif layers_away is not None:
+        params.n_gpu_layers = layers_away
     take_log()
     LOG.clear()
     model = api.llama_model_load_from_file(os.fsencode(path), params)

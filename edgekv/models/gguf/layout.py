@@ -42,6 +42,12 @@ class GGUFHeader:
         return not any(tensor.offset % 32 for tensor in self.tensors)
 
     @property
+    def n_layers(self) -> int:
+        """Layers that the file says it has; 0 where it does not say."""
+        count = self.metadata.get(f"{self.metadata.get('general.architecture')}.block_count")
+        return count if isinstance(count, int) and count > 0 else 0
+
+    @property
     def trained_context(self) -> int | None:
         """Tokens that the model was trained for; None where the file does not say."""
         trained = self.metadata.get(f"{self.metadata.get('general.architecture')}.context_length")

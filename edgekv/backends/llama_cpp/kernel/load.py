@@ -13,7 +13,7 @@ from pathlib import Path
 from edgekv.backends.kernel_names import KERNEL_VARIABLE, KERNELS, Kernel
 from edgekv.backends.llama_cpp.kernel.build import built_path
 from edgekv.backends.llama_cpp.kernel.ggml import ggml
-from edgekv.backends.llama_cpp.library import llama
+from edgekv.backends.llama_cpp.library import has_gpu
 from edgekv.errors import BackendError, InputError
 
 
@@ -34,7 +34,7 @@ def use_kernel() -> Kernel:
 
     Raises: as `chosen_kernel` does; BackendError: ggml refuses the kernel.
     """
-    if llama().llama_supports_gpu_offload() or not (path := _chosen_build()):
+    if has_gpu() or not (path := _chosen_build()):
         return "stock"
     _load_once(path)
     return "edgekv"
