@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Way = Literal["local", "fetch", "route"]
+SHORT = 64  # tokens: about a question behind what is cached
 Terms = tuple[float, float, float]
 
 
@@ -54,6 +55,7 @@ class Site:
         decode_s: of a token of an answer.
         wait_s: until it begins with a new prompt.
         save_s, load_s: per byte of rows that it gives away, or checks and takes.
+        short: a prefill of at most SHORT tokens, where engines take other ways through their attention; else as any.
     """
 
     prefill: Prefill
@@ -61,11 +63,13 @@ class Site:
     wait_s: float = 0.0
     save_s: float = 0.0
     load_s: float = 0.0
+    short: Prefill | None = None
 
     def compute_s(self, count: int, held: int) -> float:
         """Until the first token of a prompt of `count` tokens, of which `held` are cached; the last is always run."""
         depth = min(held, count - 1)
-        return self.prefill.seconds(count - depth, depth)
+        prefill = self.short if self.short and count - depth <= SHORT else self.prefill
+        return prefill.seconds(count - depth, depth)
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,7 @@ from edgekv.serve.engine.rates import measure
 from edgekv.serve.engine.scheduler import Scheduler, Send
 
 CATALOGUE_EVERY_S = 1.0
-MARK_NBYTES = (
-    4  # of each hash in a catalogue: of 16,000 blocks one in 270,000 would be found that is not there
-)
+MARK_NBYTES = 4  # of each hash in a catalogue of, say, 16,000: one in 270,000 others seems to be there
 
 
 class Exchange:
@@ -36,8 +34,8 @@ class Exchange:
 
     Args:
         header: of files with this engine's rows.
-        send: takes {"id", "n_prompt", "n_held", "blocks"} of `look`, {"id", "done": True} of `offer` and `take`, or
-            {"id", "error": (class, message)}; and {"catalogue": {"generation", "marks"}} when it has changed.
+        send: takes {"id", "n_prompt", "n_held", "blocks", "seconds"} of `look`, {"id", "done": True} of `offer` and
+            `take`, or {"id", "error": (class, message)}; and {"catalogue": {"generation", "marks"}} once it changed.
     """
 
     def __init__(self, scheduler: Scheduler, engine: Sequences, header: Header, send: Send) -> None:
@@ -65,7 +63,8 @@ class Exchange:
 
     def look(self, id: int, messages: list[dict[str, str]] | None, text: str | None, tokens: list[int] | None,
              packs: Sequence[str]) -> None:  # fmt: skip
-        """Tell a prompt's hashes of blocks, and how many of its tokens are cached here."""
+        """Tell a prompt's hashes of blocks, how many of its tokens are here, and how long that took."""
+        began = time.perf_counter()
         try:
             prompt, chosen = self._scheduler.prompt_of(messages, text, tokens, packs)
         except Exception as error:
@@ -76,8 +75,8 @@ class Exchange:
         n_held = self._scheduler.prefixes.held(prompt, blocks, origin)
         if chosen is not None:
             n_held = max(n_held, len(chosen.tokens))
-        told = [block.hex() for block in blocks]
-        self._send({"id": id, "n_prompt": len(prompt), "n_held": n_held, "blocks": told})
+        told = {"n_prompt": len(prompt), "n_held": n_held, "blocks": [block.hex() for block in blocks]}
+        self._send({"id": id, "seconds": time.perf_counter() - began, **told})
 
     def offer(self, id: int, block: str, count: int, path: str) -> None:
         """Write the rows of a block and all before it to a file."""

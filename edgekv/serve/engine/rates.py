@@ -7,19 +7,20 @@ from collections.abc import Sequence
 
 from edgekv.backends.sequences import Piece, Sequences
 from edgekv.documents import Document
-from edgekv.route.cost import Prefill
+from edgekv.route.cost import SHORT, Prefill
 from edgekv.route.fit import Measurements
 
 FIRST_TPS = 256.0  # tokens/s that are assumed before any were measured
 FIRST_DECODE_S, FIRST_BYTE_S = 0.05, 1e-8
 MEASURE_S, SLICE, N_DECODED = 3.0, 256, 4  # of a measurement at the start: its time, and tokens
-MIN_SLICE = 16  # tokens; fewer at once tell of the overhead alone
+MIN_SLICE = 16  # tokens of the smallest slice
 
 
 class RatesNow(Document, frozen=True):
-    """Coefficients of edgekv.route.cost.Prefill, and seconds per token of an answer and per byte of rows."""
+    """Coefficients of edgekv.route.cost.Prefill, and of short ones; seconds per token of an answer and byte of rows."""
 
     prefill: tuple[float, float, float]
+    short: tuple[float, float, float]
     decode_s: float
     save_s: float
     load_s: float
@@ -29,7 +30,7 @@ class Rates:
     """Measurements of one engine."""
 
     def __init__(self) -> None:
-        self._prefill = Measurements((0.0, 1 / FIRST_TPS, 0.0))
+        self._prefill, self._short = (Measurements((0.0, 1 / FIRST_TPS, 0.0)) for _ in range(2))
         self._decode = Measurements((FIRST_DECODE_S,))
         self._save, self._load = Measurements((FIRST_BYTE_S,)), Measurements((FIRST_BYTE_S,))
 
@@ -42,12 +43,15 @@ class Rates:
         """All of them."""
         decode, save, load = (each.coefficients[0] for each in (self._decode, self._save, self._load))
         run_s, token_s, pair_s = self._prefill.coefficients
-        return RatesNow((run_s, token_s, pair_s), decode, save, load)
+        short_run_s, short_token_s, short_pair_s = self._short.coefficients
+        short = short_run_s, short_token_s, short_pair_s
+        return RatesNow((run_s, token_s, pair_s), short, decode, save, load)
 
     def ran(self, pieces: Sequence[Piece], seconds: float) -> None:
         """Note a batch; one that mixes prompts and answers tells of neither."""
-        if len(pieces) == 1 and len(pieces[0].tokens) >= MIN_SLICE:
-            self._prefill.add(Prefill.terms(len(pieces[0].tokens), pieces[0].start), seconds)
+        if len(pieces) == 1 and (count := len(pieces[0].tokens)) > 1:
+            measured = self._short if count <= SHORT else self._prefill
+            measured.add(Prefill.terms(count, pieces[0].start), seconds)
         elif all(len(piece.tokens) == 1 for piece in pieces):
             self._decode.add((1.0,), seconds)
 
@@ -81,10 +85,12 @@ def measure(engine: Sequences, rates: Rates) -> list[int]:
     run(1)
     started = time.perf_counter()
     about_a_second = int(MIN_SLICE / run(MIN_SLICE))
-    size = min(SLICE, engine.n_batch, max(MIN_SLICE, about_a_second))
-    while time.perf_counter() - started < MEASURE_S and len(tokens) + size < engine.n_ctx // 2:
+    size = min(SLICE, engine.n_batch, max(2 * SHORT, about_a_second))
+    most = engine.n_ctx // 2 - size - MIN_SLICE - SHORT
+    while time.perf_counter() - started < MEASURE_S and len(tokens) < most:
         run(size)
         run(MIN_SLICE)
+        run(SHORT)
     for _ in range(N_DECODED):
         run(1)
     return tokens

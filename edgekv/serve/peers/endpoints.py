@@ -65,6 +65,7 @@ class PeerAPI:
             generation=engine.catalogue.get("generation", ""),
             packs=tuple(pack["id"] for pack in about["packs"] if "error" not in pack),
             prefill=rates.prefill,
+            short=rates.short,
             decode_s=rates.decode_s,
             save_s=rates.save_s,
             load_s=rates.load_s,

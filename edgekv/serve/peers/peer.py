@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import statistics
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -23,8 +25,10 @@ RENEW_S = 2.0  # between two looks at a peer
 LINK_S = 60.0  # between two measurements of the link's bytes/s
 NOISE_NBYTES, NOISE_S = 2**16, 0.1  # of the first one; larger ones follow until one takes so long
 CONNECT_S, SILENT_S = 1.0, 2.0  # a peer that takes longer to connect, or between two signs of life, is gone
+COPYING_S = 5.0  # likewise, where it has to copy rows out of its engine first
 STALL_S = 10.0  # between two tokens of an answer
 PAUSE_S = 30.0  # in which a peer that failed is asked for nothing
+N_EXTRAS = 16  # answers of which the median counts
 FIRST_LINK = (0.001, 1e-7)  # seconds of a round trip and per byte, before they were measured
 
 
@@ -52,14 +56,15 @@ class Peer:
         self.url = url.rstrip("/")
         self._fingerprint, self._n_ctx = fingerprint, n_ctx
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        times = httpx.Timeout(SILENT_S, connect=CONNECT_S)
-        self._client = httpx.AsyncClient(base_url=self.url, headers=headers, timeout=times, trust_env=False)
+        self._client = httpx.AsyncClient(base_url=self.url, headers=headers, trust_env=False)
         self._state: PeerState | None = None
         self._generation = ""
         self.catalogue = Catalogue()
         self._link = Measurements(FIRST_LINK)
         self._measured_at = -LINK_S
         self._busy_until = self._seen_at = self._paused_until = 0.0
+        self._n_transfers = 0
+        self._extras: deque[float] = deque(maxlen=N_EXTRAS)
         self.why_not = "it was not asked yet"
         self.n_failed = 0
 
@@ -87,7 +92,17 @@ class Peer:
         state, now = self._state, time.monotonic()
         assert state is not None
         wait_s = max(state.wait_s, self._busy_until - now)
-        return Site(Prefill(*state.prefill), state.decode_s, wait_s, state.save_s, state.load_s)
+        prefill, short = Prefill(*state.prefill), Prefill(*state.short)
+        return Site(prefill, state.decode_s, wait_s, state.save_s, state.load_s, short)
+
+    @property
+    def extra_s(self) -> float:
+        """What its answers took lately beyond what was predicted without this: HTTP, processes, a busy machine."""
+        return max(0.0, statistics.median(self._extras)) if self._extras else 0.0
+
+    def took(self, more_s: float) -> None:
+        """Note how much longer than predicted its first token took."""
+        self._extras.append(self.extra_s + more_s)
 
     def promise(self, seconds: float) -> None:
         """Note that it was sent what will take it some time."""
@@ -103,15 +118,22 @@ class Peer:
         """Keep what is known of it new, until this is cancelled."""
         async with self._client:
             while True:
-                try:
-                    async with asyncio.timeout(LINK_S):
-                        await self._renew()
-                    self._note("")
-                except PeerError as error:
-                    self._note(str(error))
-                except TimeoutError:
-                    self._note("it is too slow")
+                if self._n_transfers:  # its link is full, and what it says would come late
+                    self._seen_at = time.monotonic()
+                else:
+                    await self._look()
                 await asyncio.sleep(RENEW_S)
+
+    async def _look(self) -> None:
+        try:
+            async with asyncio.timeout(LINK_S):
+                await self._renew()
+            self._note("")
+        except PeerError as error:
+            if not self._n_transfers:
+                self._note(str(error))
+        except TimeoutError:
+            self._note("it is too slow")
 
     def _note(self, why_not: str) -> None:
         if why_not != self.why_not:
@@ -172,12 +194,13 @@ class Peer:
 
     @asynccontextmanager
     async def _asked(
-        self, method: str, path: str, body: Any, seconds: float
+        self, method: str, path: str, body: Any, seconds: float, silent_s: float = SILENT_S
     ) -> AsyncIterator[httpx.Response]:
         """A response whose headers came within some seconds; its body is still to be read."""
         content = {} if body is None else {"content": msgspec.json.encode(body)}
         headers = {} if body is None else {"Content-Type": "application/json"}
-        request = self._client.build_request(method, path, headers=headers, **content)  # type: ignore[arg-type]
+        times = httpx.Timeout(silent_s, connect=CONNECT_S)
+        request = self._client.build_request(method, path, headers=headers, timeout=times, **content)  # type: ignore[arg-type]
         try:
             async with asyncio.timeout(seconds):
                 response = await self._client.send(request, stream=True)
@@ -202,9 +225,10 @@ class Peer:
         """
         wanted = wire.RowsWanted(block.hex(), count)
         began, received = time.monotonic(), 0
+        self._n_transfers += 1
         try:
             async with asyncio.timeout(seconds):
-                async with self._asked("POST", wire.ROWS, wanted, seconds) as response:
+                async with self._asked("POST", wire.ROWS, wanted, seconds, COPYING_S) as response:
                     with path.open("wb") as file:
                         async for chunk in _chunks(response):
                             received += len(chunk)
@@ -213,6 +237,8 @@ class Peer:
                             file.write(chunk)
         except TimeoutError:
             raise PeerError("its rows do not come in time") from None
+        finally:
+            self._n_transfers -= 1
         computing = self.site.save_s * received
         self._link.add((1.0, received), time.monotonic() - began - computing)
 

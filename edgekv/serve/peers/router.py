@@ -111,6 +111,7 @@ class Router:
             EdgeKVError, TimeoutError: as EngineProcess.answer does, once the rows are here.
         """
         source: AsyncIterator[Event]
+        began, first = time.monotonic(), True
         if plan.way == "fetch":
             await self._fetch(plan, deadline)
             self.counts.n_fetched += 1
@@ -120,6 +121,9 @@ class Router:
             source = plan.peer.answer(JobWanted(**job, said=tuple(said)), deadline)
         async with aclosing(source) as events:  # type: ignore[type-var]
             async for event in events:
+                if first and plan.way == "route" and plan.cost.compute_s and "token" in event:
+                    plan.peer.took(time.monotonic() - began - plan.cost.first_token_s)
+                    first = False
                 yield event
         self.counts.n_routed += plan.way == "route"
 

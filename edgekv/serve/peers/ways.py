@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edgekv.documents import decode
@@ -61,7 +60,6 @@ async def find_ways(engine: EngineProcess, peers: Sequence[Peer], job: dict[str,
     usable = [peer for peer in peers if peer.usable]
     if not usable or "rates" not in engine.stats:
         return Ways()
-    began = time.monotonic()
     asked = {name: job[name] for name in ("messages", "text", "tokens", "packs")}
     try:
         seen = await engine.ask("look", **asked)
@@ -74,7 +72,7 @@ async def find_ways(engine: EngineProcess, peers: Sequence[Peer], job: dict[str,
         n_answer=job["max_tokens"] or EXPECTED_ANSWER,
         text_nbytes=_weight(job),
         row_nbytes=engine.about["row_nbytes"],
-        encode_s=time.monotonic() - began,
+        encode_s=seen["seconds"],
     )
     here, blocks = _site(engine), [bytes.fromhex(block) for block in seen["blocks"]]
     local = local_cost(question, here, seen["n_held"])
@@ -84,14 +82,16 @@ async def find_ways(engine: EngineProcess, peers: Sequence[Peer], job: dict[str,
 
 def _site(engine: EngineProcess) -> Site:
     rates = decode(RatesNow, engine.stats["rates"])
-    return Site(Prefill(*rates.prefill), rates.decode_s, engine.wait_s, rates.save_s, rates.load_s)
+    prefill, short = Prefill(*rates.prefill), Prefill(*rates.short)
+    return Site(prefill, rates.decode_s, engine.wait_s, rates.save_s, rates.load_s, short)
 
 
 def _over(peer: Peer, question: Question, here: Site, blocks: list[bytes], held_here: int) -> list[Plan]:
     """The ways over one peer; rows are only worth fetching where it has more of them than are here."""
     depth = peer.catalogue.depth(blocks)
     held, link, there = depth * BLOCK, peer.link, peer.site
-    plans = [Plan("route", route_cost(question, link, there, held), peer, held)]
+    longer = replace(link, round_trip_s=link.round_trip_s + peer.extra_s)
+    plans = [Plan("route", route_cost(question, longer, there, held), peer, held)]
     if held > held_here:
         cost = fetch_cost(question, link, there, here, held)
         plans.append(Plan("fetch", cost, peer, held, blocks[depth - 1]))

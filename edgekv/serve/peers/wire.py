@@ -32,7 +32,7 @@ class PeerState(Document, frozen=True):
         fingerprint: of its model and of the layout of its rows.
         generation: of its catalogue.
         packs: names of those that requests can name.
-        prefill: coefficients of edgekv.route.cost.Prefill.
+        prefill, short: coefficients of edgekv.route.cost.Prefill.
         decode_s, save_s, load_s, wait_s: fields of edgekv.route.cost.Site.
     """
 
@@ -42,6 +42,7 @@ class PeerState(Document, frozen=True):
     generation: Text
     packs: tuple[str, ...]
     prefill: tuple[Seconds, Seconds, Seconds]
+    short: tuple[Seconds, Seconds, Seconds]
     decode_s: Seconds
     save_s: Seconds
     load_s: Seconds
