@@ -30,28 +30,33 @@ class Rates:
     """Measurements of one engine."""
 
     def __init__(self) -> None:
-        self._prefill, self._short = (Measurements((0.0, 1 / FIRST_TPS, 0.0)) for _ in range(2))
+        # Slices of long prompts are cut to take about the same time, which seconds per run would explain alone.
+        self._long = Measurements((1 / FIRST_TPS, 0.0))
+        self._short = Measurements((0.0, 1 / FIRST_TPS, 0.0))
         self._decode = Measurements((FIRST_DECODE_S,))
         self._save, self._load = Measurements((FIRST_BYTE_S,)), Measurements((FIRST_BYTE_S,))
 
     @property
     def prefill(self) -> Prefill:
         """Seconds of a prefill."""
-        return Prefill(*self._prefill.coefficients)
+        return Prefill(0.0, *self._long.coefficients)
 
     def now(self) -> RatesNow:
         """All of them."""
         decode, save, load = (each.coefficients[0] for each in (self._decode, self._save, self._load))
-        run_s, token_s, pair_s = self._prefill.coefficients
+        token_s, pair_s = self._long.coefficients
         short_run_s, short_token_s, short_pair_s = self._short.coefficients
         short = short_run_s, short_token_s, short_pair_s
-        return RatesNow((run_s, token_s, pair_s), short, decode, save, load)
+        return RatesNow((0.0, token_s, pair_s), short, decode, save, load)
 
     def ran(self, pieces: Sequence[Piece], seconds: float) -> None:
         """Note a batch; one that mixes prompts and answers tells of neither."""
         if len(pieces) == 1 and (count := len(pieces[0].tokens)) > 1:
-            measured = self._short if count <= SHORT else self._prefill
-            measured.add(Prefill.terms(count, pieces[0].start), seconds)
+            run, tokens, pairs = Prefill.terms(count, pieces[0].start)
+            if count <= SHORT:
+                self._short.add((run, tokens, pairs), seconds)
+            else:
+                self._long.add((tokens, pairs), seconds)
         elif all(len(piece.tokens) == 1 for piece in pieces):
             self._decode.add((1.0,), seconds)
 
