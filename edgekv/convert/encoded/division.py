@@ -22,6 +22,7 @@ from edgekv.convert.target import SIMD_STEP
 from edgekv.convert.workers import workers
 from edgekv.reference.model import load_block
 from edgekv.source import Array, TensorSource
+from edgekv.spec import GQA
 
 N_WINDOWS = 4  # of the calibration windows: widths need less than maps do
 
@@ -45,14 +46,24 @@ def divide(
     curves = _curves(source, rope_dim, windows[:N_WINDOWS], layer_done)
     divided = list(widths)
     kinds = [(attention.cache_values, attention.window) for attention in attentions]
-    least = 1 if rope_dim is None else rope_dim // SIMD_STEP + 1
     for kind in set(kinds):
         members = [i for i, other in enumerate(kinds) if other == kind]
+        least = _least_steps(attentions[members[0]], widths[members[0]], rope_dim)
         n_steps = sum(widths[i] for i in members) // SIMD_STEP
         steps = share_steps([curves[i] for i in members], n_steps, least)
         for i, n in zip(members, steps, strict=True):
             divided[i] = n * SIMD_STEP
     return tuple(divided)
+
+
+def _least_steps(attention: GQA, width: int, rope_dim: int | None) -> int:
+    """What no layer goes below: room for one rope component of each frequency, if all layers alike would have it.
+
+    Without it a row loses far more than is estimated (edgekv.convert.encoded.rope_slots).
+    """
+    if rope_dim is not None:
+        return rope_dim // SIMD_STEP + 1
+    return max(1, min(width, 2 * attention.head_dim) // SIMD_STEP)
 
 
 def share_steps(curves: Sequence[Sequence[float]], n_steps: int, least: int = 1) -> list[int]:
