@@ -19,6 +19,7 @@ from edgekv.reference import attention
 
 pytestmark = pytest.mark.usefixtures("kernel_unloaded")
 TOKENS = np.random.default_rng(0).integers(0, 250, 330).tolist()
+ROUNDING = 0.03  # of factors in bfloat16, where the CPU multiplies them
 FILLED = 290  # before anything is collected; the rest is prefilled up to 325 and then decoded
 
 
@@ -81,7 +82,7 @@ def test_as_the_reference_attends(
     found = run(engine)
     for mass, wanted, n_queries in zip(found, reference_mass(path, monkeypatch), (35, 40), strict=True):
         assert mass.dtype == np.float32
-        np.testing.assert_allclose(mass, wanted, rtol=2e-3, atol=1e-4)
+        np.testing.assert_allclose(mass, wanted, rtol=ROUNDING, atol=1e-4)
         np.testing.assert_allclose(mass.sum(axis=1), 4 * n_queries, rtol=1e-5)
     engine.trim(310)
     np.testing.assert_array_equal(engine.attention_mass(), found[1][:, :310])
@@ -109,7 +110,7 @@ def test_h2o_sees_what_the_reference_sees(kernel: None, model: str, request: pyt
             assert theirs.attention is not None
             assert ours.attention is not None
             wanted = theirs.attention.mean(axis=0)
-            np.testing.assert_allclose(ours.attention[0], wanted, rtol=5e-3, atol=2e-5)
+            np.testing.assert_allclose(ours.attention[0], wanted, rtol=ROUNDING, atol=2e-5)
         if not start:
             reference.backend.keep([np.broadcast_to(kept, (view.n_heads, 90)) for view, _ in both])
             engine.backend.keep([kept])

@@ -16,11 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekv.backends.llama_cpp.importance import Tensor, require_known_layout
+from edgekv.backends.llama_cpp.kernel.ggml import ggml
 from edgekv.backends.llama_cpp.library import is_a, llama
 from edgekv.backends.llama_cpp.state import StoredRows, read_cells
 from edgekv.cache.rows import Bytes
 from edgekv.errors import BackendError
 
+KNOWN_GGML = b"0.25.3"  # of llama-cpp-python 0.3.36: only there the layout of _HostWriter is known
 _PREFIX = 8  # magic number and sequence: llama_context writes these in front of what its memory writes
 _RANGE = np.dtype([("tensor", "<u8"), ("target", "<u8"), ("nbytes", "<u8"), ("offset", "<u8")])
 
@@ -46,7 +48,7 @@ def rows_in_place(memory: int, state_nbytes: int, encodings: tuple[str, str]) ->
         encodings: Plane.encoding of keys and of values.
     """
     try:
-        if not is_a("llama_kv_cache", memory):
+        if not is_a("llama_kv_cache", memory) or ggml("ggml_version")() != KNOWN_GGML:
             return None
         # Of a size that only a whole state needs: what is not written takes no memory, if pages are small.
         with_holes = mmap.mmap(-1, state_nbytes)
