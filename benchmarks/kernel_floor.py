@@ -137,7 +137,8 @@ def main() -> None:
         "rows": [row(case, runs, best, options) for case, runs in found.items()],
         "notes": f"{options.threads} threads, {options.depth} cached rows per layer. "
         f"Peaks: {best['f32'] / 1e9:.0f} f32 and "
-        f"{best['int8'] / 1e9:.0f} int8 multiply-adds per ns, {best['read'] / 1e9:.1f} GB/s. The floor takes float32 for "
+        f"{best['int8'] / 1e9:.0f} int8 multiply-adds per ns, {best['read'] / 1e9:.1f} GB/s. "
+        "The floor takes float32 for "
         "all but products of whole numbers; a CPU that multiplies pairs of bfloat16 can be below it.",
     }
     options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
