@@ -16,8 +16,6 @@
 namespace edgekv {
 namespace {
 
-constexpr int     PAIR_DOTS = 9, PAIR_MIXED = 9;
-constexpr int pair_columns(int n) { return n > 6 ? 3 : 4; }
 constexpr int64_t TILE    = 64;   // cached rows at a time
 constexpr int64_t BLOCK   = 72;   // rows of queries at a time: heads times tokens
 constexpr int     R       = 4;    // cached rows in registers
@@ -35,6 +33,8 @@ constexpr int DOTS = 6, WHOLE_DOTS = 6, MIXED = 6;
 constexpr int columns(int) { return 4; }
 constexpr bool has_registers(int) { return true; }
 #endif
+constexpr int PAIR_DOTS = 9, PAIR_MIXED = 9;  // of AVX-512 alone
+constexpr int pair_columns(int n) { return n > 6 ? 3 : 4; }
 
 template <int N> struct Count { static constexpr int value = N; };
 

@@ -122,10 +122,15 @@ struct IQ4_NL {
 
 // ---- rows as float32 ----
 
+#if defined(__AVX512F__)
+// x * d + m
+inline vf scaled(s8x x, float d, float m) { return vf(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(__m128i(x)))) * d + m; }
+#endif
+
 // out[16] = x * d + m
 inline void put(float * out, s8x x, float d, float m) {
 #if defined(__AVX512F__)
-    store(out, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(__m128i(x))) * d + m);
+    store(out, scaled(x, d, m));
 #elif defined(__AVX2__)
     const __m128i v = __m128i(x);
     store(out, vf(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v))) * d + m);
@@ -240,12 +245,11 @@ void value_pairs(const uint8_t * a, const uint8_t * b, int32_t * out, int64_t n)
 
 template <class Format>
 void quantized_pairs(const uint8_t * a, const uint8_t * b, int32_t * out, int64_t n) {
-    const auto values = [](s8x x, float d, float m) { return vf(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(__m128i(x)))) * d + m; };
     for (; n > 0; n -= QK, a += Format::NBYTES, b += Format::NBYTES, out += QK) {
         const Codes x = Format::read(a), y = Format::read(b);
         const float least_x = x.m - float(Format::OFFSET) * x.d, least_y = y.m - float(Format::OFFSET) * y.d;
-        store(out, pairs(values(x.low, x.d, least_x), values(y.low, y.d, least_y)));
-        store(out + LANES, pairs(values(x.high, x.d, least_x), values(y.high, y.d, least_y)));
+        store(out, pairs(scaled(x.low, x.d, least_x), scaled(y.low, y.d, least_y)));
+        store(out + LANES, pairs(scaled(x.high, x.d, least_x), scaled(y.high, y.d, least_y)));
     }
 }
 #else
